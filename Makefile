@@ -1,0 +1,48 @@
+# Everything CI does, as targets. A bare clone with Python 3.11 (or 3.12) needs nothing else.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+CONFIG ?= configs/quickstart.yaml
+SOURCES := flows stages unclip_models cluster tests
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test test-fast lint format types lock clean
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+setup: $(VENV)/.installed ## create .venv and install exactly what requirements.lock says
+
+$(VENV)/.installed: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip sync --quiet requirements.lock
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $@
+
+quickstart: setup ## the whole pipeline, small and real, then open runs/quickstart/report.html
+	$(BIN)/unclip run $(CONFIG)
+
+test: setup ## all tests
+	$(BIN)/pytest
+
+test-fast: setup ## the tests that take seconds
+	$(BIN)/pytest -m "not slow"
+
+lint: setup ## ruff: rules and format
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+format: setup ## rewrite to the house format
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+types: setup ## mypy
+	$(BIN)/mypy
+
+lock: ## resolve anew and write requirements.lock (versions only)
+	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 \
+		--no-annotate --no-header --no-emit-index-url --upgrade --output-file requirements.lock
+
+clean: ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

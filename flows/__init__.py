@@ -1,0 +1,1 @@
+"""When the pipeline runs: the Prefect flow, the command line, the report."""

@@ -1,0 +1,270 @@
+"""The one door for settings: YAML in, frozen dataclasses out, everything checked once.
+
+Every section belongs to the stage it configures and is declared beside it. Below the door nobody reads YAML, the
+environment or globals.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import re
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from stages.base import setting
+from stages.clip import ClipConfig
+from stages.curate import CurateConfig
+from stages.download import DownloadConfig
+from stages.embed import EmbedConfig
+from stages.errors import ConfigError, StorageError
+from stages.evaluate import EvaluateConfig
+from stages.executor import ClusterConfig
+from stages.filter import FilterConfig
+from stages.generate import GenerateConfig
+from stages.pca import PcaConfig
+from stages.source import SourceConfig
+from stages.storage import is_local
+from stages.train import DecoderTraining, PriorTraining, UpsamplerTraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The whole pipeline: where it keeps its results, and one section per stage."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
+    root: str = setting(help="the store: a local folder or s3://bucket/prefix", affects="nothing")
+    seed: int = setting(0, "seed of everything random")
+    cluster: ClusterConfig = setting(factory=ClusterConfig, help="where the work runs", affects="nothing")
+    source: SourceConfig = setting(help="where the image-caption pairs come from")
+    download: DownloadConfig = setting(factory=DownloadConfig, help="fetching the images")
+    filter: FilterConfig = setting(factory=FilterConfig, help="rules on images and captions, duplicates")
+    clip: ClipConfig = setting(help="the frozen CLIP: pretrained or trained here")
+    embed: EmbedConfig = setting(factory=EmbedConfig, help="CLIP embeddings of images and captions")
+    curate: CurateConfig = setting(factory=CurateConfig, help="the final selection")
+    pca: PcaConfig = setting(factory=PcaConfig, help="principal axes of the image embeddings")
+    prior: PriorTraining = setting(help="caption -> image embedding")
+    decoder: DecoderTraining = setting(help="image embedding and caption -> image")
+    upsampler_256: UpsamplerTraining = setting(help="the first upsampler")
+    upsampler_1024: UpsamplerTraining = setting(help="the second upsampler")
+    generate: GenerateConfig = setting(factory=GenerateConfig, help="sampling")
+    evaluate: EvaluateConfig = setting(factory=EvaluateConfig, help="metrics and the gate")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config file, apply ``a.b=value`` overrides and check everything.
+
+    Args:
+        path: a YAML file; its ``extends:`` names another file (relative to it) that it changes.
+        overrides: ``dotted.key=value`` with the value in YAML, from ``-s``.
+
+    Raises:
+        ConfigError: names the dotted path, the value and the remedy of every mistake.
+    """
+    values = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(values, override)
+    return check_config(values, place=str(path))
+
+
+def check_config(values: Mapping[str, Any], *, place: str = "config") -> Config:
+    """Check plain values against the schema.
+
+    Raises:
+        ConfigError: lists every mistake.
+    """
+    try:
+        # Strict JSON mode: no `true` for 1, no "3" for 3; lists become tuples and integers may stand for floats.
+        text = json.dumps(values, allow_nan=False)
+        config = TypeAdapter(Config).validate_json(text, strict=True)
+    except ValidationError as error:
+        lines = _explain(error, values)
+        raise ConfigError(
+            f"{place}: " + "\n".join(lines) if len(lines) == 1 else "\n  ".join([f"{place}:", *lines])
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}; only plain YAML values are allowed") from None
+    try:
+        is_local(config.root)
+    except StorageError as error:
+        raise ConfigError(f"{place}: root: {error}") from None
+    return config
+
+
+def to_values(config: Any) -> dict[str, Any]:
+    """Turn a config back into plain values, every default written out."""
+    return dict(json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def to_yaml(config: Config) -> str:
+    """Write a config as YAML, every default written out."""
+    return str(yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True))
+
+
+@dataclass(frozen=True)
+class SettingInfo:
+    """One settable key, for the reference and for suggestions."""
+
+    path: str
+    type_name: str
+    default: Any
+    help: str
+
+
+def settings(kind: type[Any] = Config, prefix: str = "") -> Iterator[SettingInfo]:
+    """List every settable key below a config class, with its type, default and help."""
+    hints = typing.get_type_hints(kind)
+    for f in dataclasses.fields(kind):
+        path = f"{prefix}{f.name}"
+        default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+        yield SettingInfo(path, _type_name(hints[f.name]), default, f.metadata.get("help", ""))
+        for nested in _dataclasses_in(hints[f.name]):
+            yield from settings(nested, f"{path}.")
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which ``1e-4`` is a number (YAML 1.1 demands a dot and a sign) and a key may not be given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a mapping; refuse a repeated key, which plain YAML silently resolves to the last."""
+        seen: set[str] = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key_node.value}' is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return dict(super().construct_mapping(node, deep))
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def _read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path.resolve() in chain:
+        raise ConfigError(f"{path}: extends: the files extend each other in a circle; break it")
+    try:
+        values = yaml.load(path.read_text(), _Loader) or {}
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot read the config file ({error.strerror}); name an existing YAML file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: holds {type(values).__name__}, not sections; see configs/ for examples")
+    parent = values.pop("extends", None)
+    if parent is None:
+        return values
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends: {parent!r} is not a file name")
+    return _merged(_read_yaml(path.parent / parent, (*chain, path.resolve())), values)
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
+            merged[key] = _merged(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    path, separator, text = override.partition("=")
+    if not separator or not path.strip():
+        raise ConfigError(f"-s {override}: write dotted.key=value, for example -s decoder.learning_rate=1e-4")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"-s {override}: the value is not valid YAML; quote it") from None
+    *parents, last = path.strip().split(".")
+    for parent in parents:
+        if not isinstance(values.setdefault(parent, {}), dict):
+            raise ConfigError(f"-s {override}: '{parent}' is a single value, not a section")
+        values = values[parent]
+    values[last] = value
+
+
+# ---- explaining ---------------------------------------------------------------------------------------------------
+
+
+def _explain(error: ValidationError, values: Any) -> list[str]:
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        path = _clean_path(item["loc"], values)
+        dotted = ".".join(path)
+        if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            line = f"{dotted}: unknown key{_did_you_mean(path, values)}"
+        elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
+            line = f"{dotted}: required, but not given"
+        else:
+            message = str(item["msg"]).removeprefix("Value error, ")
+            message = (
+                message[:1].lower() + message[1:]
+                if not message.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ_")) or message[1:2].islower()
+                else message
+            )
+            given = item.get("input")
+            shown = "" if isinstance(given, dict) else f"{json.dumps(given)}: "
+            line = f"{dotted}: {shown}{message}"
+        if line not in lines:
+            lines.append(line)
+    return lines
+
+
+def _clean_path(location: Sequence[int | str], values: Any) -> list[str]:
+    """Drop the class names that pydantic puts into the path of a union member; keep keys the user can write."""
+    path: list[str] = []
+    for position, part in enumerate(location):
+        is_last = position == len(location) - 1
+        if isinstance(values, Mapping) and part in values:
+            values = values[part]
+            path.append(str(part))
+        elif isinstance(values, list) and isinstance(part, int):
+            values = values[part] if part < len(values) else None
+            path.append(str(part))
+        elif is_last and str(part).isidentifier() and not str(part)[:1].isupper():
+            path.append(str(part))
+    return path
+
+
+def _did_you_mean(path: Sequence[str], values: Any) -> str:
+    """Suggest the nearest key of the same section, else the same key in another section."""
+    known = [info.path for info in settings()]
+    parent, key = ".".join(path[:-1]), path[-1]
+    siblings = [name.rsplit(".", 1)[-1] for name in known if name.rpartition(".")[0] == parent]
+    close = difflib.get_close_matches(key, siblings, n=1)
+    if close:
+        return f"; did you mean '{'.'.join([*path[:-1], close[0]])}'?"
+    elsewhere = [name for name in known if name.rsplit(".", 1)[-1] == key]
+    if elsewhere:
+        return f"; did you mean '{elsewhere[0]}'?"
+    return f"; {parent or 'the top level'} knows: {', '.join(sorted(set(siblings)))}" if siblings else ""
+
+
+def _dataclasses_in(hint: Any) -> Iterable[type[Any]]:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return [hint]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union, typing.Annotated):
+        return [nested for part in typing.get_args(hint) for nested in _dataclasses_in(part)]
+    return []
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint).replace("typing.", "")

@@ -1,0 +1,256 @@
+"""Run one stage: find what is committed, do the rest, write the manifest. The same on a laptop and on a cluster."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from stages import storage
+from stages.base import Progress, Shard, Stage, identity_of, record_uri
+from stages.errors import IntegrityError, StageError
+from stages.executor import ClusterConfig, Executor, ShardFailure
+from stages.manifest import Manifest, ShardRecord, manifest_uri
+
+logger = logging.getLogger(__name__)
+
+_READ_THREADS = 16
+_BACKOFF_MAX_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageState:
+    """Whether a stage has to run, and why.
+
+    Attributes:
+        name: the stage.
+        fingerprint: name of its output.
+        status: ``done``, or ``pending``.
+        reason: one line for people.
+        manifest: the finished stage when ``done``.
+    """
+
+    name: str
+    fingerprint: str
+    status: Literal["done", "pending"]
+    reason: str
+    manifest: Manifest | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageProgress:
+    """Live state of a running stage for the progress bars.
+
+    Attributes:
+        stage: its name.
+        num_done: shards committed (earlier runs included).
+        num_shards: shards in all.
+        num_samples: samples that went into the shards done by this run.
+        inner: the last sign of life from inside a shard.
+        finished: whether the stage is done.
+    """
+
+    stage: str
+    num_done: int
+    num_shards: int
+    num_samples: int = 0
+    inner: Progress | None = None
+    finished: bool = False
+
+
+@dataclass
+class _Counts:
+    """Progress of one run of one stage, mutable."""
+
+    stage: str
+    num_shards: int
+    num_done: int
+    num_samples: int = 0
+    inner: Progress | None = None
+    finished: bool = False
+
+    def snapshot(self) -> StageProgress:
+        return StageProgress(**vars(self))
+
+
+def _silent(progress: StageProgress) -> None:
+    """Show nothing."""
+
+
+def output_uri(stage: Stage[Any]) -> str:
+    """Return the folder of a stage's shards."""
+    return storage.join(stage.root, stage.name, "shards")
+
+
+def inspect_stage(stage: Stage[Any], fingerprint: str, inputs: Mapping[str, Manifest]) -> StageState:
+    """Say whether a stage is done for exactly these inputs."""
+    manifest = Manifest.read(stage.root, stage.name, fingerprint)
+    if manifest is None:
+        return StageState(
+            name=stage.name, fingerprint=fingerprint, status="pending", reason="no result for these settings"
+        )
+    for name, upstream in inputs.items():
+        if manifest.inputs[name]["digest"] != upstream.digest:
+            reason = f"{name} has changed since"
+            return StageState(name=stage.name, fingerprint=fingerprint, status="pending", reason=reason)
+    reason = f"done {manifest.created_at}"
+    return StageState(name=stage.name, fingerprint=fingerprint, status="done", reason=reason, manifest=manifest)
+
+
+def committed_records(stage: Stage[Any], shards: Sequence[Shard]) -> dict[str, ShardRecord]:
+    """Read the records of the shards that are already committed, found by one listing of the folder."""
+    output = output_uri(stage)
+    names = storage.list_files(output)
+    present = [shard.id for shard in shards if f"{shard.id}.json" in names]
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        values = pool.map(lambda shard_id: storage.read_json(record_uri(output, shard_id)), present)
+        records = {shard_id: ShardRecord.from_json(value) for shard_id, value in zip(present, values, strict=True)}
+    return {shard_id: record for shard_id, record in records.items() if _is_whole(record, stage.root, output, names)}
+
+
+def _is_whole(record: ShardRecord, root: str, output: str, names: Mapping[str, int]) -> bool:
+    """Tell whether every file of a record is there with its size; a shard that lost a file is done again."""
+    prefix = output.removeprefix(root).lstrip("/") + "/"
+    for file in record.files.values():
+        if file.path.startswith(prefix) and names.get(file.path.removeprefix(prefix)) != file.num_bytes:
+            logger.warning("%s is missing or has the wrong size; its shard is done again", file.path)
+            return False
+    return True
+
+
+def forget(stage: Stage[Any], fingerprint: str, inputs: Mapping[str, Manifest]) -> None:
+    """Delete the manifest of a stage, then the records and checkpoints of its shards, so that it runs anew."""
+    storage.delete(manifest_uri(stage.root, stage.name, fingerprint))
+    output = output_uri(stage)
+    for shard in stage.plan(inputs):
+        storage.delete(record_uri(output, shard.id))
+        storage.delete_tree(storage.join(output, shard.id))
+
+
+def run_stage(
+    stage: Stage[Any],
+    fingerprint: str,
+    inputs: Mapping[str, Manifest],
+    executor: Executor,
+    cluster: ClusterConfig,
+    *,
+    on_progress: Callable[[StageProgress], None] = _silent,
+) -> Manifest:
+    """Bring a stage to its end and return its manifest.
+
+    Shards that an earlier run committed are not done again. A shard that fails is tried ``cluster.max_attempts``
+    times, then quarantined and named in the manifest.
+
+    Args:
+        stage: the stage.
+        fingerprint: name of its output.
+        inputs: manifests of all its upstream stages.
+        executor: where shards run.
+        cluster: retry policy.
+        on_progress: called on this thread or another whenever something moved.
+
+    Raises:
+        StageError: if more shards failed than ``cluster.max_failed_fraction`` allows.
+        UnclipError: a fatal error of the stage itself.
+    """
+    started_at = time.monotonic()
+    shards = list(stage.plan(inputs))
+    _refuse_twins(stage, shards)
+    records = committed_records(stage, shards)
+    counts = _Counts(stage.name, num_shards=len(shards), num_done=len(records))
+    on_progress(counts.snapshot())
+    with stage.service(inputs):
+        missing = [shard for shard in shards if shard.id not in records]
+        quarantined = _process(stage, missing, records, executor, cluster, counts, on_progress)
+    done = [records[shard.id] for shard in shards if shard.id in records]
+    folder = manifest_uri(stage.root, stage.name, fingerprint).rsplit("/", 1)[0]
+    result = executor.finish(stage, done, folder, inputs)
+    manifest = Manifest(
+        root=stage.root,
+        stage=stage.name,
+        version=stage.version,
+        fingerprint=fingerprint,
+        config=identity_of(stage.config, ("shard", "stage", "nothing")),
+        inputs={name: {"fingerprint": m.fingerprint, "digest": m.digest} for name, m in inputs.items()},
+        records=tuple(result.records),
+        files=result.files,
+        metrics=result.metrics,
+        quarantined=quarantined,
+        code_version=importlib.metadata.version("unclip-pipeline"),
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        wall_time_s=round(time.monotonic() - started_at, 3),
+    )
+    manifest.write()
+    counts.finished = True
+    on_progress(counts.snapshot())
+    return manifest
+
+
+def _process(
+    stage: Stage[Any],
+    missing: Sequence[Shard],
+    records: dict[str, ShardRecord],
+    executor: Executor,
+    cluster: ClusterConfig,
+    counts: _Counts,
+    on_progress: Callable[[StageProgress], None],
+) -> dict[str, str]:
+    """Process shards in rounds of retries; fill ``records``; return the quarantined ones with their reasons."""
+
+    def on_inner(progress: Progress) -> None:
+        counts.inner = progress
+        on_progress(counts.snapshot())
+
+    quarantined: dict[str, str] = {}
+    for attempt in range(1, cluster.max_attempts + 1):
+        if not missing:
+            break
+        if attempt > 1:
+            time.sleep(min(cluster.backoff_s * 2 ** (attempt - 2), _BACKOFF_MAX_S))
+        failures: list[ShardFailure] = []
+        for outcome in executor.map(stage, missing, output_uri(stage), on_inner):
+            if isinstance(outcome, ShardFailure):
+                _log_failure(stage, outcome, attempt, cluster.max_attempts)
+                failures.append(outcome)
+                continue
+            records[outcome.shard_id] = outcome
+            counts.num_done += 1
+            counts.num_samples += outcome.num_in
+            on_progress(counts.snapshot())
+        final = attempt == cluster.max_attempts
+        quarantined |= {f.shard.id: str(f.error) for f in failures if final or f.kind == "permanent"}
+        missing = [f.shard for f in failures if f.shard.id not in quarantined]
+    _refuse_failures(stage, quarantined, counts.num_shards, cluster.max_failed_fraction)
+    return quarantined
+
+
+def _log_failure(stage: Stage[Any], failure: ShardFailure, attempt: int, max_attempts: int) -> None:
+    if failure.kind == "fatal":
+        raise failure.error
+    place = f"{stage.name} shard {failure.shard.index} ({failure.shard.id})"
+    logger.warning("%s failed, attempt %d of %d: %s", place, attempt, max_attempts, failure.error)
+    logger.debug("%s: %s", place, failure.details)
+
+
+def _refuse_failures(
+    stage: Stage[Any], quarantined: Mapping[str, str], num_shards: int, allowed_fraction: float
+) -> None:
+    if len(quarantined) <= allowed_fraction * num_shards:
+        return
+    shard_id, reason = next(iter(quarantined.items()))
+    raise StageError(
+        f"{stage.name}: {len(quarantined)} of {num_shards} shards failed (cluster.max_failed_fraction allows "
+        f"{allowed_fraction:g}); first: shard {shard_id}: {reason}. Finished shards are kept; run again to resume"
+    )
+
+
+def _refuse_twins(stage: Stage[Any], shards: Sequence[Shard]) -> None:
+    if len({shard.id for shard in shards}) != len(shards):
+        raise IntegrityError(
+            f"{stage.name}: two shards of the plan have the same identity; their inputs are the same files"
+        )

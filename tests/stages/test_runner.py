@@ -1,0 +1,147 @@
+"""One stage, run to its end: nothing done twice, nothing lost, failures retried, quarantined or refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from stages import storage
+from stages.errors import InputError, StageError
+from stages.executor import ClusterConfig, LocalExecutor
+from stages.manifest import Manifest
+from stages.runner import StageProgress, forget, inspect_stage, run_stage
+from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
+
+PATIENT = ClusterConfig(backoff_s=0.0)
+
+
+def run_numbers(root: str, *counts: int, seed: int = 0) -> Manifest:
+    stage = Numbers(NumbersConfig(counts=counts or (3, 4, 5)), root=root, seed=seed)
+    return run_stage(stage, stage.fingerprint({}), {}, LocalExecutor(), PATIENT)
+
+
+def run_squares(
+    root: str, numbers: Manifest, config: SquaresConfig | None = None, cluster: ClusterConfig = PATIENT, **watch: object
+) -> Manifest:
+    stage = Squares(config or SquaresConfig(), root=root)
+    fingerprint = stage.fingerprint({"numbers": numbers.fingerprint})
+    return run_stage(stage, fingerprint, {"numbers": numbers}, LocalExecutor(), cluster, **watch)  # type: ignore[arg-type]
+
+
+def test_results_are_right(root: str) -> None:
+    squares = run_squares(root, run_numbers(root))
+    values = [json.loads(record.files["powers"].read(root)) for record in squares.records]
+    assert values == [[0, 1, 4], [100, 121, 144, 169], [400, 441, 484, 529, 576]]
+    assert squares.metrics["sum"] == sum(v for part in values for v in part if v % 2 == 0)
+    assert json.loads(squares.files["sum"].read(root)) == squares.metrics["sum"]
+
+
+def test_done_is_done_for_these_inputs_only(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    numbers = run_numbers(root)
+    squares = run_squares(root, numbers)
+    stage = Squares(SquaresConfig(), root=root)
+    state = inspect_stage(stage, squares.fingerprint, {"numbers": numbers})
+    assert (state.status, state.manifest) == ("done", squares)
+    changed = dataclasses.replace(numbers, records=numbers.records[:2])
+    assert inspect_stage(stage, squares.fingerprint, {"numbers": changed}).reason == "numbers has changed since"
+    assert inspect_stage(stage, "0" * 16, {"numbers": numbers}).status == "pending"
+
+
+def test_finished_shards_are_not_done_again(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    run_squares(root, run_numbers(root, 3, 4))
+    before = storage.list_files(root)
+    seen: list[StageProgress] = []
+    run_squares(root, run_numbers(root, 3, 4, 5), on_progress=seen.append)
+    assert seen[0].num_done == 2 and seen[0].num_shards == 3
+    assert seen[-1].finished and seen[-1].num_samples == 5
+    shards = [name for name in storage.list_files(root) if name not in before and "/shards/" in name]
+    assert len(shards) == 4  # one new shard in each stage: a file and its record
+
+
+def test_a_stage_wide_setting_keeps_the_shards(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    numbers = run_numbers(root)
+    first = run_squares(root, numbers)
+    seen: list[StageProgress] = []
+    second = run_squares(root, numbers, SquaresConfig(keep_even=False), on_progress=seen.append)
+    assert first.fingerprint != second.fingerprint and seen[0].num_done == 3
+    third = run_squares(root, numbers, SquaresConfig(power=3))
+    assert {r.shard_id for r in third.records}.isdisjoint(r.shard_id for r in first.records)
+
+
+def test_settings_that_affect_nothing_change_nothing(tmp_path: Path) -> None:
+    numbers = run_numbers(str(tmp_path))
+    stages = [Squares(SquaresConfig(num_workers=n), root=str(tmp_path)) for n in (1, 7)]
+    assert len({stage.fingerprint({"numbers": numbers.fingerprint}) for stage in stages}) == 1
+
+
+def test_the_seed_matters_only_where_it_is_used(tmp_path: Path) -> None:
+    by_seed = [Numbers(NumbersConfig(), root=str(tmp_path), seed=seed).fingerprint({}) for seed in (0, 1)]
+    assert by_seed[0] != by_seed[1]
+    squares = [Squares(SquaresConfig(), root=str(tmp_path), seed=seed).fingerprint({"numbers": "x"}) for seed in (0, 1)]
+    assert squares[0] == squares[1]
+
+
+def test_a_lost_shard_file_is_made_again(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    numbers = run_numbers(root)
+    first = run_squares(root, numbers)
+    storage.delete(storage.join(root, first.records[1].files["powers"].path))
+    assert run_squares(root, numbers).digest == first.digest
+    assert storage.exists(storage.join(root, first.records[1].files["powers"].path))
+
+
+def test_forget_starts_anew(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    numbers = run_numbers(root)
+    first = run_squares(root, numbers)
+    stage = Squares(SquaresConfig(), root=root)
+    forget(stage, first.fingerprint, {"numbers": numbers})
+    assert Manifest.read(root, "squares", first.fingerprint) is None
+    seen: list[StageProgress] = []
+    assert run_squares(root, numbers, on_progress=seen.append).digest == first.digest
+    assert seen[0].num_done == 0
+
+
+@pytest.mark.parametrize("how", ["flaky", "bug"])
+def test_a_passing_failure_is_retried(tmp_path: Path, how: str) -> None:
+    root, scratch = str(tmp_path / "store"), tmp_path
+    numbers = run_numbers(root)
+    undisturbed = run_squares(str(tmp_path / "other"), run_numbers(str(tmp_path / "other")))
+    disturbed = run_squares(root, numbers, SquaresConfig(misbehave={"10": how}, scratch=str(scratch)))
+    assert disturbed.digest == undisturbed.digest
+    assert (scratch / "10").read_text() == "2"
+
+
+@pytest.mark.parametrize(("how", "attempts"), [("corrupt", "1"), ("always", "3")])
+def test_a_lasting_failure_is_refused_or_quarantined(tmp_path: Path, how: str, attempts: str) -> None:
+    root = str(tmp_path / "store")
+    numbers = run_numbers(root)
+    config = SquaresConfig(misbehave={"10": how}, scratch=str(tmp_path))
+    with pytest.raises(StageError, match=r"squares: 1 of 3 shards failed.*allows 0.*run again to resume"):
+        run_squares(root, numbers, config)
+    assert (tmp_path / "10").read_text() == attempts
+    fingerprint = Squares(config, root=root).fingerprint({"numbers": numbers.fingerprint})
+    assert Manifest.read(root, "squares", fingerprint) is None
+    tolerant = ClusterConfig(backoff_s=0.0, max_failed_fraction=0.4)
+    manifest = run_squares(root, numbers, config, tolerant)
+    assert len(manifest.records) == 2 and len(manifest.quarantined) == 1
+
+
+def test_a_fatal_failure_stops_at_once(tmp_path: Path) -> None:
+    root = str(tmp_path / "store")
+    config = SquaresConfig(misbehave={"0": "fatal"}, scratch=str(tmp_path))
+    with pytest.raises(InputError, match="the input is wrong"):
+        run_squares(root, run_numbers(root), config)
+    assert not storage.list_files(storage.join(root, "squares"))
+
+
+def test_an_empty_input_is_refused(tmp_path: Path) -> None:
+    numbers = run_numbers(str(tmp_path))
+    with pytest.raises(InputError, match=r"give numbers\.counts"):
+        run_squares(str(tmp_path), dataclasses.replace(numbers, records=()))

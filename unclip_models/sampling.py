@@ -1,0 +1,325 @@
+"""Samplers: functions from (denoiser, noise, process) to data.
+
+A denoiser is ``(x_t, t) -> model output`` with its conditioning bound and ``t`` in ORIGINAL timesteps; the process is a
+``GaussianDiffusion``, usually respaced to the steps to visit. Noise comes from one ``torch.Generator`` per sample, so
+that a result depends on its own seed and never on what else was in the batch.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from unclip_models.diffusion import Clip, Denoiser, GaussianDiffusion
+
+
+def seeded_generators(seeds: Sequence[int], tag: str = "") -> list[torch.Generator]:
+    """Return one CPU generator per seed; the tag keeps the streams of different models apart."""
+    generators = []
+    for seed in seeds:
+        digest = hashlib.blake2b(f"{int(seed)}/{tag}".encode(), digest_size=8).digest()
+        generators.append(torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1))
+    return generators
+
+
+def draw_noise(
+    generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Tensor:
+    """Draw standard normal noise, float32 ``(len(generators), *shape)``, row i from generator i.
+
+    Each row is drawn on its generator's own device and then moved, so CPU generators give the same noise everywhere.
+    """
+    rows = [torch.randn(shape, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack(rows).to(device)
+
+
+def combine_guidance(
+    conditional: Tensor, unconditional: Tensor, scale: float, num_channels: int | None = None
+) -> Tensor:
+    """Extrapolate from the unconditional to the conditional output (Ho and Salimans 2021; GLIDE, Eq. 7).
+
+    The output may be noise, x_start or v: at a fixed x_t they are affine in each other, so guidance agrees.
+
+    Args:
+        conditional: model output given the condition ``(B, C, ...)``.
+        unconditional: model output without it, same shape.
+        scale: 1 returns ``conditional`` and 0 ``unconditional``, exactly.
+        num_channels: guide only the first so many channels and keep the conditional rest (learned variances).
+    """
+    if scale == 1.0:
+        return conditional
+    if num_channels is not None and num_channels < conditional.shape[1]:
+        guided = combine_guidance(conditional[:, :num_channels], unconditional[:, :num_channels], scale)
+        return torch.cat([guided, conditional[:, num_channels:]], dim=1)
+    if scale == 0.0:
+        return unconditional
+    return unconditional + scale * (conditional - unconditional)
+
+
+def guide(denoiser_cond: Denoiser, denoiser_uncond: Denoiser, scale: float) -> Denoiser:
+    """Return the classifier-free guided denoiser.
+
+    With scale 1 it is ``denoiser_cond`` itself, and the unconditional network is never run. Learned variance channels
+    are taken from the conditional output.
+    """
+    if scale == 1.0:
+        return denoiser_cond
+
+    def guided(x_t: Tensor, t: Tensor) -> Tensor:
+        return combine_guidance(denoiser_cond(x_t, t), denoiser_uncond(x_t, t), scale, num_channels=x_t.shape[1])
+
+    return guided
+
+
+@torch.no_grad()
+def ddpm_sample(
+    denoiser: Denoiser,
+    x_T: Tensor,  # noqa: N803 - the paper's letter
+    diffusion: GaussianDiffusion,
+    *,
+    generators: Sequence[torch.Generator],
+    clip: Clip | None = None,
+) -> Tensor:
+    """Sample ancestrally with the process's own variance, fixed or learned (DDPM, Algorithm 2).
+
+    Args:
+        denoiser: the network.
+        x_T: standard normal ``(B, ...)``.
+        diffusion: the process, respaced to the steps to take.
+        generators: B generators, one per sample.
+        clip: applied to every predicted x_start.
+
+    Returns:
+        x_0, float32 of the shape of ``x_T``.
+    """
+    _check_generators(generators, x_T)
+    x = x_T.float()
+    for t in _steps_down(diffusion, x):
+        predicted = diffusion.p_mean_variance(denoiser(x, diffusion.original(t)), x, t, clip=clip)
+        x = predicted.mean
+        if int(t[0]) > 0:  # the last step returns the mean: noise after it would only be seen as grain
+            x = x + (predicted.log_variance / 2).exp() * draw_noise(generators, tuple(x.shape[1:]), x.device)
+    return x
+
+
+@torch.no_grad()
+def ddim_sample(
+    denoiser: Denoiser,
+    x_T: Tensor,  # noqa: N803
+    diffusion: GaussianDiffusion,
+    *,
+    eta: float = 0.0,
+    generators: Sequence[torch.Generator] | None = None,
+    clip: Clip | None = None,
+) -> Tensor:
+    """Sample by DDIM (Song et al. 2021, Eqs. 12, 16): eta 0 is deterministic, eta 1 has DDPM's posterior variance.
+
+    Args:
+        denoiser: the network.
+        x_T: standard normal, or a latent of ``ddim_invert``, ``(B, ...)``.
+        diffusion: the process, respaced to the steps to take.
+        eta: noise level.
+        generators: B generators, one per sample; needed when ``eta`` > 0.
+        clip: applied to every predicted x_start.
+
+    Returns:
+        x_0, float32 of the shape of ``x_T``.
+
+    Raises:
+        ValueError: if ``eta`` > 0 comes without generators.
+    """
+    if eta > 0 and generators is None:
+        raise ValueError(f"ddim_sample: eta is {eta} but no generators are given; pass one per sample, or eta=0")
+    x = x_T.float()
+    for t in _steps_down(diffusion, x):
+        model_output = denoiser(x, diffusion.original(t))
+        x_start = diffusion.predict_x_start(model_output, x, t, clip=clip)
+        noise = diffusion.noise_from_x_start(x_start, x, t)
+        alpha_bar_prev = diffusion.gather("alphas_cumprod_prev", t, x)
+        variance = eta**2 * diffusion.gather("posterior_variance", t, x)
+        x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * noise
+        if eta > 0 and generators is not None and int(t[0]) > 0:
+            _check_generators(generators, x)
+            x = x + variance.sqrt() * draw_noise(generators, tuple(x.shape[1:]), x.device)
+    return x
+
+
+@torch.no_grad()
+def ddim_invert(
+    denoiser: Denoiser, x_start: Tensor, diffusion: GaussianDiffusion, *, num_refinements: int = 3
+) -> Tensor:
+    """Find the x_T from which ``ddim_sample(eta=0)`` on the same process returns ``x_start`` (unCLIP, section 3).
+
+    Each level is first guessed from the one below (ADM, Appendix F), then refined as the fixed point of the
+    sampler's own step, so that even a coarse process is inverted closely. Use the conditioning and guidance of the
+    sampler, and no clipping: a clipped step has no inverse.
+
+    Args:
+        denoiser: the network.
+        x_start: clean data ``(B, ...)``.
+        diffusion: the process, respaced as the sampler's.
+        num_refinements: fixed-point iterations per step, each one more run of the network; 0 is ADM's inversion.
+
+    Returns:
+        x_T, float32 of the shape of ``x_start``.
+    """
+    x = x_start.float()
+    for t in reversed(list(_steps_down(diffusion, x))):
+        alpha_bar = diffusion.gather("alphas_cumprod", t, x)
+        alpha_bar_prev = diffusion.gather("alphas_cumprod_prev", t, x)
+        signal = (alpha_bar / alpha_bar_prev).sqrt()
+        sigma = (1 - alpha_bar).sqrt() - signal * (1 - alpha_bar_prev).sqrt()
+        # The level below is known: ask for its noise there. The clean level has no timestep of its own; t stands in.
+        below = (t - 1).clamp(min=0)
+        noise = diffusion.predict_noise(denoiser(x, diffusion.original(below)), x, below)
+        guess = signal * x + sigma * noise
+        for _ in range(num_refinements):
+            noise = diffusion.predict_noise(denoiser(guess, diffusion.original(t)), guess, t)
+            guess = signal * x + sigma * noise
+        x = guess
+    return x
+
+
+@torch.no_grad()
+def analytic_sample(
+    denoiser: Denoiser,
+    x_T: Tensor,  # noqa: N803
+    diffusion: GaussianDiffusion,
+    *,
+    gamma: Tensor,
+    generators: Sequence[torch.Generator],
+    clip: Clip | None = None,
+) -> Tensor:
+    """Sample ancestrally with the optimal variance (Analytic-DPM, Bao et al. 2022, Eqs. 8, 13); the prior's sampler.
+
+    Args:
+        denoiser: the network.
+        x_T: standard normal ``(B, ...)``.
+        diffusion: the process, respaced to the steps to take.
+        gamma: Gamma_t = E ||noise prediction||^2 / dim of every ORIGINAL timestep ``(T,)``, from ``measure_gamma``.
+        generators: B generators, one per sample.
+        clip: applied to every predicted x_start.
+
+    Returns:
+        x_0, float32 of the shape of ``x_T``.
+
+    Raises:
+        ValueError: if ``gamma`` was not measured.
+    """
+    _check_generators(generators, x_T)
+    variances = analytic_variance(diffusion, gamma)
+    x = x_T.float()
+    for t in _steps_down(diffusion, x):
+        x_start = diffusion.predict_x_start(denoiser(x, diffusion.original(t)), x, t, clip=clip)
+        x, _, _ = diffusion.q_posterior(x_start, x, t)
+        index = int(t[0])
+        if index > 0:
+            x = x + float(variances[index]) ** 0.5 * draw_noise(generators, tuple(x.shape[1:]), x.device)
+    return x
+
+
+def analytic_variance(diffusion: GaussianDiffusion, gamma: Tensor) -> np.ndarray:
+    """Return the optimal reverse variances of a process, float64 ``(num_timesteps,)``.
+
+    It is the posterior variance plus what is unknown about x_start: posterior-mean coefficient squared times
+    Cov[x_start | x_t] = (1 - ab) / ab * (1 - Gamma), bounded by 1, the variance of data within [-1, 1].
+
+    Raises:
+        ValueError: if ``gamma`` has another length than T or holds a negative (unmeasured) entry.
+    """
+    if gamma.shape != (diffusion.config.num_timesteps,) or not bool((gamma >= 0).all()):
+        raise ValueError(
+            f"analytic sampling: gamma {tuple(gamma.shape)} must hold a measured value for each of "
+            f"{diffusion.config.num_timesteps} timesteps; run measure_gamma first, or use another sampler"
+        )
+    kept = gamma.detach().double().cpu().numpy()[list(diffusion.timesteps)]
+    alpha_bar = diffusion.alphas_cumprod
+    covariance = np.clip((1 - alpha_bar) / alpha_bar * (1 - kept), 0.0, 1.0)
+    variance: np.ndarray = diffusion.posterior_variance + diffusion.posterior_mean_x_start**2 * covariance
+    return variance
+
+
+@torch.no_grad()
+def measure_gamma(
+    denoiser: Denoiser,
+    x_start: Tensor,
+    diffusion: GaussianDiffusion,
+    *,
+    noise_like: Callable[[int], Tensor],
+    num_points: int = 64,
+) -> Tensor:
+    """Measure Gamma_t = E ||noise prediction||^2 / dim of a trained network (Analytic-DPM, Eq. 9).
+
+    Gamma is smooth in t, so it is measured at evenly spread timesteps and interpolated between them.
+
+    Args:
+        denoiser: the network, bound to the conditioning of ``x_start``.
+        x_start: clean data ``(B, ...)``; a few hundred samples do.
+        diffusion: the whole process.
+        noise_like: timestep -> standard normal of the shape of ``x_start``.
+        num_points: timesteps measured.
+
+    Returns:
+        float32 ``(T,)`` on the CPU.
+    """
+    total = diffusion.num_timesteps
+    points = np.unique(np.linspace(0, total - 1, min(num_points, total)).round().astype(int))
+    measured = []
+    for point in points:
+        t = torch.full((x_start.shape[0],), int(point), dtype=torch.int64, device=x_start.device)
+        x_t = diffusion.q_sample(x_start.float(), t, noise_like(int(point)))
+        noise = diffusion.predict_noise(denoiser(x_t, diffusion.original(t)), x_t, t)
+        measured.append(float((noise**2).mean()))
+    return torch.from_numpy(np.interp(np.arange(total), points, measured)).float()
+
+
+@torch.no_grad()
+def dpm_solver_2m(
+    denoiser: Denoiser,
+    x_T: Tensor,  # noqa: N803
+    diffusion: GaussianDiffusion,
+    *,
+    clip: Clip | None = None,
+) -> Tensor:
+    """Sample with DPM-Solver++(2M) (Lu et al. 2022, Algorithm 2): deterministic, second order, for few steps.
+
+    Args:
+        denoiser: the network.
+        x_T: standard normal ``(B, ...)``.
+        diffusion: the process, respaced to the steps to take.
+        clip: applied to every predicted x_start.
+
+    Returns:
+        x_0, float32 of the shape of ``x_T``.
+    """
+    signal = np.sqrt(diffusion.alphas_cumprod)
+    sigma = np.sqrt(1 - diffusion.alphas_cumprod)
+    log_snr = np.log(signal / sigma)
+    x = x_T.float()
+    previous: Tensor | None = None
+    for t in _steps_down(diffusion, x):
+        i = int(t[0])
+        x_start = diffusion.predict_x_start(denoiser(x, diffusion.original(t)), x, t, clip=clip)
+        if i == 0:
+            return x_start  # the log-SNR of clean data is infinite, where the first-order step is x_start itself
+        step = log_snr[i - 1] - log_snr[i]
+        direction = x_start
+        if previous is not None:
+            ratio = float((log_snr[i] - log_snr[i + 1]) / step)
+            direction = x_start + (x_start - previous) / (2 * ratio)
+        x = float(sigma[i - 1] / sigma[i]) * x - float(signal[i - 1] * np.expm1(-step)) * direction
+        previous = x_start
+    return x
+
+
+def _steps_down(diffusion: GaussianDiffusion, x: Tensor) -> Iterator[Tensor]:
+    """Yield the process's indices from the noisiest to 0, each int64 ``(B,)``."""
+    for index in reversed(range(diffusion.num_timesteps)):
+        yield torch.full((x.shape[0],), index, dtype=torch.int64, device=x.device)
+
+
+def _check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:
+    if len(generators) != x.shape[0]:
+        raise ValueError(f"sampling: {len(generators)} generators for a batch of {x.shape[0]}; give one per sample")
