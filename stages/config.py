@@ -206,26 +206,48 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, values: Any) -> list[str]:
     lines: list[str] = []
-    for item in error.errors(include_url=False):
+    for item in _of_chosen_members(error.errors(include_url=False)):
         path = _clean_path(item["loc"], values)
         dotted = ".".join(path)
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             line = f"{dotted}: unknown key{_did_you_mean(path, values)}"
         elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             line = f"{dotted}: required, but not given"
+        elif item["type"] == "value_error":  # from a __post_init__; its message begins with the setting's name
+            line = f"{dotted}.{item['ctx']['error']}"
         else:
-            message = str(item["msg"]).removeprefix("Value error, ")
-            message = (
-                message[:1].lower() + message[1:]
-                if not message.startswith(tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ_")) or message[1:2].islower()
-                else message
-            )
-            given = item.get("input")
-            shown = "" if isinstance(given, dict) else f"{json.dumps(given)}: "
-            line = f"{dotted}: {shown}{message}"
+            shown = "" if isinstance(item["input"], dict) else f"{json.dumps(item['input'])}: "
+            line = f"{dotted}: {shown}{item['msg'][:1].lower()}{item['msg'][1:]}"
         if line not in lines:
             lines.append(line)
     return lines
+
+
+def _of_chosen_members(items: Sequence[Any]) -> list[Any]:
+    """Of a section that may be one of several classes, keep the errors of the class its ``kind`` names.
+
+    Pydantic reports the errors of every class, with the class's name in the path.
+    """
+    unions: dict[tuple[int | str, ...], dict[str, list[Any]]] = {}
+    kept: list[Any] = []
+    for item in items:
+        location = item["loc"]
+        position = next((i for i, part in enumerate(location) if str(part)[:1].isupper()), None)
+        if position is None:
+            kept.append(item)
+        else:
+            members = unions.setdefault(location[:position], {})
+            members.setdefault(str(location[position]), []).append(item)
+    for members in unions.values():
+        wrong = {name: [i for i in errors if i["type"] == "literal_error"] for name, errors in members.items()}
+        chosen = [name for name in members if not any(i["loc"][-1] == "kind" for i in wrong[name])]
+        if chosen:
+            kept += [item for name in chosen for item in members[name]]
+        else:
+            kinds = " or ".join(i["ctx"]["expected"] for errors in wrong.values() for i in errors if i["loc"][-1] == "kind")
+            first = next(i for errors in wrong.values() for i in errors if i["loc"][-1] == "kind")
+            kept.append({**first, "msg": f"input should be {kinds}"})
+    return kept
 
 
 def _clean_path(location: Sequence[int | str], values: Any) -> list[str]:

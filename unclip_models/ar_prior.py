@@ -237,7 +237,8 @@ class ARPrior(Float32Buffers):
             random: the step's randomness.
 
         Returns:
-            The mean loss, and detached per-sample terms ``(B,)``: ``code_cross_entropy``, ``dot_cross_entropy``.
+            The mean loss, and detached per-sample terms ``(B,)``: ``loss``, ``code_cross_entropy`` (averaged over the
+            k codes) and ``dot_cross_entropy``.
         """
         codes = self.encode(batch["image_embedding"])
         dot = self.encode_dot(batch["image_embedding"], batch["text_embedding"])
@@ -245,9 +246,9 @@ class ARPrior(Float32Buffers):
         dot_logits, code_logits = self(dot, codes, batch["tokens"], batch["text_embedding"], drop)
         dot_loss = F.cross_entropy(dot_logits.float(), dot, reduction="none")  # (B,)
         code_losses = F.cross_entropy(code_logits.float().transpose(1, 2), codes, reduction="none")  # (B, k)
-        loss = (dot_loss + code_losses.sum(dim=1)).mean() / (self.config.num_codes + 1)
-        terms = {"code_cross_entropy": code_losses.mean(dim=1).detach(), "dot_cross_entropy": dot_loss.detach()}
-        return loss, terms
+        losses = (dot_loss + code_losses.sum(dim=1)) / (self.config.num_codes + 1)
+        terms = {"loss": losses, "code_cross_entropy": code_losses.mean(dim=1), "dot_cross_entropy": dot_loss}
+        return losses.mean(), {name: term.detach() for name, term in terms.items()}
 
     # sampling
 

@@ -52,7 +52,7 @@ def build(config: Any) -> nn.Module:
         ValueError: if ``config`` is of no known type.
     """
     architecture = _architecture_of(config)
-    return cast(nn.Module, architecture.model(config))
+    return architecture.model(config)
 
 
 def save_model(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str] | None = None) -> None:
@@ -116,7 +116,22 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     aside = path.with_name(path.name + ".tmp")
     save_file(copies, aside, metadata=dict(header))
+    _sort_metadata(aside)
     aside.replace(path)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a safetensors file in order: the library writes it in a random one, and equal models must be
+    equal files.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        assert len(ordered) <= length, "the order of keys does not change the length of JSON"
+        file.seek(8)
+        file.write(ordered.ljust(length))
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

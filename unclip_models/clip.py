@@ -27,6 +27,8 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 ARCHITECTURE, ARCHITECTURE_VERSION = "clip", "1"
 MAX_LOGIT_SCALE = 100.0
+RESIZE_MODES = ("shortest", "squash")
+SELF_CONTAINED = ("hf-hub:", "local-dir:")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,7 @@ class ClipPreprocess:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipConfig:
+class ClipModelConfig:
     """A CLIP to be trained here: a ViT and a causal text transformer of open_clip's own classes.
 
     The defaults are the small model of the quickstart. unCLIP's own (Appendix C): image_size 256, patch_size 16,
@@ -183,10 +185,14 @@ class ClipModel(nn.Module):
         self.origin = origin
 
     @classmethod
-    def from_config(cls, config: ClipConfig) -> ClipModel:
-        """Build an untrained model (open_clip's initialisation, drawn from torch's global generator)."""
-        preprocess = ClipPreprocess(image_size=config.image_size)
-        model_config = config.open_clip_config()
+    def from_config(cls, config: ClipModelConfig | Mapping[str, Any]) -> ClipModel:
+        """Build an untrained model (open_clip's initialisation, drawn from torch's global generator).
+
+        Args:
+            config: its shape, or open_clip's own JSON form (``embed_dim``, ``vision_cfg``, ``text_cfg``).
+        """
+        model_config = config.open_clip_config() if isinstance(config, ClipModelConfig) else dict(config)
+        preprocess = ClipPreprocess(image_size=int(model_config["vision_cfg"]["image_size"]))
         return cls(_build_open_clip(model_config), model_config, preprocess, "trained here")
 
     @classmethod
@@ -217,16 +223,20 @@ class ClipModel(nn.Module):
             return cls.load(name, device)
         import open_clip
 
-        if weights is None and not name.startswith(("hf-hub:", "local-dir:")) and "/" in name:
+        if weights is None and not name.startswith(SELF_CONTAINED) and "/" in name:
             name, weights = name.split("/", 1)
         model_config, origin = _published_config(name, weights, quick_gelu)
-        model, _, _ = open_clip.create_model_and_transforms(
-            name,
-            pretrained=weights,
-            device=device,
-            force_quick_gelu=model_config["quick_gelu"],
-            cache_dir=cache_dir,
-        )
+        try:
+            model = open_clip.create_model(
+                name,
+                pretrained=weights,
+                device=device,
+                force_quick_gelu=model_config["quick_gelu"],
+                cache_dir=cache_dir,
+                require_pretrained=True,
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ValueError(f"clip {origin}: could not load its weights: {error}") from error
         return cls(model, model_config, _preprocess_of(model, origin), origin).freeze()
 
     @classmethod
@@ -305,7 +315,7 @@ class ClipModel(nn.Module):
         return preprocess_images(images, self.preprocess_config)
 
     def forward(self, images: Tensor | Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Embed images and captions with gradients: two unit-norm float32 ``(B, D)``, and the logit scale (at most 100)."""
+        """Embed with gradients: images and captions, unit-norm float32 ``(B, D)``; and the logit scale, up to 100."""
         scale = cast(Tensor, self.model.logit_scale).float().exp().clamp(max=MAX_LOGIT_SCALE)
         return self._image_embedding(images), self._text_embedding(tokens), scale
 
@@ -339,7 +349,7 @@ class ClipModel(nn.Module):
         Raises:
             ValueError: if the text tower is not open_clip's plain transformer.
         """
-        tower = self.model if hasattr(self.model, "ln_final") else getattr(self.model, "text", None)
+        tower: Any = self.model if hasattr(self.model, "ln_final") else getattr(self.model, "text", None)
         if tower is None or not hasattr(tower, "ln_final") or getattr(tower, "cls_emb", None) is not None:
             raise ValueError(f"clip {self.origin}: its text tower has no plain token sequence; use encode_text")
         sequences: list[Tensor] = []
@@ -438,39 +448,50 @@ def _build_open_clip(model_config: Mapping[str, Any]) -> nn.Module:
 
 def _published_config(name: str, weights: str | None, quick_gelu: bool | None) -> tuple[dict[str, Any], str]:
     """Look an open_clip architecture up and decide its activation; return its config and a name for messages."""
-    import open_clip
     from open_clip.factory import get_model_config
-    from open_clip.pretrained import get_pretrained_cfg
 
     origin = f"{name}/{weights}" if weights else name
-    config = get_model_config(name)
+    try:
+        config = get_model_config(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"clip.name: no open_clip model at {name!r}: {error}") from error
     if config is None:
         raise ValueError(f"clip.name: open_clip has no architecture {name!r}; see open_clip.list_models()")
     of_config = bool(config.get("quick_gelu", False))
-    tag = get_pretrained_cfg(name, weights) if weights else None
-    has_own_weights = name.startswith(("hf-hub:", "local-dir:"))
-    if not has_own_weights and not weights:
-        raise ValueError(f"clip.weights: missing for {name!r}; give a tag of open_clip.list_pretrained() or a file")
-    if tag:
-        of_weights = bool(tag.get("quick_gelu", False))
-        if of_config and not of_weights:
-            raise ValueError(f"clip.name: {origin} was trained with GELU, {name} has QuickGELU; use the plain name")
-    elif has_own_weights or of_config:
+    if name.startswith(SELF_CONTAINED):
+        if weights:
+            raise ValueError(f"clip.weights: {weights!r} would be ignored, {name} brings its own; remove it")
         of_weights = of_config
-    elif not Path(weights or "").is_file():
-        known = open_clip.list_pretrained_tags_by_model(name)
-        raise ValueError(f"clip.weights: {weights!r} is neither a file nor a tag of {name}; its tags: {known}")
-    elif quick_gelu is None:
-        raise ValueError(
-            f"clip.quick_gelu: undecided for {origin}; a weights file does not say which activation it was trained "
-            "with, and the wrong one gives wrong embeddings without any error. Set it to true (OpenAI, DFN, MetaCLIP) "
-            "or false (most others)"
-        )
     else:
-        of_weights = quick_gelu
+        of_weights = _activation_of_weights(name, weights, of_config, quick_gelu)
+    if of_config and not of_weights:
+        raise ValueError(f"clip.name: {origin} was trained with GELU, {name} has QuickGELU; use the plain name")
     if quick_gelu is not None and quick_gelu != of_weights:
         raise ValueError(f"clip.quick_gelu: {quick_gelu}, but {origin} was trained with {of_weights}; remove it")
     return {**config, "quick_gelu": of_weights}, origin
+
+
+def _activation_of_weights(name: str, weights: str | None, of_config: bool, quick_gelu: bool | None) -> bool:
+    """Say whether weights were trained with QuickGELU: a tag knows, a file must come with the answer."""
+    import open_clip
+    from open_clip.pretrained import get_pretrained_cfg
+
+    if not weights:
+        raise ValueError(f"clip.weights: missing for {name!r}; give a tag of open_clip.list_pretrained() or a file")
+    if tag := get_pretrained_cfg(name, weights):
+        return bool(tag.get("quick_gelu", False))
+    if not Path(weights).is_file():
+        known = open_clip.list_pretrained_tags_by_model(name)
+        raise ValueError(f"clip.weights: {weights!r} is neither a file nor a tag of {name}; its tags: {known}")
+    if of_config:
+        return True
+    if quick_gelu is None:
+        raise ValueError(
+            f"clip.quick_gelu: undecided for {name} with {weights}; a weights file does not say which activation it "
+            "was trained with, and the wrong one gives wrong embeddings without any error. Set it to true (OpenAI, "
+            "DFN, MetaCLIP) or false (most others)"
+        )
+    return quick_gelu
 
 
 def _preprocess_of(model: nn.Module, origin: str) -> ClipPreprocess:
@@ -478,7 +499,7 @@ def _preprocess_of(model: nn.Module, origin: str) -> ClipPreprocess:
     recorded = cast(Any, model).visual.preprocess_cfg
     size = recorded["size"]
     sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1 or recorded["interpolation"] != "bicubic" or recorded["resize_mode"] not in _RESIZE_MODES:
+    if len(sides) != 1 or recorded["interpolation"] != "bicubic" or recorded["resize_mode"] not in RESIZE_MODES:
         raise ValueError(f"clip {origin}: unsupported preprocessing {recorded}; choose a square, bicubic model")
     return ClipPreprocess(
         image_size=sides.pop(),
@@ -486,6 +507,3 @@ def _preprocess_of(model: nn.Module, origin: str) -> ClipPreprocess:
         std=tuple(recorded["std"]),
         resize_mode=recorded["resize_mode"],
     )
-
-
-_RESIZE_MODES = ("shortest", "squash")

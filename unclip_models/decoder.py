@@ -1,9 +1,10 @@
 """The decoder: a GLIDE-style diffusion U-Net that renders an image from z_i and, optionally, a caption.
 
-unCLIP, section 2.1: z_i enters twice, projected and added to the timestep embedding, and projected to four tokens joined
-to the caption encoder's outputs, which every attention of the U-Net sees. As in GLIDE, the encoder's last position is
-also projected and added to the timestep embedding. For classifier-free guidance z_i is withheld 10% of the time (zero or
-a learned embedding) and the caption 50%; the paper's Fig. 8 and section 5.1 say 5% for z_i, so both are settings.
+unCLIP, section 2.1: z_i enters twice, projected and added to the timestep embedding, and projected to four tokens
+joined to the caption encoder's outputs, which every attention of the U-Net sees. As in GLIDE, the encoder's last
+position is also projected and added to the timestep embedding. For classifier-free guidance z_i is withheld 10% of the
+time (zero or a learned embedding) and the caption 50%; the paper's Fig. 8 and section 5.1 say 5% for z_i, so both are
+settings.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from unclip_models.text_encoder import TextEncoder, TextEncoderConfig
 from unclip_models.unet import UNet, UNetConfig
 
 IMAGE_CHANNELS = 3
-ImageSampler = Literal["ddpm", "ddim", "dpm_solver"]
+ImageSampler = Literal["ddpm", "ddim", "dpm_solver_2m"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +145,8 @@ class Decoder(nn.Module):
             random: the step's randomness, of the same B samples.
 
         Returns:
-            The mean loss, scalar, and detached per-sample terms ``(B,)``: ``loss``, ``mse``, ``vb`` if the variance is
-            learned, and ``t``.
+            The mean loss, scalar, and detached per-sample terms ``(B,)``: ``mse``, ``vb`` if the variance is
+            learned, and ``timestep`` int64.
         """
         x_start = batch["image"].float()
         _check_image(x_start, self.config.image_size)
@@ -161,7 +162,7 @@ class Decoder(nn.Module):
             )
 
         loss, terms = self.diffusion.training_loss(denoiser, x_start, t, noise)
-        return loss.mean(), {"loss": loss.detach(), **terms, "t": t}
+        return loss.mean(), {**terms, "timestep": t}
 
     @torch.no_grad()
     def sample(
@@ -183,7 +184,7 @@ class Decoder(nn.Module):
             tokens: ``(B, context_length)``; None withholds the captions.
             steps: timesteps to visit, as in :func:`unclip_models.diffusion.spaced_timesteps`.
             guidance_scale: 1 is no guidance; the unconditional branch withholds both z_i and caption.
-            sampler: ``ddpm`` (learned variance, the paper's), ``ddim`` or ``dpm_solver``.
+            sampler: ``ddpm`` (learned variance, the paper's), ``ddim`` or ``dpm_solver_2m``.
             eta: noise of DDIM; 0 is deterministic.
             generators: one per image.
             x_T: starting noise ``(B, 3, S, S)``; None draws it from the generators.
@@ -279,10 +280,10 @@ def run_image_sampler(
         x = ddpm_sample(denoiser, x_T, process, generators=generators, clip=clip_to_image_range)
     elif sampler == "ddim":
         x = ddim_sample(denoiser, x_T, process, eta=eta, generators=generators, clip=clip_to_image_range)
-    elif sampler == "dpm_solver":
+    elif sampler == "dpm_solver_2m":
         x = dpm_solver_2m(denoiser, x_T, process, clip=clip_to_image_range)
     else:
-        raise ValueError(f"sampler: {sampler!r}; use ddpm, ddim or dpm_solver")
+        raise ValueError(f"sampler: {sampler!r}; use ddpm, ddim or dpm_solver_2m")
     return clip_to_image_range(x)
 
 

@@ -156,7 +156,7 @@ def bsr_degrade(image: Image, factor: int, strength: BSRStrength, rng: np.random
 
 
 def _clipped(image: NDArray[Any]) -> Image:
-    return np.clip(image, 0.0, 1.0).astype(np.float32)
+    return cast(Image, np.clip(image, 0.0, 1.0).astype(np.float32))
 
 
 def _resize(image: Image, size: tuple[int, int], rng: np.random.Generator) -> Image:
@@ -238,6 +238,6 @@ def _jpeg(image: Image, strength: BSRStrength, rng: np.random.Generator) -> Imag
     low, high = strength.jpeg_qualities
     pixels = np.round(image[:, :, ::-1] * 255.0).astype(np.uint8)  # OpenCV encodes BGR
     done, data = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, int(rng.integers(low, high + 1))])
-    assert done, "OpenCV could not encode a JPEG"
-    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR)
+    decoded = cv2.imdecode(data, cv2.IMREAD_COLOR) if done else None
+    assert decoded is not None, "OpenCV could not encode a JPEG"
     return np.ascontiguousarray(decoded[:, :, ::-1]).astype(np.float32) / 255.0

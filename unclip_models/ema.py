@@ -1,8 +1,8 @@
 """Exponential moving averages of weights, on whole models or on the shard of them that one rank owns.
 
 Everything works on lists of tensors, so a rank of a sharded optimizer averages only its own flat partitions and no GPU
-holds a second copy of the model. Averages are float32 whatever the dtype of the weights: at a decay of 0.9999 a bfloat16
-average would round every update away.
+holds a second copy of the model. Averages are float32 whatever the dtype of the weights: at a decay of 0.9999 a
+bfloat16 average would round every update away.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _PAPER_SCALE = 17.2
 _PAPER_EMBEDDING_DIM = 1024
 _NUM_EXTRA_POSITIONS = 4  # text embedding, timestep, noised image embedding, final query
 _UNMEASURED = -1.0
-PRIOR_SAMPLERS = ("ddim", "ddpm", "analytic", "dpm_solver_2m")
+PRIOR_SAMPLERS = ("ddim", "ddpm", "analytic", "dpm_solver")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class DiffusionPrior(Float32Buffers):
             random: the step's randomness.
 
         Returns:
-            The mean loss, and detached per-sample terms ``(B,)``: ``mse``, and ``timestep`` int64.
+            The mean loss, and detached per-sample terms ``(B,)``: ``loss``, ``mse``, and the timesteps ``t``.
         """
         image_embedding = batch["image_embedding"].float()
         t = random.integers("timestep", 0, self.config.diffusion.num_timesteps)
@@ -177,7 +177,7 @@ class DiffusionPrior(Float32Buffers):
             return prediction
 
         losses, terms = self.diffusion.training_loss(denoiser, image_embedding * self.scale, t, noise)
-        return losses.mean(), {**terms, "timestep": t}
+        return losses.mean(), {"loss": losses.detach(), **terms, "t": t}
 
     @torch.no_grad()
     def sample(
@@ -200,7 +200,7 @@ class DiffusionPrior(Float32Buffers):
             guidance_scale: 1 samples the conditional model alone (the paper found that guiding the prior hurts).
             generators: B generators, one per sample.
             num_candidates: embeddings drawn per caption (paper: 2).
-            sampler: ``ddim``, ``ddpm``, ``analytic`` (paper; needs ``measure_gamma``) or ``dpm_solver_2m``.
+            sampler: ``ddim``, ``ddpm``, ``analytic`` (paper; needs ``measure_gamma``) or ``dpm_solver``.
 
         Returns:
             Unit-norm image embeddings, float32 ``(B, D)``.
@@ -233,7 +233,7 @@ class DiffusionPrior(Float32Buffers):
             "ddim": lambda: ddim_sample(denoiser, x_T, diffusion),
             "ddpm": lambda: ddpm_sample(denoiser, x_T, diffusion, generators=generators),
             "analytic": lambda: analytic_sample(denoiser, x_T, diffusion, gamma=self.gamma, generators=generators),
-            "dpm_solver_2m": lambda: dpm_solver_2m(denoiser, x_T, diffusion),
+            "dpm_solver": lambda: dpm_solver_2m(denoiser, x_T, diffusion),
         }
         if sampler not in runs:
             raise ValueError(f"prior sampling: sampler is {sampler!r}; use one of {', '.join(PRIOR_SAMPLERS)}")
@@ -249,7 +249,7 @@ class DiffusionPrior(Float32Buffers):
             suffix = self._suffix(x_t.flatten(0, 1), t.repeat_interleave(num_candidates))  # (B * N, 3, width)
             hidden = self.transformer(suffix, prefix_cache.fork())
             prediction: Tensor = self.out_proj(self.final_norm(hidden[:, -1]))
-            return prediction.unflatten(0, (-1, num_candidates))
+            return prediction.reshape(-1, num_candidates, prediction.shape[-1])
 
         return denoiser
 

@@ -6,6 +6,7 @@ that a result depends on its own seed and never on what else was in the batch.
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -96,10 +97,10 @@ def ddpm_sample(
     """
     _check_generators(generators, x_T)
     x = x_T.float()
-    for t in _steps_down(diffusion, x):
+    for index, t in _steps_down(diffusion, x):
         predicted = diffusion.p_mean_variance(denoiser(x, diffusion.original(t)), x, t, clip=clip)
         x = predicted.mean
-        if int(t[0]) > 0:  # the last step returns the mean: noise after it would only be seen as grain
+        if index > 0:  # the last step returns the mean: noise after it would only be seen as grain
             x = x + (predicted.log_variance / 2).exp() * draw_noise(generators, tuple(x.shape[1:]), x.device)
     return x
 
@@ -132,16 +133,17 @@ def ddim_sample(
     """
     if eta > 0 and generators is None:
         raise ValueError(f"ddim_sample: eta is {eta} but no generators are given; pass one per sample, or eta=0")
+    if generators is not None:
+        _check_generators(generators, x_T)
     x = x_T.float()
-    for t in _steps_down(diffusion, x):
+    for index, t in _steps_down(diffusion, x):
         model_output = denoiser(x, diffusion.original(t))
         x_start = diffusion.predict_x_start(model_output, x, t, clip=clip)
         noise = diffusion.noise_from_x_start(x_start, x, t)
         alpha_bar_prev = diffusion.gather("alphas_cumprod_prev", t, x)
         variance = eta**2 * diffusion.gather("posterior_variance", t, x)
         x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * noise
-        if eta > 0 and generators is not None and int(t[0]) > 0:
-            _check_generators(generators, x)
+        if eta > 0 and generators is not None and index > 0:
             x = x + variance.sqrt() * draw_noise(generators, tuple(x.shape[1:]), x.device)
     return x
 
@@ -166,20 +168,38 @@ def ddim_invert(
         x_T, float32 of the shape of ``x_start``.
     """
     x = x_start.float()
-    for t in reversed(list(_steps_down(diffusion, x))):
-        alpha_bar = diffusion.gather("alphas_cumprod", t, x)
-        alpha_bar_prev = diffusion.gather("alphas_cumprod_prev", t, x)
-        signal = (alpha_bar / alpha_bar_prev).sqrt()
-        sigma = (1 - alpha_bar).sqrt() - signal * (1 - alpha_bar_prev).sqrt()
+    for index, t in reversed(list(_steps_down(diffusion, x))):
         # The level below is known: ask for its noise there. The clean level has no timestep of its own; t stands in.
         below = (t - 1).clamp(min=0)
         noise = diffusion.predict_noise(denoiser(x, diffusion.original(below)), x, below)
-        guess = signal * x + sigma * noise
+        (keep_noise, add_noise), (keep_x_start, add_x_start) = _inverse_steps(diffusion, index)
+        guess = keep_noise * x + add_noise * noise
+        signal, sigma = diffusion.sqrt_alphas_cumprod[index], diffusion.sqrt_one_minus_alphas_cumprod[index]
         for _ in range(num_refinements):
-            noise = diffusion.predict_noise(denoiser(guess, diffusion.original(t)), guess, t)
-            guess = signal * x + sigma * noise
+            predicted = diffusion.predict_x_start(denoiser(guess, diffusion.original(t)), guess, t)
+            # Either form has the same fixed point; take the one that contracts more on data of unit variance.
+            if abs(add_noise) * sigma < abs(add_x_start) * signal:
+                guess = keep_noise * x + add_noise * diffusion.noise_from_x_start(predicted, guess, t)
+            else:
+                guess = keep_x_start * x + add_x_start * predicted
         x = guess
     return x
+
+
+def _inverse_steps(diffusion: GaussianDiffusion, index: int) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Solve DDIM's step for x_t in two ways: from (x_{t-1}, noise) and from (x_{t-1}, x_start), as coefficient pairs.
+
+    The second divides by the noise level of x_{t-1}, so at the clean level it is infinite and never chosen.
+    """
+    signal, sigma = diffusion.sqrt_alphas_cumprod[index], diffusion.sqrt_one_minus_alphas_cumprod[index]
+    alpha_bar_prev = diffusion.alphas_cumprod_prev[index]
+    signal_prev, sigma_prev = math.sqrt(alpha_bar_prev), math.sqrt(1 - alpha_bar_prev)
+    scale = float(signal / signal_prev)
+    from_noise = (scale, float(sigma - scale * sigma_prev))
+    if sigma_prev == 0:
+        return from_noise, (math.inf, math.inf)
+    ratio = float(sigma / sigma_prev)
+    return from_noise, (ratio, float(signal - ratio * signal_prev))
 
 
 @torch.no_grad()
@@ -211,10 +231,9 @@ def analytic_sample(
     _check_generators(generators, x_T)
     variances = analytic_variance(diffusion, gamma)
     x = x_T.float()
-    for t in _steps_down(diffusion, x):
+    for index, t in _steps_down(diffusion, x):
         x_start = diffusion.predict_x_start(denoiser(x, diffusion.original(t)), x, t, clip=clip)
         x, _, _ = diffusion.q_posterior(x_start, x, t)
-        index = int(t[0])
         if index > 0:
             x = x + float(variances[index]) ** 0.5 * draw_noise(generators, tuple(x.shape[1:]), x.device)
     return x
@@ -299,25 +318,26 @@ def dpm_solver_2m(
     log_snr = np.log(signal / sigma)
     x = x_T.float()
     previous: Tensor | None = None
-    for t in _steps_down(diffusion, x):
-        i = int(t[0])
+    for index, t in _steps_down(diffusion, x):
         x_start = diffusion.predict_x_start(denoiser(x, diffusion.original(t)), x, t, clip=clip)
-        if i == 0:
+        if index == 0:
             return x_start  # the log-SNR of clean data is infinite, where the first-order step is x_start itself
-        step = log_snr[i - 1] - log_snr[i]
+        step = log_snr[index - 1] - log_snr[index]
         direction = x_start
-        if previous is not None:
-            ratio = float((log_snr[i] - log_snr[i + 1]) / step)
+        # The stride of log-SNR jumps at both ends of the process, where extrapolating would amplify errors: the first
+        # step has no history, and the step to the last timestep is first order too.
+        if previous is not None and index > 1:
+            ratio = float((log_snr[index] - log_snr[index + 1]) / step)
             direction = x_start + (x_start - previous) / (2 * ratio)
-        x = float(sigma[i - 1] / sigma[i]) * x - float(signal[i - 1] * np.expm1(-step)) * direction
+        x = float(sigma[index - 1] / sigma[index]) * x - float(signal[index - 1] * np.expm1(-step)) * direction
         previous = x_start
     return x
 
 
-def _steps_down(diffusion: GaussianDiffusion, x: Tensor) -> Iterator[Tensor]:
-    """Yield the process's indices from the noisiest to 0, each int64 ``(B,)``."""
+def _steps_down(diffusion: GaussianDiffusion, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Yield the process's indices from the noisiest to 0: as a number, and as a tensor int64 ``(B,)``."""
     for index in reversed(range(diffusion.num_timesteps)):
-        yield torch.full((x.shape[0],), index, dtype=torch.int64, device=x.device)
+        yield index, torch.full((x.shape[0],), index, dtype=torch.int64, device=x.device)
 
 
 def _check_generators(generators: Sequence[torch.Generator], x: Tensor) -> None:

@@ -75,12 +75,12 @@ class UNetConfig:
 
 
 def num_norm_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:
-    """Choose the groups of a group norm: the largest divisor of ``channels``, at most ``max_groups``, whose groups
-    keep at least ``min_channels`` channels.
+    """Choose the number of groups of a group norm.
 
-    It is ADM's 32 at every width that is a multiple of 32 from 128 on. Narrower networks get fewer groups, because a
-    group of one channel would erase that channel's mean, that is, its colour.
-    """  # noqa: D205
+    It is the largest divisor of ``channels``, at most ``max_groups``, that leaves ``min_channels`` or more in a group:
+    ADM's 32 at every width that is a multiple of 32 from 128 on. Narrower networks get fewer groups, because a group of
+    one channel would erase that channel's mean, that is, its colour.
+    """
     limit = max(1, min(max_groups, channels // min_channels))
     return next(groups for groups in range(limit, 0, -1) if channels % groups == 0)
 
@@ -181,7 +181,7 @@ class ResBlock(nn.Module):
             ``(B, C_out, H', W')``, resampled if the block resamples.
         """
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._forward, x, emb, use_reentrant=False))
+            return checkpoint(self._forward, x, emb, use_reentrant=False)
         return self._forward(x, emb)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
@@ -231,7 +231,7 @@ class AttentionBlock(nn.Module):
             ``(B, C, H, W)``.
         """
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return cast(Tensor, checkpoint(self._forward, x, context, mask, use_reentrant=False))
+            return checkpoint(self._forward, x, context, mask, use_reentrant=False)
         return self._forward(x, context, mask)
 
     def _forward(self, x: Tensor, context: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -248,7 +248,8 @@ class AttentionBlock(nn.Module):
                 visible = F.pad(mask, (0, height * width), value=True)[:, None, None]  # (B, 1, 1, L + HW)
         h = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         h = self.proj_out(h.transpose(1, 2).reshape(num_images, height * width, channels))
-        return x + h.transpose(1, 2).reshape(x.shape).to(x.dtype)
+        residual: Tensor = h.transpose(1, 2).reshape(x.shape).to(x.dtype)
+        return x + residual
 
     def _heads(self, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
         """Split ``(B, L, heads * parts * d)`` into ``parts`` tensors ``(B, heads, L, d)``."""

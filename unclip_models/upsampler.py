@@ -1,8 +1,8 @@
 """An upsampler: a purely convolutional diffusion U-Net that enlarges an image (unCLIP, section 2.2).
 
 It sees no caption and has no attention, so it is trained on random crops of a quarter of the side and applied at full
-size. The low-resolution image, corrupted in training (``degradation.py``), is enlarged and joined to the noised image by
-channel, as in ADM's upsamplers.
+size. The low-resolution image, corrupted in training (``degradation.py``), is enlarged and joined to the noised image
+by channel, as in ADM's upsamplers.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ class Upsampler(nn.Module):
             random: the step's randomness, of the same B samples.
 
         Returns:
-            The mean loss, scalar, and detached per-sample terms ``(B,)``: ``loss``, ``mse``, ``vb`` if the variance is
-            learned, and ``t``.
+            The mean loss, scalar, and detached per-sample terms ``(B,)``: ``mse``, ``vb`` if the variance is
+            learned, and ``timestep`` int64.
         """
         x_start, low_res = batch["image"].float(), batch.get("low_res")
         if low_res is None:
@@ -174,7 +174,7 @@ class Upsampler(nn.Module):
         loss, terms = self.diffusion.training_loss(
             lambda x_t, timesteps: self(x_t, timesteps, low_res), x_start, t, noise
         )
-        return loss.mean(), {"loss": loss.detach(), **terms, "t": t}
+        return loss.mean(), {**terms, "timestep": t}
 
     @torch.no_grad()
     def sample(
@@ -193,7 +193,7 @@ class Upsampler(nn.Module):
             low_res: ``(B, 3, input_size, input_size)`` in [-1, 1]; rounded to 8 bits first, as GLIDE does, because the
                 training images had no more.
             steps: timesteps to visit; the paper uses 27 (64 -> 256) and 15 (256 -> 1024) DDIM steps.
-            sampler: ``ddim``, ``ddpm`` or ``dpm_solver``.
+            sampler: ``ddim``, ``ddpm`` or ``dpm_solver_2m``.
             eta: noise of DDIM.
             generators: one per image.
             noise_temperature: factor on the starting noise (GLIDE: 0.997).

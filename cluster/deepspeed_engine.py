@@ -1,0 +1,246 @@
+"""The engine that trains with DeepSpeed ZeRO: optimizer states, gradients and weights partitioned over the ranks.
+
+The same code runs on CPUs (gloo) and GPUs (nccl). Weights are float32 and bf16 is autocast over them, exactly as in
+the plain-torch engine, so the two agree. Checkpoints are ours (``stages/sharded_state.py``), not DeepSpeed's: any world
+size and ZeRO stage reads them, and they hold no pickle.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stages.adamw import FlatAdamW
+from stages.engine import (
+    EngineSettings,
+    LossFunction,
+    MicroBatch,
+    StepResult,
+    autocast,
+    concatenate,
+    device_of,
+    gather_from_ranks,
+    mean_over_ranks,
+    position,
+    set_learning_rate,
+    sum_over_ranks,
+    trainable,
+)
+from stages.errors import ConfigError
+from stages.sharded_state import Fragment, ShardedState, rank_file
+from unclip_models.randomness import SampleRandom
+
+T = TypeVar("T")
+
+_NEVER = 1 << 30  # steps between DeepSpeed's own progress lines
+_CPU_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 would allocate 2 GiB
+
+
+class DeepSpeedEngine:
+    """See ``stages.engine.Engine``. ``torch.distributed`` must be up, if only with one rank.
+
+    Args:
+        model: the same weights on every rank.
+        loss: the loss function.
+        settings: ``zero_stage`` 0 to 3 says what is partitioned.
+
+    Raises:
+        ConfigError: if there is no process group, or no GPU where one is asked for.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction, settings: EngineSettings) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            raise ConfigError("engine: deepspeed needs a process group; run on Ray, or set engine: torch")
+        self.rank, self.world_size = position()
+        self.device = device_of(settings)
+        os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # DeepSpeed insists on it
+        deepspeed = _import_deepspeed(settings.device)
+        # Ranks of stage 0 hold the same, whatever their number, as those of the plain-torch engine do.
+        self.layout = f"zero{settings.zero_stage}/{self.world_size}" if settings.zero_stage else "replicated"
+        self._settings = settings
+        module = _LossModule(model.to(self.device).train(), loss, settings)
+        names = {id(param): name for name, param in trainable(model).items()}
+        self._optimizer = _WatchedAdamW(trainable(model).values(), settings)
+        self._engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=self._optimizer,
+            config=deepspeed_config(settings),
+            dist_init_required=False,
+        )
+        masters, fragments = _layout_of(self._engine, names, settings.zero_stage, self.rank)
+        self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay)
+
+    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
+        """See ``Engine.step``."""
+        set_learning_rate(self._optimizer, learning_rate)
+        losses: list[Tensor] = []
+        terms: list[Mapping[str, Tensor]] = []
+        for batch, random in micro_batches:
+            loss, per_sample = self._engine(batch, random)
+            self._engine.backward(loss)
+            losses.append(loss.detach())
+            terms.append(per_sample)
+            if len(losses) < self._settings.num_micro_batches:
+                self._engine.step()  # only counts
+        loss_value = mean_over_ranks(losses, self.world_size)
+        self._optimizer.blocked = not math.isfinite(loss_value)
+        self._engine.step()
+        norm = self._gradient_norm()
+        applied = math.isfinite(loss_value) and math.isfinite(norm)
+        if applied:
+            self._state.update_average()
+        return StepResult(loss_value, norm, applied, concatenate(terms))
+
+    def total(self, values: Tensor) -> Tensor:
+        """See ``Engine.total``."""
+        return sum_over_ranks(values, self.device, self.world_size)
+
+    def gather(self, value: T) -> list[T]:
+        """See ``Engine.gather``."""
+        return gather_from_ranks(value, self.world_size)
+
+    def save(self, folder: Path) -> None:
+        """See ``Engine.save``; in stage 0 all ranks hold the same, so the first one writes."""
+        if self.rank == 0 or self._settings.zero_stage > 0:
+            self._state.save(folder / rank_file(self.rank))
+
+    def load(self, files: Sequence[Path]) -> None:
+        """See ``Engine.load``."""
+        self._state.load(files)
+        optimizer = self._engine.optimizer
+        if self._settings.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._settings.zero_stage == 3:
+            _publish_stage_3(optimizer)
+
+    def close(self) -> None:
+        """Release DeepSpeed's hooks and buffers."""
+        self._engine.destroy()
+
+    def _gradient_norm(self) -> float:
+        norm = self._optimizer.norm if self._settings.zero_stage == 0 else self._engine.get_global_grad_norm()
+        return math.nan if norm is None else float(norm)
+
+
+class _LossModule(nn.Module):
+    """The model as DeepSpeed wants it: calling it computes the loss."""
+
+    def __init__(self, model: nn.Module, loss: LossFunction, settings: EngineSettings) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._settings = settings
+
+    def forward(self, batch: Mapping[str, Tensor], random: SampleRandom) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Compute the mean loss and the per-sample terms."""
+        with autocast(self._settings):
+            return self._loss(self.model, batch, random)
+
+
+class _WatchedAdamW(FlatAdamW):
+    """AdamW that can be told to leave the weights alone, and that clips where DeepSpeed does not (stage 0)."""
+
+    def __init__(self, params: Iterable[Tensor], settings: EngineSettings) -> None:
+        super().__init__(
+            params, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
+        )
+        self.blocked = False
+        self.norm: float | None = None
+        self._max_norm = settings.gradient_clipping if settings.zero_stage == 0 else None
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update, unless blocked or the gradient is not finite."""
+        if self._max_norm is not None:
+            gradients = [
+                param.grad for group in self.param_groups for param in group["params"] if param.grad is not None
+            ]
+            norms = torch._foreach_norm(gradients)
+            self.norm = float(torch.linalg.vector_norm(torch.stack(norms)))
+            if not math.isfinite(self.norm):
+                return
+            if self.norm > self._max_norm:
+                torch._foreach_mul_(gradients, self._max_norm / (self.norm + 1e-6))
+        if not self.blocked:
+            super().step(closure)
+
+
+def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
+    """Write DeepSpeed's configuration."""
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.device == "cpu":
+        zero |= {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET, "overlap_comm": False}
+        if settings.zero_stage == 3:
+            zero |= {"stage3_prefetch_bucket_size": _CPU_BUCKET, "stage3_max_live_parameters": _CPU_BUCKET}
+    return {
+        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+        "gradient_accumulation_steps": settings.num_micro_batches,
+        # Stage 0 leaves no norm behind, so its gradients are clipped by the optimizer.
+        "gradient_clipping": settings.gradient_clipping if settings.zero_stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": _NEVER,
+    }
+
+
+def _import_deepspeed(device: str) -> Any:
+    """Import DeepSpeed quietly, for this kind of device, without its just-in-time compilation for CPUs."""
+    os.environ.setdefault("DS_ACCELERATOR", device)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed = importlib.import_module("deepspeed")
+    if device == "cpu":
+        # Compiling its shared-memory collectives takes a minute and a half; gloo does.
+        importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def _layout_of(
+    engine: Any, names: Mapping[int, str], zero_stage: int, rank: int
+) -> tuple[Sequence[Tensor], Sequence[Fragment]]:
+    """Find this rank's master weights in DeepSpeed's optimizer, and what lies where in them."""
+    optimizer = engine.optimizer
+    if zero_stage == 0:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        return params, [Fragment(names[id(p)], 0, i, 0, p.numel()) for i, p in enumerate(params)]
+    if zero_stage == 3:
+        return optimizer.fp32_partitioned_groups_flat, list(_fragments_of_stage_3(optimizer, names, rank))
+    return optimizer.single_partition_of_fp32_groups, list(_fragments_of_stage_1_2(optimizer, names))
+
+
+def _fragments_of_stage_1_2(optimizer: Any, names: Mapping[int, str]) -> Iterator[Fragment]:
+    """A group is flattened as one and cut evenly, wherever that falls inside a parameter."""
+    for flat, group in enumerate(optimizer.bit16_groups):
+        for param in group:
+            mapping = param._hp_mapping
+            if mapping is not None:  # some of it lies on this rank
+                here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
+                yield Fragment(names[id(param)], here.start, flat, there.start, here.numel)
+
+
+def _fragments_of_stage_3(optimizer: Any, names: Mapping[int, str], rank: int) -> Iterator[Fragment]:
+    """Every parameter is cut evenly, the last part padded."""
+    for flat, group in enumerate(optimizer.fp16_groups):
+        offset = 0
+        for param in group:
+            size = param.partition_numel()
+            length = max(0, min(size, param.ds_numel - rank * size))
+            if length:
+                yield Fragment(names[id(param)], rank * size, flat, offset, length)
+            offset += size
+
+
+def _publish_stage_3(optimizer: Any) -> None:
+    """Bring changed master weights into the partitions that the forward pass gathers."""
+    optimizer.partition_all_parameters()
+    for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+        optimizer._reassign_or_swap_out_partitioned_parameters(group)
+    if optimizer.persistent_parameters:  # small ones that stay gathered
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)

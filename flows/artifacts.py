@@ -1,0 +1,72 @@
+"""What a run leaves in Prefect to look at: the funnel as a table, a link to the report, sample images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
+
+from stages.manifest import Manifest
+from stages.samples import read_tar
+from stages.storage import is_local
+
+_NUM_IMAGES = 12
+_NUM_COLUMNS = 4
+_TILE_PX = 96
+
+
+def publish(manifests: Mapping[str, Manifest], *, root: str, funnel: str, report_uri: str) -> None:
+    """Create the artifacts of a run; must be called inside a Prefect flow or task.
+
+    Args:
+        manifests: the finished stages.
+        root: the store.
+        funnel: table of the samples in and out of every stage, in markdown.
+        report_uri: where the report is.
+    """
+    create_markdown_artifact(funnel, key="funnel", description="Samples in and out of every stage")
+    create_link_artifact(browsable(report_uri), key="report", link_text="Report", description="The whole run, one page")
+    samples = sample_sheet(manifests["generate"], root) if "generate" in manifests else None
+    if samples is not None:
+        url = "data:image/png;base64," + base64.b64encode(samples).decode()
+        create_image_artifact(url, key="samples", description=f"{_NUM_IMAGES} of the generated images")
+
+
+def browsable(uri: str) -> str:
+    """Turn the URI of an object into something a browser can open, where there is such a thing."""
+    return Path(uri).resolve().as_uri() if is_local(uri) else uri
+
+
+def sample_sheet(manifest: Manifest, root: str) -> bytes | None:
+    """Draw the first generated images side by side.
+
+    Args:
+        manifest: of the stage ``generate``.
+        root: the store.
+
+    Returns:
+        A PNG of at most ``_NUM_COLUMNS`` tiles a row; ``None`` if nothing was generated.
+    """
+    from PIL import Image
+
+    tiles: list[Image.Image] = []
+    for record in manifest.records:
+        for sample in read_tar(record.files["images"].read(root)):
+            if len(tiles) < _NUM_IMAGES:
+                picture = Image.open(io.BytesIO(sample.image)).convert("RGB")
+                tiles.append(picture.resize((_TILE_PX, _TILE_PX), Image.Resampling.LANCZOS))
+        if len(tiles) >= _NUM_IMAGES:
+            break
+    if not tiles:
+        return None
+    num_columns = min(_NUM_COLUMNS, len(tiles))
+    num_rows = -(-len(tiles) // num_columns)
+    sheet = Image.new("RGB", (num_columns * _TILE_PX, num_rows * _TILE_PX), "white")
+    for i, tile in enumerate(tiles):
+        sheet.paste(tile, (i % num_columns * _TILE_PX, i // num_columns * _TILE_PX))
+    sink = io.BytesIO()
+    sheet.save(sink, format="PNG", optimize=True)
+    return sink.getvalue()

@@ -1,0 +1,394 @@
+"""The command line ``unclip``: exit codes 0 (done), 1 (failed), 2 (bad usage or config), 130 (Ctrl-C)."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.console import Console
+
+from flows.interrupt import Interrupt
+from flows.logs import configure_logging
+from flows.overview import overview, plan_table, status_table
+from flows.prefect_server import PrivateServer
+from flows.progress import Outcome, open_display
+from flows.selection import Selection, check_upstream, select
+from stages.errors import ConfigError, InputError, UnclipError
+
+if TYPE_CHECKING:
+    from stages.base import Stage
+    from stages.config import Config
+    from stages.runner import StageState
+
+_WIDE = 240  # columns where there is no terminal: nothing is wrapped
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    Args:
+        arguments: without the program's name; those of the process if not given.
+    """
+    errors = _console(sys.stderr)
+    try:
+        args = build_parser().parse_args(arguments)
+    except ConfigError as error:
+        _show_error(errors, str(error))
+        return error.exit_code
+    configure_logging(errors, debug=args.debug)
+    try:
+        return int(args.command(args))
+    except UnclipError as error:
+        if args.debug:
+            errors.print_exception()
+        _show_error(errors, str(error))
+        if getattr(args, "json", False):
+            _print_json({"status": "failed", "errors": [str(error)]})
+        return error.exit_code
+    except KeyboardInterrupt:
+        _show_error(errors, "stopped; everything committed is kept")
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`unclip plan | head`); nothing is wrong, and nothing can be said.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            errors.print_exception()
+        _show_error(errors, f"{type(error).__name__}: {error}; this is a bug: run again with --debug and report it")
+        return 1
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line and say what was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        given = message.partition("invalid choice: '")[2].partition("'")[0]
+        close = difflib.get_close_matches(given, _COMMANDS, n=1) if given else []
+        hint = f"did you mean '{close[0]}'?" if close else f"see {self.prog} --help"
+        raise ConfigError(f"{message}; {hint}")
+
+
+def build_parser() -> Parser:
+    """Describe the command line."""
+    parser = Parser(prog="unclip", description="Data and training pipeline for unCLIP (DALL-E 2).")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (command, describe, help_text) in _COMMANDS.items():
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.set_defaults(command=command)
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and every log line")
+        describe(sub)
+    return parser
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "-s", "--set", action="append", default=[], metavar="K=V", help="change a setting, e.g. decoder.num_steps=100"
+    )
+
+
+def _json_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON to standard output")
+
+
+def _selection_arguments(parser: argparse.ArgumentParser) -> None:
+    _json_arguments(parser)
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="leave out the stages before it")
+    parser.add_argument("--until", metavar="STAGE", help="leave out the stages after it")
+    parser.add_argument("--only", metavar="STAGE", help="this stage alone")
+    parser.add_argument(
+        "--force", action="append", default=[], metavar="STAGE", help="run it anew even if done; repeatable"
+    )
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("caption", metavar="CAPTION", help="what to show")
+    parser.add_argument("-n", dest="num_images", type=_positive, default=1, metavar="N", help="how many images")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image; the others follow it")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="PNG", help="file; with -n above 1 a number is put before .png"
+    )
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    _json_arguments(parser)
+    parser._actions[1].nargs = "?"
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+# ---- what all commands share ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Project:
+    """A config with everything that follows from it without running anything.
+
+    Attributes:
+        config: the settings.
+        stages: all stages, in order.
+        states: what the store holds of each.
+    """
+
+    config: Config
+    stages: Mapping[str, Stage[Any]]
+    states: Mapping[str, StageState]
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Stage -> name of its output."""
+        return {name: state.fingerprint for name, state in self.states.items()}
+
+
+def _open_project(args: argparse.Namespace) -> Project:
+    from stages.config import load_config
+    from stages.graph import build_stages, fingerprints, inspect_all
+
+    config = load_config(args.config, args.set)
+    stages = build_stages(config)
+    names = fingerprints(stages)
+    return Project(config=config, stages=stages, states=inspect_all(stages, names))
+
+
+def _selection(args: argparse.Namespace) -> Selection:
+    from stages.graph import STAGE_NAMES
+
+    return select(STAGE_NAMES, start=args.start, until=args.until, only=args.only, force=args.force)
+
+
+def _console(stream: Any) -> Console:
+    console = Console(file=stream)
+    return console if console.is_terminal else Console(file=stream, width=_WIDE)
+
+
+def _show_error(console: Console, message: str) -> None:
+    console.print(f"unclip: {message}", style="red" if console.is_terminal else None, soft_wrap=True, **_PLAIN)
+
+
+_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+# ---- run ------------------------------------------------------------------------------------------------------------
+
+
+def _run(args: argparse.Namespace) -> int:
+    selection = _selection(args)
+    project = _open_project(args)
+    check_upstream(
+        selection,
+        {name: stage.upstream for name, stage in project.stages.items()},
+        {name: state.status == "done" for name, state in project.states.items()},
+    )
+    pending = [name for name in selection.stages if project.states[name].status != "done"]
+    if not pending and not selection.forced:
+        return _say_nothing_to_do(args, project, selection)
+    return _run_stages(args, project, selection)
+
+
+def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Selection) -> int:
+    """Answer for a finished pipeline without starting Prefect or Ray."""
+    from flows.summary import is_current, report_uri, run_to_json, write_summary
+
+    manifests = {name: state.manifest for name, state in project.states.items() if state.manifest is not None}
+    if not is_current(manifests, project.config):
+        write_summary(manifests, project.config)
+    outcomes = [
+        Outcome(stage=name, status="cached", manifest=project.states[name].manifest) for name in selection.stages
+    ]
+    with open_display(_console(sys.stderr)) as display:
+        for outcome in outcomes:
+            display.end(outcome)
+    report = report_uri(project.config.root)
+    if args.json:
+        _print_json(run_to_json("done", project.config.root, report, outcomes, project.fingerprints, []))
+    else:
+        print(f"nothing to do; report: {report}")
+    return 0
+
+
+def _run_stages(args: argparse.Namespace, project: Project, selection: Selection) -> int:
+    """Run the flow. What takes long to start is started first: Prefect's server, then Ray, then the imports."""
+    from flows.summary import run_to_json, write_summary
+
+    config = project.config
+    console = _console(sys.stderr)
+    server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
+    with Interrupt() as interrupt, open_display(console) as display:
+        if server is not None:
+            server.start()
+        from flows.pipeline import open_executor, run_name, run_pipeline
+        from flows.report import funnel_markdown
+        from flows.tasks import Run
+
+        executor = open_executor(config.cluster, interrupt)
+        run = Run(
+            root=config.root,
+            stages=project.stages,
+            states=project.states,
+            selection=selection,
+            executor=executor,
+            cluster=config.cluster,
+            display=display,
+            write_report=lambda manifests: write_summary(manifests, config),
+            funnel=funnel_markdown,
+            cancelled=interrupt.cancelled,
+        )
+        error: BaseException | None = None
+        try:
+            error = run_pipeline(run, name=run_name(args.config, config.root), server=server)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            executor.close()
+    errors = [_line_of(outcome) for outcome in run.failures()]
+    if error is not None and not errors:
+        errors = [str(error)]
+    status = "cancelled" if interrupt.cancelled.is_set() else "failed" if errors else "done"
+    for line in errors if status == "failed" else []:
+        _show_error(console, line)
+    if args.json:
+        outcomes = list(run.outcomes.values())
+        _print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
+    elif run.report_uri:
+        print(f"report: {run.report_uri}")
+    if status == "cancelled":
+        _show_error(console, "stopped; everything committed is kept, the same command goes on from there")
+        return interrupt.exit_code
+    return 1 if errors else 0
+
+
+def _line_of(outcome: Outcome) -> str:
+    """Say what failed, naming the stage once."""
+    error = outcome.error
+    text = str(error) if isinstance(error, UnclipError) else f"{type(error).__name__}: {error}"
+    return text if text.startswith(outcome.stage) else f"{outcome.stage}: {text}"
+
+
+# ---- the other commands ---------------------------------------------------------------------------------------------
+
+
+def _plan(args: argparse.Namespace) -> int:
+    selection = _selection(args)
+    project = _open_project(args)
+    rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
+    if args.json:
+        _print_json([row.to_json() for row in rows])
+    else:
+        _console(sys.stdout).print(plan_table(rows))
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    project = _open_project(args)
+    rows = overview(project.stages, project.states)
+    if args.json:
+        _print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
+    else:
+        console = _console(sys.stdout)
+        console.print(f"store: {project.config.root}", **_PLAIN)
+        console.print(status_table(rows))
+    return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from stages.generate import Generate, generate_images
+
+    path = Path(args.output)
+    if path.suffix.lower() != ".png":
+        raise ConfigError(f"-o {path}: images are written as PNG; give a name that ends in .png")
+    if not path.parent.is_dir():
+        raise ConfigError(f"-o {path}: there is no folder {path.parent}; create it")
+    if not args.caption.strip():
+        raise ConfigError("CAPTION: is empty; say what the image shows")
+    project = _open_project(args)
+    stage = project.stages["generate"]
+    assert isinstance(stage, Generate)
+    inputs = {name: state.manifest for name, state in project.states.items() if state.manifest is not None}
+    seeds = range(args.seed, args.seed + args.num_images)
+    images = generate_images(stage, inputs, [args.caption] * args.num_images, seeds)
+    for number, image in enumerate(images, start=1):
+        name = path if len(images) == 1 else path.with_stem(f"{path.stem}-{number}")
+        try:
+            name.write_bytes(image.png())
+        except OSError as error:
+            raise InputError(f"-o {name}: cannot be written ({error.strerror}); choose another place") from None
+        print(name)
+    return 0
+
+
+def _models(args: argparse.Namespace) -> int:
+    from rich import box
+    from rich.table import Table
+
+    from flows.model_sizes import model_sizes
+    from stages.config import load_config
+
+    sizes = model_sizes(load_config(args.config, args.set))
+    if args.json:
+        _print_json([size.to_json() for size in sizes])
+        return 0
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("model", "kind", "parameters", "fp32 weights"):
+        table.add_column(name, justify="left" if name in ("model", "kind") else "right")
+    for size in sizes:
+        table.add_row(size.model, size.kind, f"{size.num_parameters:,}", f"{size.num_parameters * 4 / 2**20:,.1f} MiB")
+    _console(sys.stdout).print(table)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    from stages.config import load_config, to_yaml
+
+    print(to_yaml(load_config(args.config, args.set)), end="")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from flows.doctor import examine, findings_table
+
+    config = None
+    if args.config is not None:
+        from stages.config import load_config
+
+        config = load_config(args.config, args.set)
+    findings = examine(config)
+    if args.json:
+        _print_json([finding.to_json() for finding in findings])
+    else:
+        _console(sys.stdout).print(findings_table(findings))
+    return 1 if any(finding.level == "problem" for finding in findings) else 0
+
+
+_COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
+    "run": (_run, _selection_arguments, "bring the pipeline to its end; done stages are not repeated"),
+    "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
+    "status": (_status, _json_arguments, "show what the store holds"),
+    "generate": (_generate, _generate_arguments, "make images from a caption with the trained models"),
+    "models": (_models, _json_arguments, "show the size of every model"),
+    "config": (_config, _config_arguments, "print the config with every default written out"),
+    "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Ctrl-C and SIGTERM: stop the work in seconds, keep what is committed, leave nothing running.
+
+Stages run in threads, which cannot be interrupted from outside; the first signal therefore closes the executor (Ray
+cancels its tasks, and the threads that wait for them fail), and a clock ends the process where that takes too long.
+Ending it hard is safe: everything in the store is published atomically, and Ray's processes end with their driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+DEADLINE_S = 7.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Cancelled(BaseException):
+    """Raised inside a stage's own thread once the run is cancelled; no stage may swallow it as a failure."""
+
+
+class Interrupt:
+    """Turns the first signal into a quick, orderly end and a second one into an immediate end.
+
+    Args:
+        deadline_s: seconds between the first signal and the hard end.
+        on_stop: called at the first signal, before anything else.
+    """
+
+    def __init__(self, deadline_s: float = DEADLINE_S, on_stop: Callable[[], None] = lambda: None) -> None:
+        self.cancelled = threading.Event()
+        self.exit_code = 0
+        self._deadline_s = deadline_s
+        self._on_stop = on_stop
+        self._close: Callable[[], None] | None = None
+        self._old_handlers: dict[int, Any] = {}
+
+    def closes(self, close: Callable[[], None]) -> None:
+        """Name what releases the workers; called at the first signal, in a thread of its own."""
+        self._close = close
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._old_handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.exit_code = 128 + number
+        if self.cancelled.is_set():
+            os._exit(self.exit_code)
+        self.cancelled.set()
+        self._on_stop()
+        threading.Thread(target=self._end_hard, daemon=True).start()
+        threading.Thread(target=self._release, daemon=True).start()
+        raise KeyboardInterrupt
+
+    def _release(self) -> None:
+        if self._close is not None:
+            with contextlib.suppress(Exception):
+                self._close()
+
+    def _end_hard(self) -> None:
+        threading.Event().wait(self._deadline_s)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+        os._exit(self.exit_code)

@@ -1,0 +1,270 @@
+"""The training stream: images, embeddings and captions of the selected samples, joined by key, batch by batch.
+
+``SampleOrder`` says which samples make the batch of step k; this module fetches them. A shard's tar stays on disk and
+single images are read out of it, so memory holds indices, embeddings and the images cached within ``cache_gib``. One
+thread works ahead of the training by a few batches; opening the shard a stream needs next and decoding run beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stages.errors import IntegrityError
+from stages.open_shard import OpenShard, TrainingShard
+from stages.sample_order import SampleOrder
+
+T = TypeVar("T")
+
+_GIB = 1 << 30
+_MEMO_CAPTIONS = 100_000
+_NUM_OPENERS = 2
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's part of the global batch of a step.
+
+    Attributes:
+        step: optimizer step, from 0.
+        indices: global sample index of every row.
+        tensors: ``image`` uint8 ``(B, 3, S, S)``; ``image_embedding`` and ``text_embedding`` float32 ``(B, D)``;
+            ``tokens`` int64 ``(B, ctx)``; those that were asked for.
+    """
+
+    step: int
+    indices: Sequence[int]
+    tensors: Mapping[str, Tensor]
+
+    def part(self, first: int, last: int, device: torch.device) -> dict[str, Tensor]:
+        """Move rows ``first .. last - 1`` to a device; images become float32 in [-1, 1] there."""
+        parts = {}
+        for name, tensor in self.tensors.items():
+            moved = tensor[first:last].to(device, non_blocking=True)
+            parts[name] = moved.float().div_(127.5).sub_(1.0) if name == "image" else moved
+        return parts
+
+
+class Stream(Protocol):
+    """Where the training loop gets its batches."""
+
+    global_batch_size: int
+
+    def batches(self, first_step: int, rank: int, world_size: int) -> Generator[Batch, None, None]:
+        """Give this rank's batches from ``first_step`` on, without end; closing the iterator stops all its threads."""
+        ...
+
+
+class TrainingStream:
+    """The stream over committed shards.
+
+    Args:
+        shards: the data set, in plan order.
+        root: the store.
+        num_streams: see ``SampleOrder``.
+        global_batch_size: samples per optimizer step over all ranks.
+        seed: of the order.
+        image_size_px: side of the images; needed where the shards have images.
+        tokenize: captions -> int64 ``(n, ctx)``, to have ``tokens``.
+        embeddings: whether to have ``image_embedding`` and ``text_embedding``.
+        num_decode_threads: threads that decode images, beside the one that assembles batches; 0 decodes in that one.
+        prefetch_batches: batches made ahead of the training.
+        cache_gib: open shards and decoded images kept per rank (and tars in scratch, if the store is remote); what the
+            present batch and the next shards need is kept in any case.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[TrainingShard],
+        *,
+        root: str,
+        num_streams: int,
+        global_batch_size: int,
+        seed: int,
+        image_size_px: int | None = None,
+        tokenize: Callable[[Sequence[str]], Tensor] | None = None,
+        embeddings: bool = False,
+        num_decode_threads: int = 0,
+        prefetch_batches: int = 4,
+        cache_gib: float = 1.0,
+    ) -> None:
+        if image_size_px is not None and any(shard.images is None for shard in shards):
+            raise IntegrityError("images are wanted for training, but a shard record names no images; run curate again")
+        self.global_batch_size = global_batch_size
+        self.order = SampleOrder(
+            [shard.num_kept for shard in shards],
+            num_streams=num_streams,
+            global_batch_size=global_batch_size,
+            seed=seed,
+        )
+        self._shards = shards
+        self._root = root
+        self._image_size_px = image_size_px
+        self._tokenize = _Memo(tokenize) if tokenize is not None else None
+        self._embeddings = embeddings
+        self._num_decode_threads = num_decode_threads
+        self._prefetch_batches = prefetch_batches
+        self._cache_bytes = int(cache_gib * _GIB)
+
+    def batches(self, first_step: int, rank: int = 0, world_size: int = 1) -> Generator[Batch, None, None]:
+        """See ``Stream.batches``."""
+        with contextlib.ExitStack() as stack:
+            openers = stack.enter_context(ThreadPoolExecutor(_NUM_OPENERS, "unclip-open"))
+            pool = stack.enter_context(ThreadPoolExecutor(max(1, self._num_decode_threads), "unclip-decode"))
+            # Every stream reads one shard while its next one is opened.
+            num_needed = 2 * (self.order.num_streams // world_size)
+            cache = stack.enter_context(
+                contextlib.closing(_ShardCache(self._open, openers, num_needed, self._cache_bytes))
+            )
+            steps = itertools.count(first_step)
+            made = (self._make(step, rank, world_size, cache, pool) for step in steps)
+            yield from stack.enter_context(contextlib.closing(_ahead(made, self._prefetch_batches)))
+
+    def _make(self, step: int, rank: int, world_size: int, cache: _ShardCache, pool: ThreadPoolExecutor) -> Batch:
+        draws = self.order.batch(step, rank, world_size)
+        for draw in draws:
+            cache.prepare(draw.place.shard)
+        rows = [(cache.get(draw.place.shard), draw.place.row) for draw in draws]
+        for draw in draws:
+            cache.prepare(draw.upcoming)
+        tensors: dict[str, Tensor] = {}
+        if self._image_size_px is not None:
+            tensors["image"] = self._images(rows, cache, pool)
+        if self._embeddings:
+            for name in ("image_embedding", "text_embedding"):
+                vectors = np.stack([shard.vectors[name][row] for shard, row in rows])
+                tensors[name] = torch.from_numpy(vectors.astype(np.float32))  # (B, D)
+        if self._tokenize is not None:
+            tensors["tokens"] = self._tokenize([shard.caption(row) for shard, row in rows])  # (B, ctx)
+        cache.trim()
+        return Batch(step, [draw.sample_index for draw in draws], tensors)
+
+    def _images(self, rows: Sequence[tuple[OpenShard, int]], cache: _ShardCache, pool: ThreadPoolExecutor) -> Tensor:
+        keep = cache.has_room()
+
+        def fetch(item: tuple[OpenShard, int]) -> np.ndarray:
+            return item[0].image(item[1], keep=keep)
+
+        decode = pool.map if self._num_decode_threads > 1 else map
+        images = torch.from_numpy(np.stack(list(decode(fetch, rows))))  # (B, S, S, 3)
+        return images.permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
+
+    def _open(self, index: int) -> OpenShard:
+        return OpenShard(
+            self._shards[index],
+            self._root,
+            image_size_px=self._image_size_px,
+            captions=self._tokenize is not None,
+            vectors=self._embeddings,
+        )
+
+
+class _ShardCache:
+    """Open shards, least recently used first; they are opened on the pool."""
+
+    def __init__(
+        self, open_shard: Callable[[int], OpenShard], pool: ThreadPoolExecutor, num_needed: int, max_bytes: int
+    ) -> None:
+        self._open_shard = open_shard
+        self._pool = pool
+        self._num_needed = num_needed
+        self._max_bytes = max_bytes
+        self._shards: OrderedDict[int, Future[OpenShard]] = OrderedDict()
+
+    def prepare(self, shard: int) -> None:
+        """Start opening a shard, if it is not open."""
+        if shard not in self._shards:
+            self._shards[shard] = self._pool.submit(self._open_shard, shard)
+        self._shards.move_to_end(shard)
+
+    def get(self, shard: int) -> OpenShard:
+        """Return an open shard; waits until it is open."""
+        return self._shards[shard].result()
+
+    def has_room(self) -> bool:
+        """Tell whether more decoded images may be kept."""
+        return self._num_bytes() < self._max_bytes
+
+    def trim(self) -> None:
+        """Close the shards unused for longest, while there are more than needed and they take too much room."""
+        while len(self._shards) > self._num_needed and not self.has_room():
+            _, future = self._shards.popitem(last=False)
+            future.result().close()
+
+    def close(self) -> None:
+        """Close all shards."""
+        for future in self._shards.values():
+            if not future.cancel() and future.exception() is None:
+                future.result().close()
+        self._shards.clear()
+
+    def _num_bytes(self) -> int:
+        done = (future for future in self._shards.values() if future.done() and future.exception() is None)
+        return sum(future.result().num_bytes for future in done)
+
+
+class _Memo:
+    """Tokens of captions seen before; data sets repeat them epoch after epoch."""
+
+    def __init__(self, tokenize: Callable[[Sequence[str]], Tensor]) -> None:
+        self._tokenize = tokenize
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: Sequence[str]) -> Tensor:
+        """Tokenize captions; int64 ``(n, ctx)``."""
+        if len(self._known) > _MEMO_CAPTIONS:
+            self._known.clear()
+        new = sorted(set(captions) - self._known.keys())
+        if new:
+            self._known.update(zip(new, self._tokenize(new), strict=True))
+        return torch.stack([self._known[caption] for caption in captions])
+
+
+@dataclass(frozen=True)
+class _Failed:
+    error: BaseException
+
+
+def _ahead(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """Yield ``items`` while a thread makes up to ``depth`` of them ahead; closing the generator stops the thread."""
+    ready: queue.Queue[T | _Failed] = queue.Queue(maxsize=max(1, depth))
+    stopped = threading.Event()
+
+    def put(item: T | _Failed) -> None:
+        while not stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                ready.put(item, timeout=_POLL_S)
+                return
+
+    def work() -> None:
+        try:
+            for item in items:
+                put(item)
+                if stopped.is_set():
+                    return
+        except BaseException as error:
+            put(_Failed(error))  # raised where the batch is awaited
+
+    thread = threading.Thread(target=work, name="unclip-prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item = ready.get()
+            if isinstance(item, _Failed):
+                raise item.error
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

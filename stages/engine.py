@@ -1,0 +1,335 @@
+"""What drives the optimizer: the protocol of an engine, and the plain-torch one.
+
+An engine owns a model, its optimizer and the moving average of its weights; the training loop (``stages/training.py``)
+knows only the few methods of ``Engine``. ``cluster/deepspeed_engine.py`` is the other implementation; a test holds
+their losses equal.
+
+Every engine keeps its state (``stages/sharded_state.py``) in the same format, so a checkpoint of one is read by all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from stages.adamw import FlatAdamW
+from stages.errors import ConfigError
+from stages.sharded_state import RANK_FILE, Fragment, ShardedState, rank_file
+from unclip_models.randomness import SampleRandom
+
+T = TypeVar("T")
+Precision = Literal["fp32", "bf16"]
+MicroBatch = tuple[Mapping[str, Tensor], SampleRandom]
+
+
+class LossFunction(Protocol):
+    """The one thing in which trainings differ."""
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], random: SampleRandom
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Compute the mean loss of a micro batch, and detached per-sample terms ``(B,)`` for the metrics."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """Everything an engine has to know about a training.
+
+    Attributes:
+        num_micro_batches: gradient accumulation: micro batches per optimizer step and rank.
+        micro_batch_size: samples in each.
+        beta1: Adam's decay of the first moment.
+        beta2: Adam's decay of the second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled (AdamW).
+        gradient_clipping: largest global gradient norm.
+        precision: ``fp32``, or ``bf16``: autocast over float32 weights.
+        ema_decay: of the moving average of the weights, warmed up from the first step.
+        zero_stage: which states DeepSpeed partitions over the ranks (0: none, 1: optimizer, 2: + gradients,
+            3: + weights); ignored by the plain-torch engine.
+        device: ``cpu`` or ``cuda``.
+    """
+
+    num_micro_batches: int = 1
+    micro_batch_size: int = 1
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    gradient_clipping: float = 1.0
+    precision: Precision = "fp32"
+    ema_decay: float = 0.9999
+    zero_stage: int = 1
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one optimizer step did.
+
+    Attributes:
+        loss: mean over the global batch, the same on every rank.
+        grad_norm: global norm before clipping; nan or inf when it was not finite.
+        applied: False when loss or gradient was not finite on some rank, so that all ranks left the weights alone.
+        terms: per-sample terms of this rank's samples, detached.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+    terms: Mapping[str, Tensor]
+
+
+class Engine(Protocol):
+    """A model with its optimizer, on one rank of a training."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    layout: str  # how the state is spread over files; equal layouts read only their own rank's file
+
+    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
+        """Accumulate the gradients of the micro batches, clip, step, and update the moving average."""
+        ...
+
+    def total(self, values: Tensor) -> Tensor:
+        """Return the sum of a float64 CPU tensor over all ranks (collective)."""
+        ...
+
+    def gather(self, value: T) -> list[T]:
+        """Return the plain values of all ranks, in rank order, on every rank (collective; also a barrier)."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of the state to a local folder; ranks write files of different names, or none."""
+        ...
+
+    def load(self, files: Sequence[Path]) -> None:
+        """Take up a saved state.
+
+        Args:
+            files: the files named by ``files_to_load``.
+
+        Raises:
+            IntegrityError: if the files do not hold the whole state of this model.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+        ...
+
+
+class EngineFactory(Protocol):
+    """Makes an engine of a model, on the rank where it is called."""
+
+    def __call__(self, model: nn.Module, loss: LossFunction, settings: EngineSettings) -> Engine:
+        """Build the engine; ``model`` belongs to it from then on."""
+        ...
+
+
+def files_to_load(names: Iterable[str], saved_layout: str, engine: Engine) -> list[str]:
+    """Choose the files of a checkpoint that this rank has to read.
+
+    A rank of the same layout needs its own file alone; after a change of world size, ZeRO stage or engine every rank
+    picks its fragments out of all files.
+    """
+    files = sorted(name for name in names if RANK_FILE.fullmatch(name))
+    own = rank_file(engine.rank)
+    return [own] if saved_layout == engine.layout and own in files else files
+
+
+# ---- the plain-torch engine ---------------------------------------------------------------------------------------
+
+
+class TorchEngine:
+    """The reference engine: plain torch, every rank holds everything.
+
+    All weights live in one flat tensor and all gradients in another, so that clipping, AdamW and the moving average
+    cost a few calls a step however many layers there are. If ``torch.distributed`` is up, gradients are averaged over
+    its ranks.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction, settings: EngineSettings) -> None:
+        self.rank, self.world_size = position()
+        self.device = device_of(settings)
+        self.layout = "replicated"
+        self._settings = settings
+        self._loss = loss
+        self._model = model.to(self.device).train()
+        self._params = trainable(self._model)
+        self._weights, self._gradients = _flatten(self._params, self.device)
+        optimizer = make_optimizer([self._weights], settings)
+        self._state = ShardedState([self._weights], _whole_fragments(self._params), optimizer, settings.ema_decay)
+        self._publish()
+
+    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
+        """See ``Engine.step``."""
+        self._gradients.zero_()
+        losses, terms = [], []
+        for batch, random in micro_batches:
+            with autocast(self._settings):
+                loss, per_sample = self._loss(self._model, batch, random)
+            (loss / self._settings.num_micro_batches).backward()
+            losses.append(loss.detach())
+            terms.append(per_sample)
+        if self.world_size > 1:
+            dist.all_reduce(self._gradients)
+            self._gradients /= self.world_size
+        loss_value = mean_over_ranks(losses, self.world_size)
+        norm = float(torch.linalg.vector_norm(self._gradients))
+        applied = math.isfinite(loss_value) and math.isfinite(norm)
+        if applied:
+            if norm > self._settings.gradient_clipping:
+                self._gradients *= self._settings.gradient_clipping / (norm + 1e-6)
+            set_learning_rate(self._state.optimizer, learning_rate)
+            self._state.optimizer.step()
+            self._state.update_average()
+        return StepResult(loss_value, norm, applied, concatenate(terms))
+
+    def total(self, values: Tensor) -> Tensor:
+        """See ``Engine.total``."""
+        return sum_over_ranks(values, self.device, self.world_size)
+
+    def gather(self, value: T) -> list[T]:
+        """See ``Engine.gather``."""
+        return gather_from_ranks(value, self.world_size)
+
+    def save(self, folder: Path) -> None:
+        """See ``Engine.save``; all ranks hold the same, so the first one writes."""
+        if self.rank == 0:
+            self._state.save(folder / rank_file(0))
+
+    def load(self, files: Sequence[Path]) -> None:
+        """See ``Engine.load``."""
+        self._state.load(files)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _publish(self) -> None:
+        """Start all ranks from the first one's weights."""
+        if self.world_size > 1:
+            dist.broadcast(self._weights.detach(), src=0)
+
+
+def _flatten(params: Mapping[str, nn.Parameter], device: torch.device) -> tuple[nn.Parameter, Tensor]:
+    """Move parameters and gradients into two flat tensors of which they become views."""
+    num_elements = sum(param.numel() for param in params.values())
+    weights = nn.Parameter(torch.empty(num_elements, device=device))
+    gradients = torch.zeros(num_elements, device=device)
+    offset = 0
+    for param in params.values():
+        stretch = slice(offset, offset + param.numel())
+        weights.data[stretch] = param.data.reshape(-1)
+        param.data = weights.data[stretch].view(param.shape)
+        param.grad = gradients[stretch].view(param.shape)
+        offset += param.numel()
+    weights.grad = gradients
+    return weights, gradients
+
+
+def _whole_fragments(params: Mapping[str, nn.Parameter]) -> list[Fragment]:
+    fragments, offset = [], 0
+    for name, param in params.items():
+        fragments.append(Fragment(name, 0, 0, offset, param.numel()))
+        offset += param.numel()
+    return fragments
+
+
+# ---- shared by engines --------------------------------------------------------------------------------------------
+
+
+def position() -> tuple[int, int]:
+    """Return (rank, world size) of this process; (0, 1) outside a training group."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def device_of(settings: EngineSettings) -> torch.device:
+    """Return the device to train on.
+
+    Raises:
+        ConfigError: if a GPU is asked for where there is none.
+    """
+    if settings.device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("gpus_per_rank: a GPU is asked for, but torch sees none here; set it to 0 for the CPU")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters to train, by name.
+
+    Raises:
+        ConfigError: if there are none, or one is not float32 (bf16 is done by autocast over float32 weights).
+    """
+    params = {name: param for name, param in model.named_parameters() if param.requires_grad}
+    if not params:
+        raise ConfigError(f"{type(model).__name__} has no trainable parameter")
+    for name, param in params.items():
+        if param.dtype != torch.float32:
+            raise ConfigError(f"{type(model).__name__}: {name} is {param.dtype}; engines train float32 weights")
+    return params
+
+
+def make_optimizer(params: Sequence[Tensor], settings: EngineSettings) -> FlatAdamW:
+    """Build AdamW; the learning rate is set at every step."""
+    return FlatAdamW(
+        params, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Set the learning rate of all parameter groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def autocast(settings: EngineSettings) -> torch.autocast:
+    """Return the context in which losses are computed: bfloat16 where it is safe, or nothing."""
+    return torch.autocast(settings.device, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
+
+
+def sum_over_ranks(values: Tensor, device: torch.device, world_size: int) -> Tensor:
+    """Sum a float64 CPU tensor over all ranks."""
+    if world_size == 1:
+        return values
+    moved = values.to(device, copy=True)
+    dist.all_reduce(moved)
+    return moved.cpu()
+
+
+def gather_from_ranks(value: T, world_size: int) -> list[T]:
+    """Collect the plain values of all ranks, in rank order."""
+    if world_size == 1:
+        return [value]
+    values: list[T] = [value] * world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def mean_over_ranks(losses: Sequence[Tensor], world_size: int) -> float:
+    """Average micro-batch losses over this rank's micro batches and over all ranks."""
+    mean = torch.stack(list(losses)).double().mean()
+    if world_size > 1:
+        dist.all_reduce(mean)
+        mean /= world_size
+    return float(mean)
+
+
+def concatenate(terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the per-sample terms of micro batches."""
+    if len(terms) == 1:
+        return dict(terms[0])
+    return {name: torch.cat([torch.atleast_1d(term[name]) for term in terms]) for name in terms[0]}

@@ -1,0 +1,167 @@
+"""The numbers of a training: JSON lines, one per logged step, and the same in TensorBoard.
+
+The lines are the record: they are kept with every checkpoint, so a resumed training goes on from exactly the lines of
+the checkpoint it resumed from. What is shown while the training runs lies in its folder::
+
+    <folder>/metrics.jsonl       published every few seconds
+    <folder>/tensorboard/        event files; copied there now and then if the store is remote
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from stages import storage
+from stages.engine import Engine
+
+METRICS_NAME = "metrics.jsonl"
+TENSORBOARD_NAME = "tensorboard"
+_PUBLISH_EVERY_S = 20.0
+_NUM_QUARTILES = 4
+_TIMESTEP_TERMS = ("t", "timestep")
+
+
+class MetricsLog:
+    """The metrics of one training; used by its first rank only.
+
+    Args:
+        folder: URI of the training's folder.
+        lines: those of the checkpoint the training resumes from.
+        first_step: step it resumes from; TensorBoard forgets later ones.
+        tensorboard: whether to write event files too.
+    """
+
+    def __init__(self, folder: str, *, lines: bytes = b"", first_step: int = 0, tensorboard: bool = True) -> None:
+        self._folder = folder
+        self._lines = bytearray(lines)
+        self._published_at = time.monotonic()
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._writer: Any = self._open_tensorboard(first_step) if tensorboard else None
+
+    @property
+    def content(self) -> bytes:
+        """All lines so far."""
+        return bytes(self._lines)
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Add one line: ``step`` and the numbers; those that are not finite become null, for lack of a word in JSON."""
+        values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        self._lines += json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n"
+        if self._writer is not None:
+            for name, value in numbers.items():
+                self._writer.add_scalar(name, value, step)
+        if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
+            self.publish()
+
+    def publish(self) -> None:
+        """Show the present state in the training's folder."""
+        storage.write_bytes(storage.join(self._folder, METRICS_NAME), self.content)
+        if self._writer is not None:
+            self._writer.flush()
+        if self._scratch is not None:
+            for path in sorted(Path(self._scratch.name).iterdir()):
+                storage.upload(path, storage.join(self._folder, TENSORBOARD_NAME, path.name))
+        self._published_at = time.monotonic()
+
+    def close(self) -> None:
+        """Publish a last time and release the writer."""
+        self.publish()
+        if self._writer is not None:
+            self._writer.close()
+        if self._scratch is not None:
+            self._scratch.cleanup()
+
+    def _open_tensorboard(self, first_step: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter  # a second of imports, in training processes only
+
+        if storage.is_local(self._folder):
+            directory = storage.join(self._folder, TENSORBOARD_NAME)
+        else:
+            self._scratch = tempfile.TemporaryDirectory(prefix="unclip-tensorboard-")
+            directory = self._scratch.name
+        return SummaryWriter(directory, purge_step=first_step or None)
+
+
+class MetricsWindow:
+    """Numbers of the steps since the last logged line.
+
+    Args:
+        global_batch_size: samples per step over all ranks.
+        num_timesteps: of the diffusion, to split the loss by timestep quartile; None for other models.
+    """
+
+    def __init__(self, global_batch_size: int, num_timesteps: int | None) -> None:
+        self._global_batch_size = global_batch_size
+        self._num_timesteps = num_timesteps
+        self._num_skipped = 0
+        self._restart()
+
+    def _restart(self) -> None:
+        self._losses: list[float] = []
+        self._grad_norms: list[float] = []
+        self._terms: list[Mapping[str, Tensor]] = []
+        self._waited_s = 0.0
+        self._started_at = time.monotonic()
+
+    def add(self, loss: float, grad_norm: float, applied: bool, terms: Mapping[str, Tensor], waited_s: float) -> None:
+        """Take in one step; steps that were skipped count as skipped alone."""
+        self._waited_s += waited_s
+        if not applied:
+            self._num_skipped += 1
+            return
+        self._losses.append(loss)
+        self._grad_norms.append(grad_norm)
+        self._terms.append(terms)
+
+    def close(self, engine: Engine, learning_rate: float) -> dict[str, float]:
+        """Average over the window and all ranks (collective), and start the next one."""
+        elapsed_s = max(time.monotonic() - self._started_at, 1e-9)
+        num_steps = max(1, len(self._losses))
+        sums = self._term_sums()
+        totals = engine.total(torch.tensor([*sums.values(), self._waited_s], dtype=torch.float64)).tolist()
+        numbers = {
+            "loss": sum(self._losses) / num_steps if self._losses else math.nan,
+            "grad_norm": sum(self._grad_norms) / num_steps if self._grad_norms else math.nan,
+            "learning_rate": learning_rate,
+            "samples_per_s": num_steps * self._global_batch_size / elapsed_s,
+            "data_wait_fraction": totals[-1] / engine.world_size / elapsed_s,
+            "num_skipped_steps": float(self._num_skipped),
+        }
+        values = dict(zip(sums, totals[:-1], strict=True))
+        for name in {key.removesuffix("/sum") for key in values if key.endswith("/sum")}:
+            if values[f"{name}/count"] > 0:
+                numbers[name] = values[f"{name}/sum"] / values[f"{name}/count"]
+        self._restart()
+        return dict(sorted(numbers.items()))
+
+    def _term_sums(self) -> dict[str, float]:
+        """Sum this rank's per-sample terms; the same keys on every rank, whatever the samples."""
+        sums: dict[str, float] = {}
+        names = self._terms[0].keys() if self._terms else ()
+        columns = {name: torch.cat([term[name].reshape(-1) for term in self._terms]).double().cpu() for name in names}
+        t = next((columns.pop(name) for name in _TIMESTEP_TERMS if name in columns), None)
+        for name, values in columns.items():
+            if name != "loss":
+                sums |= {f"{name}/sum": float(values.sum()), f"{name}/count": float(len(values))}
+        measured = columns.get("loss", columns.get("mse"))
+        if t is not None and measured is not None and self._num_timesteps:
+            quartile = (t * _NUM_QUARTILES / self._num_timesteps).long()
+            for q in range(_NUM_QUARTILES):
+                chosen = measured[quartile == q]
+                name = f"loss_quartile_{q + 1}"
+                sums |= {f"{name}/sum": float(chosen.sum()), f"{name}/count": float(len(chosen))}
+        return sums
+
+
+def read_metrics(content: bytes) -> list[dict[str, float]]:
+    """Parse JSON lines back into one mapping per logged step."""
+    return [json.loads(line) for line in content.splitlines()]

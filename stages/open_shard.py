@@ -1,0 +1,223 @@
+"""One shard of training data, open: images by row out of the tar, embeddings and captions joined to them by key."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tarfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from stages import storage
+from stages.errors import IntegrityError, NotFoundError, StorageError
+from stages.manifest import File
+from stages.samples import IMAGE_EXTENSIONS, embeddings_of, kept_keys, table_from_bytes
+
+T = TypeVar("T")
+
+_ATTEMPTS = 4
+_BACKOFF_S = 1.0
+_ROW_BYTES = 200  # key, caption and place of one sample in Python objects, roughly
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingShard:
+    """What one shard of the data set consists of.
+
+    Attributes:
+        selection: which samples to use.
+        num_kept: how many those are, from the record of the selection.
+        images: the tar, if images are wanted.
+        embeddings: the table with ``image_embedding``, ``text_embedding`` and ``caption``, if those are wanted.
+    """
+
+    selection: File
+    num_kept: int
+    images: File | None = None
+    embeddings: File | None = None
+
+
+class OpenShard:
+    """The selected samples of one shard, by row: the position among the kept samples.
+
+    Args:
+        shard: its files.
+        root: the store.
+        image_size_px: side of the images; None leaves images alone.
+        captions: whether captions are wanted.
+        vectors: whether embeddings are wanted.
+
+    Raises:
+        IntegrityError: if a file differs from its record, or a selected key is missing from one of the files.
+        StorageError: if the store cannot be read.
+    """
+
+    def __init__(
+        self, shard: TrainingShard, root: str, *, image_size_px: int | None, captions: bool, vectors: bool
+    ) -> None:
+        self._root = root
+        self._side = image_size_px
+        self._images: dict[int, np.ndarray] = {}
+        self._stack = contextlib.ExitStack()
+        self.vectors: Mapping[str, np.ndarray] = {}
+        self._captions: Sequence[str] | None = None
+        self._tar: _Tar | None = None
+        self.keys = kept_keys(table_from_bytes(_read(shard.selection, root), ["key", "kept"]))
+        if len(self.keys) != shard.num_kept:
+            raise IntegrityError(
+                f"{shard.selection.path}: selects {len(self.keys)} samples, its record says {shard.num_kept}; "
+                "run curate again"
+            )
+        self.num_bytes = _ROW_BYTES * len(self.keys)
+        if shard.embeddings is not None and (vectors or captions):
+            self._join_embeddings(shard.embeddings, vectors)
+        if shard.images is not None and (image_size_px is not None or (captions and self._captions is None)):
+            self._join_images(shard.images, captions and self._captions is None)
+
+    def image(self, row: int, *, keep: bool) -> np.ndarray:
+        """Decode an image; uint8 ``(S, S, 3)``.
+
+        Args:
+            row: of the sample.
+            keep: whether to keep it in memory for the next epoch.
+        """
+        found = self._images.get(row)
+        if found is None:
+            assert self._tar is not None and self._side is not None
+            place = f"{self._tar.name}: sample {self.keys[row]}"
+            found = decode_image(self._tar.image(self.keys[row]), self._side, place)
+            if keep:
+                self._images[row] = found
+                self.num_bytes += found.nbytes
+        return found
+
+    def caption(self, row: int) -> str:
+        """Return a caption."""
+        assert self._captions is not None
+        return self._captions[row]
+
+    def close(self) -> None:
+        """Release the tar."""
+        self._stack.close()
+
+    def _join_embeddings(self, file: File, vectors: bool) -> None:
+        names = ["image_embedding", "text_embedding"] if vectors else []
+        table = table_from_bytes(_read(file, self._root), ["key", "caption", *names])
+        rows = _rows_of(self.keys, table, file)
+        self._captions = table["caption"].take(pa.array(rows)).to_pylist()
+        # Kept in half precision, as they are stored; batches turn them into float32.
+        self.vectors = {name: embeddings_of(table, name)[rows].astype(np.float16) for name in names}
+        self.num_bytes += sum(values.nbytes for values in self.vectors.values())
+
+    def _join_images(self, file: File, captions: bool) -> None:
+        self._tar = _open_tar(file, self._root, self._stack)
+        if missing := next((key for key in self.keys if key not in self._tar.places), None):
+            self.close()
+            raise IntegrityError(f"{file.path}: holds no sample {missing}, which is selected; run download again")
+        if captions:
+            self._captions = [self._tar.caption(key) for key in self.keys]
+        if not storage.is_local(self._root):
+            self.num_bytes += file.num_bytes
+
+
+def decode_image(data: bytes, side_px: int, place: str) -> np.ndarray:
+    """Decode an image file, cut its central square and resize that; uint8 ``(side_px, side_px, 3)``.
+
+    Raises:
+        IntegrityError: if the image cannot be decoded; names ``place``.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            # A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size; twice the side is left for
+            # the filter below.
+            image.draft("RGB", (2 * side_px, 2 * side_px))
+            decoded = image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise IntegrityError(f"{place}: cannot decode the image ({error}); run download again") from error
+    width, height = decoded.size
+    if (width, height) != (side_px, side_px):
+        short = min(width, height)
+        left, top = (width - short) / 2, (height - short) / 2
+        box = (left, top, left + short, top + short)
+        decoded = decoded.resize((side_px, side_px), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(decoded)
+
+
+class _Tar:
+    """A tar on disk with the places of its members."""
+
+    def __init__(self, path: Path, name: str) -> None:
+        self.name = name
+        self.places: dict[str, tuple[int, int]] = {}
+        self._captions: dict[str, tuple[int, int]] = {}
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if extension in IMAGE_EXTENSIONS:
+                    self.places[key] = (member.offset_data, member.size)
+                elif extension == "txt":
+                    self._captions[key] = (member.offset_data, member.size)
+        self._descriptor = os.open(path, os.O_RDONLY)
+
+    def image(self, key: str) -> bytes:
+        """Read an image file; any number of threads may."""
+        return self._read(self.places[key])
+
+    def caption(self, key: str) -> str:
+        """Read a caption."""
+        if key not in self._captions:
+            raise IntegrityError(f"{self.name}: sample {key} has no caption; run download again")
+        return self._read(self._captions[key]).decode()
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self._descriptor)
+
+    def _read(self, place: tuple[int, int]) -> bytes:
+        offset, size = place
+        return os.pread(self._descriptor, size, offset)
+
+
+def _open_tar(file: File, root: str, stack: contextlib.ExitStack) -> _Tar:
+    """Open a tar where it is, or a scratch copy if the store is remote, once its checksum is right."""
+    path = _retried(lambda: stack.enter_context(storage.local_copy(storage.join(root, file.path))))
+    if path.stat().st_size != file.num_bytes or storage.sha256_of(path) != file.sha256:
+        stack.close()
+        raise IntegrityError(f"{file.path}: differs from its record, it is damaged; run download again")
+    try:
+        return stack.enter_context(contextlib.closing(_Tar(path, file.path)))
+    except tarfile.TarError as error:
+        stack.close()
+        raise IntegrityError(f"{file.path}: not a tar ({error}); run download again") from error
+
+
+def _rows_of(keys: Sequence[str], table: pa.Table, file: File) -> np.ndarray:
+    """Find the rows of ``keys`` in a table."""
+    positions = {key: row for row, key in enumerate(table["key"].to_pylist())}
+    if missing := next((key for key in keys if key not in positions), None):
+        raise IntegrityError(f"{file.path}: holds no sample {missing}, which is selected; run embed again")
+    return np.array([positions[key] for key in keys], dtype=np.int64)
+
+
+def _read(file: File, root: str) -> bytes:
+    return _retried(lambda: file.read(root))
+
+
+def _retried(action: Callable[[], T]) -> T:
+    """Try again when the store fails for a moment: a training of days must not stop at a lost connection."""
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return action()
+        except NotFoundError:
+            raise
+        except StorageError:
+            time.sleep(_BACKOFF_S * 2**attempt)
+    return action()

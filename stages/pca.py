@@ -1,0 +1,343 @@
+"""Pca stage: principal axes of the image embeddings, and the buckets that the autoregressive prior quantises them into.
+
+unCLIP section 2.2: CLIP image embeddings have low rank; a few hundred components keep all but 1% of the mean squared
+error. Every shard contributes its count, sum and sum of outer products in float64. These add up, so appended shards
+cost one more small sum, and one eigenvalue problem solves the whole dataset; no embedding is left out or seen twice.
+A second, light pass over (at most ``num_edge_samples``) projected embeddings then places the bucket edges.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from stages import storage
+from stages.base import Result, Shard, Stage, setting
+from stages.errors import InputError, IntegrityError
+from stages.manifest import Manifest, ShardRecord
+from stages.samples import embeddings_of, table_from_bytes
+
+_IO_THREADS = 8
+
+Array64 = npt.NDArray[np.float64]
+Array32 = npt.NDArray[np.float32]
+Edges = Literal["quantile", "uniform"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PcaConfig:
+    """How many components, and how they are quantised.
+
+    The paper gives 319 components of 1024 and 1,024 buckets each. How it places the edges, and in how many buckets it
+    quantises the dot product, it does not say: ``edges`` and ``num_dot_buckets`` are this project's choices.
+    """
+
+    num_components: int | None = setting(
+        None, "components to keep (paper: 319); null: as few as reach variance_target", affects="stage"
+    )
+    variance_target: float = setting(
+        0.99,
+        "share of the variance that the components keep, 0 to 1; not used when num_components is given",
+        affects="stage",
+    )
+    num_buckets: int = setting(1024, "buckets per component", affects="stage")
+    num_dot_buckets: int = setting(64, "buckets of the dot product of image and text embedding", affects="stage")
+    edges: Edges = setting(
+        "quantile", "`quantile`: equally many samples in every bucket; `uniform`: equally wide buckets", affects="stage"
+    )
+    num_edge_samples: int = setting(
+        262_144, "embeddings that the edges are measured on, spread evenly over the dataset", affects="stage"
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_components is not None and self.num_components < 1:
+            raise ValueError(f"num_components: {self.num_components} is below 1; write for example 319, or null")
+        if not 0 < self.variance_target <= 1:
+            raise ValueError(f"variance_target: {self.variance_target} is not above 0 and at most 1; write 0.99")
+        for name in ("num_buckets", "num_dot_buckets", "num_edge_samples"):
+            if getattr(self, name) < 2:
+                raise ValueError(f"{name}: {getattr(self, name)} is below 2; write 2 or more")
+
+
+class Pca(Stage[PcaConfig]):
+    """Sums per shard, one solution over all of them."""
+
+    name = "pca"
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        """The selection, which also names the embeddings."""
+        return ("curate",)
+
+    def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
+        """Plan one shard per shard of the curate stage."""
+        return [
+            self.shard(i, inputs={"embeddings": r.inputs["embeddings"], "selection": r.files["selection"]})
+            for i, r in enumerate(inputs["curate"].records)
+        ]
+
+    def process(self, shard: Shard, output: str) -> ShardRecord:
+        """Sum over the selected embeddings of one shard."""
+        started_at = time.monotonic()
+        x = embeddings_of(self._selected(shard.inputs, ["image_embedding"]), "image_embedding")
+        return self.commit(
+            shard,
+            output,
+            {"sums": ("sums.safetensors", save_safetensors(sums_of(x).to_arrays()))},
+            started_at=started_at,
+            num_in=len(x),
+            num_kept=len(x),
+        )
+
+    def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
+        """Solve for the axes, choose how many to keep and place the bucket edges.
+
+        Raises:
+            InputError: if there are too few samples, or fewer dimensions than ``num_components``.
+        """
+        sums = self._merged(records)
+        solution = solve(sums)
+        k = choose_components(solution.eigenvalues, self.config)
+        axes = solution.axes[:k]
+        components, dots = self._project(self._planned(records, inputs), solution.mean, axes)
+        edges = bucket_edges(components, self.config.num_buckets, self.config.edges)
+        dot_edges = bucket_edges(dots[:, None], self.config.num_dot_buckets, self.config.edges)[0]
+        arrays = {
+            "mean": solution.mean.astype(np.float32),
+            "axes": axes.astype(np.float32),
+            "eigenvalues": solution.eigenvalues.astype(np.float32),
+            "edges": edges,
+            "dot_edges": dot_edges,
+        }
+        file = self.publish(storage.join(output, "pca.safetensors"), save_safetensors(arrays))
+        metrics = spectrum_metrics(solution.eigenvalues, k)
+        # What rounding to the middle of a bucket adds to what the dropped components cost.
+        metrics["quantisation_mse"] = float(quantisation_errors(components, edges).mean(dtype=np.float64))
+        metrics |= {"num_samples": sums.count, "num_edge_samples": len(components)}
+        return Result(records=records, files={"pca": file}, metrics=metrics)
+
+    def _selected(self, inputs: Mapping[str, Any], columns: Sequence[str]) -> pa.Table:
+        """Read columns of the embeddings that the selection keeps.
+
+        Raises:
+            IntegrityError: if the tables are not about the same samples.
+        """
+        table = table_from_bytes(inputs["embeddings"].read(self.root), ["key", *columns])
+        selection = table_from_bytes(inputs["selection"].read(self.root), ["key", "kept"])
+        if not table["key"].equals(selection["key"]):
+            raise IntegrityError(
+                f"{self.uri(inputs['embeddings'])} and {self.uri(inputs['selection'])} are not about the same samples; "
+                "run curate again with --force"
+            )
+        return table.filter(selection["kept"])
+
+    def _merged(self, records: Sequence[ShardRecord]) -> Sums:
+        """Add up the sums of all shards, in plan order, so that a repetition gives the same bits."""
+
+        def read(record: ShardRecord) -> Sums:
+            return Sums.from_arrays(load_safetensors(record.files["sums"].read(self.root)))
+
+        total: Sums | None = None
+        for sums in _map_ahead(read, records):
+            if total is not None and total.dim != sums.dim:
+                raise IntegrityError(
+                    f"pca: embeddings of {total.dim} and {sums.dim} dimensions are mixed; run embed again with --force"
+                )
+            total = sums if total is None else total.merged(sums)
+        if total is None or total.count < 2:
+            count = 0 if total is None else total.count
+            raise InputError(f"pca: {count} samples came in, 2 are the least; loosen the thresholds of curate")
+        return total
+
+    def _planned(self, records: Sequence[ShardRecord], inputs: Mapping[str, Manifest]) -> list[tuple[Shard, int]]:
+        """Pair the shards of this plan with their numbers of samples.
+
+        A record kept from an earlier run names the selection of an earlier curate folder, equal but perhaps gone.
+        """
+        shards = {shard.id: shard for shard in self.plan(inputs)}
+        return [(shards[record.shard_id], record.num_kept) for record in records]
+
+    def _project(self, planned: Sequence[tuple[Shard, int]], mean: Array64, axes: Array64) -> tuple[Array32, Array32]:
+        """Project the samples that the edges are measured on.
+
+        Returns:
+            Components ``(m, k)`` and dot products of image and text embedding ``(m,)``, float32.
+        """
+        rows = spread_rows([num_samples for _, num_samples in planned], self.config.num_edge_samples)
+
+        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32]:
+            shard, chosen = pair
+            table = self._selected(shard.inputs, ["image_embedding", "text_embedding"]).take(pa.array(chosen))
+            image, text = (embeddings_of(table, name) for name in ("image_embedding", "text_embedding"))
+            return ((image - mean) @ axes.T).astype(np.float32), (image * text).sum(axis=1)
+
+        wanted = [(shard, chosen) for (shard, _), chosen in zip(planned, rows, strict=True) if len(chosen)]
+        parts = list(_map_ahead(read, wanted))
+        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Sufficient statistics of a set of vectors; those of a union are their sum.
+
+    Attributes:
+        count: vectors.
+        total: their sum, ``(D,)``.
+        outer: sum of their outer products, ``(D, D)``.
+    """
+
+    count: int
+    total: Array64
+    outer: Array64
+
+    @property
+    def dim(self) -> int:
+        """Dimension D."""
+        return len(self.total)
+
+    def merged(self, other: Sums) -> Sums:
+        """Return the statistics of both sets together."""
+        return Sums(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Return plain arrays, for a file."""
+        return {"count": np.array([self.count], np.int64), "total": self.total, "outer": self.outer}
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Sums:
+        """Rebuild from ``to_arrays``."""
+        return cls(int(arrays["count"][0]), arrays["total"], arrays["outer"])
+
+
+def sums_of(x: Array32) -> Sums:
+    """Sum over vectors ``(n, D)`` in float64."""
+    wide = x.astype(np.float64)
+    return Sums(len(wide), wide.sum(axis=0), wide.T @ wide)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Principal axes.
+
+    Attributes:
+        mean: ``(D,)``.
+        axes: orthonormal rows in order of decreasing eigenvalue, ``(D, D)``.
+        eigenvalues: variance along every axis, ``(D,)``, not negative.
+    """
+
+    mean: Array64
+    axes: Array64
+    eigenvalues: Array64
+
+
+def solve(sums: Sums) -> Solution:
+    """Diagonalise the covariance; the largest entry of every axis is made positive, so that signs are determined."""
+    mean = sums.total / sums.count
+    covariance = sums.outer / sums.count - np.outer(mean, mean)
+    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
+    axes = np.ascontiguousarray(vectors.T[::-1])
+    largest = np.abs(axes).argmax(axis=1)
+    axes *= np.where(axes[np.arange(len(axes)), largest] < 0, -1.0, 1.0)[:, None]
+    return Solution(mean, axes, np.maximum(values[::-1], 0.0))
+
+
+def choose_components(eigenvalues: Array64, config: PcaConfig) -> int:
+    """Return k: ``num_components``, or the fewest that reach ``variance_target``.
+
+    Raises:
+        InputError: if there are fewer dimensions than ``num_components``, or no variance at all.
+    """
+    total = eigenvalues.sum()
+    if total <= 0:
+        raise InputError("pca: all image embeddings are equal; the dataset or the CLIP is degenerate")
+    if config.num_components is None:
+        # The last sum can fall short of 1 by rounding; all components then.
+        reached = np.cumsum(eigenvalues) / total >= config.variance_target
+        return int(reached.argmax()) + 1 if reached.any() else len(eigenvalues)
+    if config.num_components > len(eigenvalues):
+        raise InputError(
+            f"pca.num_components: {config.num_components} is more than the {len(eigenvalues)} dimensions of the CLIP "
+            "embeddings; lower it, or set it to null and use pca.variance_target"
+        )
+    return config.num_components
+
+
+def spectrum_metrics(eigenvalues: Array64, k: int) -> dict[str, Any]:
+    """Describe a spectrum.
+
+    The effective rank is the exponential of the entropy of the normalised eigenvalues (Roy and Vetterli 2007). The
+    reconstruction error of k components, mean over samples of the squared distance, is the sum of the other
+    eigenvalues.
+    """
+    shares = eigenvalues / eigenvalues.sum()
+    positive = shares[shares > 0]
+    return {
+        "embedding_dim": len(eigenvalues),
+        "num_components": k,
+        "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())),
+        "explained_variance_fraction": float(shares[:k].sum()),
+        "total_variance": float(eigenvalues.sum()),
+        "reconstruction_mse": float(eigenvalues[k:].sum()),
+        "spectrum": [float(f"{share:.6g}") for share in shares],
+    }
+
+
+def spread_rows(shard_sizes: Sequence[int], limit: int) -> list[npt.NDArray[np.int64]]:
+    """Choose at most ``limit`` rows, evenly spaced over the shards laid end to end.
+
+    Returns:
+        Rows of every shard, increasing.
+    """
+    ends = np.cumsum([0, *shard_sizes], dtype=np.int64)
+    total = int(ends[-1])
+    chosen = np.arange(total) if total <= limit else np.arange(limit) * total // limit
+    bounds = np.searchsorted(chosen, ends)
+    return [chosen[bounds[i] : bounds[i + 1]] - ends[i] for i in range(len(shard_sizes))]
+
+
+def bucket_edges(values: Array32, num_buckets: int, kind: Edges) -> Array32:
+    """Place bucket edges from the least to the greatest value of every column.
+
+    Args:
+        values: ``(n, k)``.
+        num_buckets: buckets per column.
+        kind: ``quantile`` or ``uniform``.
+
+    Returns:
+        Edges that nowhere decrease, float32 ``(k, num_buckets + 1)``; a column without spread gets narrow uniform ones.
+    """
+    positions = np.linspace(0, 1, num_buckets + 1)
+    wide = values.astype(np.float64)
+    low, high = wide.min(axis=0), wide.max(axis=0)
+    if kind == "quantile":
+        edges = np.stack([np.quantile(column, positions) for column in wide.T])
+    else:
+        edges = low[:, None] + (high - low)[:, None] * positions
+    flat = high - low < 1e-6
+    edges[flat] = low[flat, None] + 1e-6 * (positions - 0.5)
+    return np.maximum.accumulate(edges.astype(np.float32), axis=1)
+
+
+def quantisation_errors(components: Array32, edges: Array32) -> Array32:
+    """Return the squared distance between components ``(n, k)`` and the middles of their buckets, ``(n,)``."""
+    errors = np.zeros(len(components), np.float32)
+    for column, own in zip(components.T, edges, strict=True):
+        codes = np.searchsorted(own[1:-1], column, side="right")
+        errors += (column - ((own[:-1] + own[1:]) / 2)[codes]) ** 2
+    return errors
+
+
+def _map_ahead(function: Any, items: Sequence[Any]) -> Iterator[Any]:
+    """Map in order on threads, a few items ahead of the consumer, so that memory holds only those."""
+    with ThreadPoolExecutor(_IO_THREADS) as pool:
+        for start in range(0, len(items), _IO_THREADS):
+            yield from pool.map(function, items[start : start + _IO_THREADS])

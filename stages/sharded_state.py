@@ -1,0 +1,185 @@
+"""The state of a training on one rank: weights, moving averages and moments, and their files.
+
+Every engine keeps float32 master weights in flat tensors. A ``Fragment`` says which stretch of which parameter lies
+where, and a file holds the stretches by name. One format therefore serves every engine, ZeRO stage and number of ranks;
+another world size reads the same checkpoint. Files are safetensors: reading one executes nothing.
+
+Buffers of the model are not kept: in these models they are constants, set before the training starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stages.adamw import fresh_state
+from stages.errors import IntegrityError
+from unclip_models.ema import ema_update, warmed_up_decay
+
+# What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
+KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
+RANK_FILE = re.compile(r"rank-\d{4}\.safetensors")
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's state file."""
+    return f"rank-{rank:04d}.safetensors"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A stretch of one parameter inside a rank's flat tensors.
+
+    Attributes:
+        name: the parameter.
+        start: its first element here, counted in the flattened parameter.
+        flat: which flat tensor.
+        offset: first element there.
+        length: elements.
+    """
+
+    name: str
+    start: int
+    flat: int
+    offset: int
+    length: int
+
+
+class ShardedState:
+    """Master weights, moments and moving averages of one rank, with their way into a file and back.
+
+    Args:
+        masters: the tensors the optimizer updates, float32, contiguous.
+        fragments: what lies where in them.
+        optimizer: AdamW over ``masters``.
+        ema_decay: of the moving average.
+    """
+
+    def __init__(
+        self,
+        masters: Sequence[Tensor],
+        fragments: Sequence[Fragment],
+        optimizer: torch.optim.Optimizer,
+        ema_decay: float,
+    ) -> None:
+        self.masters = list(masters)
+        self.fragments = tuple(fragments)
+        self.optimizer = optimizer
+        self.ema_decay = ema_decay
+        self.num_updates = 0
+        self.averages = [master.detach().clone() for master in self.masters]
+
+    def update_average(self) -> None:
+        """Take the present weights into the moving average; called once after every applied step."""
+        ema_update(self.averages, self.masters, warmed_up_decay(self.ema_decay, self.num_updates))
+        self.num_updates += 1
+
+    def save(self, path: Path) -> None:
+        """Write every fragment of every kind to a safetensors file."""
+        tensors = {
+            f"{kind}/{f.name}/{f.start}": self._stretch(kind, f).cpu().clone() for kind in KINDS for f in self.fragments
+        }
+        save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
+
+    def load(self, files: Sequence[Path]) -> None:
+        """Fill every fragment from the files; see ``Engine.load``."""
+        targets = {name: [f for f in self.fragments if f.name == name] for name in {f.name for f in self.fragments}}
+        self._reset_moments()
+        wanted = sum(f.length for f in self.fragments) * len(KINDS)
+        covered = 0
+        for path in files:
+            with _opened(path) as file:
+                self.num_updates = int(file.metadata()["num_updates"])
+                for key in file.keys():  # noqa: SIM118 - not a dict
+                    kind, name, start = split_key(key)
+                    covered += sum(self._copy(file, key, kind, start, f) for f in targets.get(name, ()))
+        if covered != wanted:
+            raise IntegrityError(
+                f"checkpoint files {[path.name for path in files]} hold {covered} of the {wanted} numbers that this "
+                "model needs; they belong to another model"
+            )
+        self._set_step_count()
+
+    def _copy(self, file: Any, key: str, kind: str, start: int, target: Fragment) -> int:
+        """Copy where a stored stretch and a fragment overlap; return how many elements that were."""
+        stored = file.get_slice(key)
+        length: int = stored.get_shape()[0]
+        first = max(start, target.start)
+        last = min(start + length, target.start + target.length)
+        if first >= last:
+            return 0
+        self._stretch(kind, target)[first - target.start : last - target.start].copy_(
+            stored[first - start : last - start]
+        )
+        return last - first
+
+    def _stretch(self, kind: str, fragment: Fragment) -> Tensor:
+        master = self.masters[fragment.flat]
+        if kind == "param":
+            flat = master.detach()
+        elif kind == "ema":
+            flat = self.averages[fragment.flat]
+        else:
+            moments = self.optimizer.state.get(master) or {}
+            flat = moments[kind] if kind in moments else torch.zeros_like(master)
+        return flat.view(-1)[fragment.offset : fragment.offset + fragment.length]
+
+    def _reset_moments(self) -> None:
+        for master in self.masters:
+            self.optimizer.state[master] = fresh_state(master, 0)
+
+    def _set_step_count(self) -> None:
+        for master in self.masters:
+            self.optimizer.state[master]["step"].fill_(float(self.num_updates))
+
+
+def split_key(key: str) -> tuple[str, str, int]:
+    """Split the name of a stored stretch into kind, parameter and first element."""
+    kind, _, rest = key.partition("/")
+    name, _, start = rest.rpartition("/")
+    return kind, name, int(start)
+
+
+def assemble(files: Sequence[Path], shapes: Mapping[str, torch.Size], kind: str = "ema") -> dict[str, Tensor]:
+    """Put whole parameters together from the state files of all ranks.
+
+    Args:
+        files: of one checkpoint.
+        shapes: parameter -> shape.
+        kind: one of ``KINDS``.
+
+    Raises:
+        IntegrityError: if some elements are in no file.
+    """
+    whole = {name: torch.zeros(shape.numel(), dtype=torch.float32) for name, shape in shapes.items()}
+    covered = dict.fromkeys(whole, 0)
+    for path in files:
+        with _opened(path) as file:
+            for key in file.keys():  # noqa: SIM118 - not a dict
+                stored_kind, name, start = split_key(key)
+                if stored_kind != kind or name not in whole:
+                    continue
+                values = file.get_tensor(key)
+                whole[name][start : start + len(values)] = values
+                covered[name] += len(values)
+    if gaps := [name for name, shape in shapes.items() if covered[name] != shape.numel()]:
+        raise IntegrityError(f"checkpoint lacks parts of {gaps[0]} and {len(gaps) - 1} more parameters; train again")
+    return {name: whole[name].view(shape) for name, shape in shapes.items()}
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{path}: not a whole state file ({error})") from error

@@ -1,0 +1,369 @@
+"""The training loop, written out once. Trainings differ by a model, a loss function and a stream, never by a subclass.
+
+Everything random in step k is a function of (seed, k, global sample index), and the position in the data is the step,
+so a training that is killed and resumed does what an undisturbed one does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from stages.base import Progress, setting
+from stages.checkpoints import CheckpointFolder
+from stages.dataset import Batch, Stream
+from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
+from stages.errors import ConfigError, StageError
+from stages.metrics import MetricsLog, MetricsWindow, read_metrics
+from unclip_models.randomness import SampleRandom
+
+logger = logging.getLogger(__name__)
+
+_REPORT_EVERY_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings that every training has; what does not change the result is marked so."""
+
+    num_steps: int = setting(1000, "optimizer steps")
+    global_batch_size: int = setting(64, "samples per optimizer step, over all ranks")
+    learning_rate: float = setting(1.2e-4, "AdamW's peak learning rate")
+    learning_rate_schedule: Literal["constant", "cosine"] = setting("constant", "what follows the warm-up")
+    warmup_steps: int = setting(0, "steps in which the learning rate rises from 0")
+    weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
+    beta1: float = setting(0.9, "AdamW's decay of the first moment")
+    beta2: float = setting(0.999, "AdamW's decay of the second moment")
+    eps: float = setting(1e-8, "AdamW's epsilon")
+    gradient_clipping: float = setting(1.0, "largest global gradient norm")
+    ema_decay: float = setting(0.9999, "of the moving average of the weights, which is what is exported")
+    precision: Precision = setting("fp32", "`fp32`, or `bf16`: autocast over float32 weights")
+    num_streams: int = setting(8, "canonical data streams; the number of ranks must divide it")
+
+    engine: Literal["deepspeed", "torch"] = setting("deepspeed", "what drives the optimizer on Ray", affects="nothing")
+    zero_stage: Literal[0, 1, 2, 3] = setting(1, "states DeepSpeed partitions over the ranks", affects="nothing")
+    num_ranks: int = setting(1, "processes that train together", affects="nothing")
+    cpus_per_rank: float = setting(1.0, "CPU cores of each", affects="nothing")
+    gpus_per_rank: float = setting(0.0, "GPUs of each: 0 or 1", affects="nothing")
+    micro_batch_size: int | None = setting(None, "samples per forward pass and rank; null: all", affects="nothing")
+    checkpoint_every_steps: int = setting(1000, "steps between checkpoints", affects="nothing")
+    keep_last: int = setting(2, "checkpoints kept", affects="nothing")
+    max_nonfinite_steps: int = setting(10, "steps in a row that may be skipped as not finite", affects="nothing")
+    log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
+    tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
+    num_decode_threads: int = setting(0, "threads that decode images; 0: the prefetching one", affects="nothing")
+    prefetch_batches: int = setting(4, "batches made ahead of the training", affects="nothing")
+    cache_gib: float = setting(1.0, "open shards and decoded images kept per rank, GiB", affects="nothing")
+
+    def __post_init__(self) -> None:
+        self._check_positive()
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); write for example 0.9999")
+        if not 0 <= self.warmup_steps <= self.num_steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} is not between 0 and num_steps: {self.num_steps}")
+        if self.global_batch_size % self.num_streams:
+            raise ValueError(
+                f"global_batch_size: {self.global_batch_size} is not a multiple of num_streams: {self.num_streams}"
+            )
+        if self.num_streams % self.num_ranks:
+            raise ValueError(f"num_ranks: {self.num_ranks} does not divide num_streams: {self.num_streams}")
+        num_local = self.global_batch_size // self.num_ranks
+        if self.micro_batch_size is not None and num_local % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} does not divide the {num_local} samples of a rank's batch"
+            )
+        if self.gpus_per_rank not in (0, 1):
+            raise ValueError(f"gpus_per_rank: {self.gpus_per_rank:g}; a rank trains on the CPU (0) or on one GPU (1)")
+
+    def _check_positive(self) -> None:
+        for name in (
+            *("num_steps", "global_batch_size", "num_streams", "num_ranks", "keep_last", "prefetch_batches"),
+            *("checkpoint_every_steps", "log_every_steps", "max_nonfinite_steps", "learning_rate", "eps"),
+            *("gradient_clipping", "cpus_per_rank"),
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training made.
+
+    Attributes:
+        weights: averaged weights by parameter name, float32 on the CPU; on the first rank only.
+        metrics: the last logged numbers, likewise.
+        metrics_log: all JSON lines, likewise.
+    """
+
+    weights: Mapping[str, Tensor] | None
+    metrics: Mapping[str, float]
+    metrics_log: bytes
+
+
+class TrainingStoppedError(StageError):
+    """The training was asked to stop; it wrote a checkpoint first."""
+
+
+def model_loss(
+    model: nn.Module, batch: Mapping[str, Tensor], random: SampleRandom
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Ask the model for its loss: the loss function of every model of ``unclip_models``."""
+    loss: Callable[..., tuple[Tensor, Mapping[str, Tensor]]] = model.loss  # type: ignore[assignment]
+    return loss(batch, random)
+
+
+def learning_rate_at(config: TrainingConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 0: linear warm-up, then constant or a cosine to 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.learning_rate_schedule == "constant":
+        return config.learning_rate
+    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def engine_settings(config: TrainingConfig, world_size: int) -> EngineSettings:
+    """Derive what the engine has to know.
+
+    Raises:
+        ConfigError: if the batch cannot be dealt evenly to the ranks.
+    """
+    num_local, rest = divmod(config.global_batch_size, world_size)
+    micro_batch_size = config.micro_batch_size or num_local
+    if rest or num_local % micro_batch_size:
+        raise ConfigError(
+            f"global_batch_size: {config.global_batch_size} cannot be dealt to {world_size} ranks in micro batches of "
+            f"{micro_batch_size}; choose numbers that divide"
+        )
+    return EngineSettings(
+        num_micro_batches=num_local // micro_batch_size,
+        micro_batch_size=micro_batch_size,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        gradient_clipping=config.gradient_clipping,
+        precision=config.precision,
+        ema_decay=config.ema_decay,
+        zero_stage=config.zero_stage,
+        device="cuda" if config.gpus_per_rank else "cpu",
+    )
+
+
+def train(
+    model: nn.Module,
+    stream: Stream,
+    config: TrainingConfig,
+    *,
+    make_engine: EngineFactory,
+    seed: int,
+    folder: str,
+    place: str,
+    loss: LossFunction = model_loss,
+    num_timesteps: int | None = None,
+    report: Callable[[Progress], None] = lambda progress: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Trained:
+    """Train a model to its last step, from the newest whole checkpoint if there is one.
+
+    Every rank of a training group calls this with the same arguments.
+
+    Args:
+        model: freshly built with the same weights on every rank; it belongs to the engine from here on.
+        stream: the data.
+        config: the settings.
+        make_engine: builds the engine on this rank.
+        seed: of everything random.
+        folder: URI of the training's own folder, for checkpoints and live metrics.
+        place: the stage, for messages.
+        loss: the loss function.
+        num_timesteps: of the diffusion, to split the loss by timestep quartile.
+        report: gets signs of life twice a second, on the first rank.
+        should_stop: asked after every step; once it says yes on any rank, all ranks write a checkpoint and stop.
+            SIGTERM and Ctrl-C do the same where this runs in the main thread.
+
+    Raises:
+        TrainingStoppedError: after a request to stop.
+        StageError: if the loss was not finite ``max_nonfinite_steps`` times in a row.
+    """
+    shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
+    rank, world_size = position()
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(_StopRequest(should_stop))
+        # Layers such as dropout draw from torch's global generator, which is seeded anew at every step.
+        stack.enter_context(torch.random.fork_rng())
+        engine = make_engine(model, loss, engine_settings(config, world_size))
+        stack.callback(engine.close)
+        checkpoints = CheckpointFolder(folder, config.keep_last)
+        resumed = checkpoints.resume(engine)
+        first_step = resumed.step if resumed else 0
+        if resumed and rank == 0:
+            logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
+        log = _open_log(stack, folder, config, resumed.metrics if resumed else b"", first_step) if rank == 0 else None
+        window = MetricsWindow(config.global_batch_size, num_timesteps)
+        batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
+        loop = _Loop(engine, config, seed, place, window, checkpoints, log, report, stop)
+        loop.run(batches, first_step)
+        if log is None:
+            return Trained(None, {}, b"")
+        last_line = read_metrics(log.content)[-1]
+        metrics = {name: value for name, value in last_line.items() if name != "step" and value is not None}
+        return Trained(checkpoints.weights(config.num_steps, shapes), metrics, log.content)
+
+
+def _open_log(
+    stack: contextlib.ExitStack, folder: str, config: TrainingConfig, lines: bytes, first_step: int
+) -> MetricsLog:
+    log = MetricsLog(folder, lines=lines, first_step=first_step, tensorboard=config.tensorboard)
+    stack.callback(log.close)
+    return log
+
+
+@dataclass
+class _Loop:
+    """The loop with what it needs."""
+
+    engine: Engine
+    config: TrainingConfig
+    seed: int
+    place: str
+    window: MetricsWindow
+    checkpoints: CheckpointFolder
+    log: MetricsLog | None
+    report: Callable[[Progress], None]
+    stop: _StopRequest
+
+    def run(self, batches: Iterator[Batch], first_step: int) -> None:
+        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last."""
+        config, engine = self.config, self.engine
+        num_bad = 0
+        reporter = _Reporter(self.report, config)
+        for step in range(first_step, config.num_steps):
+            waited_from = time.monotonic()
+            batch = next(batches)
+            waited_s = time.monotonic() - waited_from
+            assert batch.step == step, f"the stream gave step {batch.step} for step {step}"
+            learning_rate = learning_rate_at(config, step)
+            result = engine.step(self._micro_batches(batch), learning_rate)
+            self.window.add(result.loss, result.grad_norm, result.applied, result.terms, waited_s)
+            num_bad = 0 if result.applied else num_bad + 1
+            if num_bad >= config.max_nonfinite_steps:
+                raise self._diverged(step + 1, num_bad)
+            done = step + 1
+            if done % config.log_every_steps == 0 or done == config.num_steps:
+                metrics = self.window.close(engine, learning_rate)
+                if self.log is not None:
+                    self.log.write(done, metrics)
+            if engine.rank == 0:
+                reporter.step_done(done, result.loss)
+            is_last = done == config.num_steps
+            stopping = self._agreed_to_stop() and not is_last
+            if stopping or is_last or done % config.checkpoint_every_steps == 0:
+                self.checkpoints.save(engine, done, self.log.content if self.log else b"")
+            if stopping:
+                raise TrainingStoppedError(
+                    f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
+                )
+
+    def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
+        """Cut a rank's batch into micro batches on the engine's device, each with its randomness."""
+        size = self.config.micro_batch_size or len(batch.indices)
+        torch.manual_seed(_torch_seed(self.seed, batch.step, self.engine.rank))
+        for first in range(0, len(batch.indices), size):
+            indices = batch.indices[first : first + size]
+            random = SampleRandom(self.seed, batch.step, indices, self.engine.device)
+            yield batch.part(first, first + size, self.engine.device), random
+
+    def _agreed_to_stop(self) -> bool:
+        asked = float(self.stop())
+        if self.engine.world_size == 1:
+            return asked > 0
+        return float(self.engine.total(torch.tensor([asked], dtype=torch.float64))[0]) > 0
+
+    def _diverged(self, step: int, num_bad: int) -> StageError:
+        steps = self.checkpoints.steps()
+        last = f"the last checkpoint is of step {steps[0]}" if steps else "there is no checkpoint yet"
+        return StageError(
+            f"{self.place}: loss or gradient was not finite in {num_bad} steps in a row, up to step {step}; {last}. "
+            f"Lower {self.place}.learning_rate (now {self.config.learning_rate:g}), raise {self.place}.warmup_steps "
+            f"or set {self.place}.precision: fp32"
+        )
+
+
+def _torch_seed(seed: int, step: int, rank: int) -> int:
+    """Seed torch's global generator for one step of one rank, for layers such as dropout."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class _Reporter:
+    """Progress of the first rank, at most twice a second."""
+
+    def __init__(self, report: Callable[[Progress], None], config: TrainingConfig) -> None:
+        self._report = report
+        self._config = config
+        self._reported_at = time.monotonic()
+        self._num_since = 0
+
+    def step_done(self, done: int, loss: float) -> None:
+        """Count a step, and report if it is time."""
+        self._num_since += 1
+        elapsed_s = time.monotonic() - self._reported_at
+        if elapsed_s < _REPORT_EVERY_S and done < self._config.num_steps:
+            return
+        numbers = {"samples_per_s": self._num_since * self._config.global_batch_size / max(elapsed_s, 1e-9)}
+        if math.isfinite(loss):
+            numbers["loss"] = loss
+        self._report(Progress(done=done, total=self._config.num_steps, unit="steps", numbers=numbers))
+        self._reported_at, self._num_since = time.monotonic(), 0
+
+
+class _StopRequest:
+    """Whether the training should stop: asked for by the caller, or by SIGTERM or Ctrl-C in the main thread.
+
+    A signal is held back until the checkpoint is written; on leaving it is raised again, for whoever handled it before.
+    A second Ctrl-C interrupts at once.
+    """
+
+    def __init__(self, should_stop: Callable[[], bool]) -> None:
+        self._should_stop = should_stop
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Tell whether to stop."""
+        return self._received is not None or self._should_stop()
+
+    def __enter__(self) -> _StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if self._received is not None:
+            signal.raise_signal(self._received)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self._received = number
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)

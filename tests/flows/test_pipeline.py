@@ -1,0 +1,208 @@
+"""The flow on a real Prefect server: order, cached stages, failures that stay local, retries, forcing, artifacts."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+
+from flows.interrupt import Cancelled
+from flows.pipeline import run_pipeline
+from flows.prefect_server import PrivateServer, prefect_api
+from flows.progress import Outcome
+from flows.selection import Selection
+from flows.tasks import Run, worth_retrying
+from stages.base import Shard, Stage
+from stages.errors import ConfigError, InputError, StageError, StorageError
+from stages.executor import ClusterConfig, LocalExecutor
+from stages.manifest import Manifest, ShardRecord
+from stages.runner import StageProgress, StageState, inspect_stage
+from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
+    with PrivateServer(tmp_path_factory.mktemp("prefect")) as private:
+        private.wait()
+        yield private
+
+
+class Other(Numbers):
+    """A second branch of the graph, independent of numbers and squares."""
+
+    name = "other"
+
+
+class Last(Squares):
+    """Needs both branches."""
+
+    name = "last"
+
+    @property
+    def upstream(self) -> tuple[str, ...]:
+        return ("numbers", "squares", "other")
+
+
+class Recorder:
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        self.updates: list[StageProgress] = []
+        self.ends: list[Outcome] = []
+
+    def update(self, progress: StageProgress) -> None:
+        self.updates.append(progress)
+
+    def end(self, outcome: Outcome) -> None:
+        self.ends.append(outcome)
+
+
+def graph(root: str, squares: SquaresConfig | None = None) -> dict[str, Stage[Any]]:
+    stages: list[Stage[Any]] = [
+        Numbers(NumbersConfig(), root=root),
+        Squares(squares or SquaresConfig(), root=root),
+        Other(NumbersConfig(counts=(2,)), root=root),
+        Last(SquaresConfig(), root=root),
+    ]
+    return {stage.name: stage for stage in stages}
+
+
+def new_run(root: str, stages: dict[str, Stage[Any]], *, only: Sequence[str] = (), force: Sequence[str] = ()) -> Run:
+    names: dict[str, str] = {}
+    states: dict[str, StageState] = {}
+    for name, stage in stages.items():
+        names[name] = stage.fingerprint(names)
+        found = {up: states[up].manifest for up in stage.upstream}
+        inputs = {up: manifest for up, manifest in found.items() if manifest is not None}
+        if len(inputs) == len(found):
+            states[name] = inspect_stage(stage, names[name], inputs)
+        else:
+            states[name] = StageState(name=name, fingerprint=names[name], status="pending", reason="")
+
+    def write_report(manifests: Mapping[str, Manifest]) -> str:
+        path = Path(root) / "report.html"
+        path.write_text(" ".join(manifests))
+        return str(path)
+
+    return Run(
+        root=root,
+        stages=stages,
+        states=states,
+        selection=Selection(tuple(only or stages), frozenset(force)),
+        executor=LocalExecutor(),
+        cluster=ClusterConfig(executor="local", max_attempts=1),
+        display=Recorder(),
+        write_report=write_report,
+        funnel=lambda manifests: "| stage |\n" + "\n".join(manifests),
+    )
+
+
+def ends(run: Run) -> dict[str, str]:
+    return {name: outcome.status for name, outcome in run.outcomes.items()}
+
+
+def task_states(server: PrivateServer, flow_run_name: str) -> dict[str, str]:
+    """Ask Prefect how the tasks of the newest flow run of that name ended."""
+    with prefect_api(server), get_client(sync_client=True) as client:
+        runs = client.read_flow_runs(flow_run_filter=FlowRunFilter(name=FlowRunFilterName(any_=[flow_run_name])))
+        newest = max(runs, key=lambda found: found.created)
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [newest.id]}))
+        return {task.name: task.state_name for task in tasks} | {"flow": newest.state_name}
+
+
+def test_runs_then_shows_cached(tmp_path: Path, server: PrivateServer) -> None:
+    root = str(tmp_path)
+    run = new_run(root, graph(root))
+    assert run_pipeline(run, name="first", server=server) is None
+    assert ends(run) == dict.fromkeys(("numbers", "squares", "other", "last"), "done")
+    assert (tmp_path / "report.html").read_text() == "numbers squares other last" and run.report_uri
+    again = new_run(root, graph(root))
+    assert run_pipeline(again, name="second", server=server) is None
+    assert ends(again) == dict.fromkeys(ends(run), "cached")
+    assert again.manifests() == run.manifests()
+    expected = dict.fromkeys(ends(run), "Completed") | {"report": "Completed", "flow": "Completed"}
+    assert task_states(server, "first") == expected
+    assert task_states(server, "second") == expected | dict.fromkeys(ends(run), "Cached")
+
+
+def test_a_failure_stays_local(tmp_path: Path, server: PrivateServer) -> None:
+    root = str(tmp_path)
+    squares = SquaresConfig(misbehave={"0": "corrupt"}, scratch=root)
+    run = new_run(root, graph(root, squares))
+    error = run_pipeline(run, name="local failure", server=server)
+    assert ends(run) == {"numbers": "done", "squares": "failed", "other": "done", "last": "not ready"}
+    assert isinstance(error, StageError) and "beyond repair" in str(error)
+    assert [outcome.stage for outcome in run.failures()] == ["squares"]
+    assert (tmp_path / "report.html").read_text() == "numbers other"
+    states = task_states(server, "local failure")
+    assert states["squares"] == "Failed" and states["last"] == "NotReady" and states["other"] == "Completed"
+    assert states["flow"] == "Failed"
+    # The cause is gone: the same command goes on.
+    again = new_run(root, graph(root, SquaresConfig()))
+    assert run_pipeline(again, name="repaired", server=server) is None
+    assert ends(again) == {"numbers": "cached", "squares": "done", "other": "cached", "last": "done"}
+
+
+class Lost(Numbers):
+    """Fails as a lost connection does, a given number of times."""
+
+    failures = 0
+
+    def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
+        if self.failures > 0:
+            self.failures -= 1
+            raise StorageError("the connection is lost")
+        return super().plan(inputs)
+
+
+@pytest.mark.parametrize(("failures", "status"), [(1, "done"), (2, "failed")])
+def test_a_lost_connection_is_tried_once_more(
+    tmp_path: Path, server: PrivateServer, failures: int, status: str
+) -> None:
+    stage = Lost(NumbersConfig(), root=str(tmp_path))
+    stage.failures = failures
+    run = new_run(str(tmp_path), {"numbers": stage})
+    run_pipeline(run, name="lost", server=server)
+    assert ends(run) == {"numbers": status} and stage.failures == 0
+
+
+def test_what_is_worth_retrying() -> None:
+    assert worth_retrying(StorageError("")) and worth_retrying(RuntimeError("a worker died"))
+    for error in (ConfigError(""), InputError(""), StageError(""), KeyboardInterrupt(), Cancelled()):
+        assert not worth_retrying(error)
+
+
+def test_force_runs_anew_and_leaves_the_rest(tmp_path: Path, server: PrivateServer) -> None:
+    root = str(tmp_path)
+    run_pipeline(new_run(root, graph(root)), name="before", server=server)
+    record = next((tmp_path / "squares" / "shards").glob("*.json"))
+    written_at = record.stat().st_mtime_ns
+    run = new_run(root, graph(root), force=["squares"])
+    assert run_pipeline(run, name="forced", server=server) is None
+    assert ends(run) == {"numbers": "cached", "squares": "done", "other": "cached", "last": "cached"}
+    assert record.stat().st_mtime_ns > written_at
+
+
+def test_only_reads_what_is_there(tmp_path: Path, server: PrivateServer) -> None:
+    root = str(tmp_path)
+    run_pipeline(new_run(root, graph(root)), name="all", server=server)
+    changed = graph(root, SquaresConfig(keep_even=False))
+    run = new_run(root, changed, only=["squares"])
+    assert run_pipeline(run, name="only", server=server) is None
+    assert ends(run) == {"squares": "done"}
+    # `last` was made from the other squares: the report must not show it beside these.
+    assert (tmp_path / "report.html").read_text() == "numbers squares other"
+
+
+def test_a_cancelled_run_breaks_out_of_its_stage(tmp_path: Path, server: PrivateServer) -> None:
+    run = new_run(str(tmp_path), graph(str(tmp_path)))
+    run.cancelled = threading.Event()
+    run.cancelled.set()
+    with pytest.raises(KeyboardInterrupt):
+        run_pipeline(run, name="cancelled", server=server)
+    assert ends(run)["numbers"] == "cancelled" and "done" not in ends(run).values()

@@ -1,0 +1,124 @@
+"""The door for settings: what is wrong is refused with place, value and remedy; what ships loads."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+from stages.base import identity_of
+from stages.config import Config, load_config, settings, to_values, to_yaml
+from stages.errors import ConfigError
+from unclip_models.ar_prior import ARPriorConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICKSTART = CONFIGS / "quickstart.yaml"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path: Path) -> None:
+    assert isinstance(load_config(path), Config)
+
+
+def test_written_out_it_is_the_same_config(tmp_path: Path) -> None:
+    config = load_config(QUICKSTART)
+    (tmp_path / "resolved.yaml").write_text(to_yaml(config))
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_overrides() -> None:
+    overrides = ["decoder.learning_rate=1e-4", "seed=7", "root=s3://b/p", "source.lists=[a.txt, b.txt]"]
+    config = load_config(QUICKSTART, overrides)
+    assert config.decoder.learning_rate == 1e-4
+    assert (config.seed, config.root, config.source.lists) == (7, "s3://b/p", ("a.txt", "b.txt"))
+
+
+def test_extends_changes_only_what_it_names(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(QUICKSTART.read_text())
+    (tmp_path / "child.yaml").write_text("extends: base.yaml\ndecoder: {num_steps: 77}\n")
+    base, child = load_config(tmp_path / "base.yaml"), load_config(tmp_path / "child.yaml")
+    assert child == dataclasses.replace(base, decoder=dataclasses.replace(base.decoder, num_steps=77))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("decoder.learnin_rate=3", "decoder.learnin_rate: unknown key; did you mean 'decoder.learning_rate'"),
+        ("prior.model.widht=3", "prior.model.widht: unknown key; did you mean 'prior.model.width'"),
+        ("learning_rate=1", "learning_rate: unknown key; did you mean 'clip.learning_rate'"),
+        ("decoder.learning_rate=fast", 'decoder.learning_rate: "fast": input should be a valid number'),
+        ("seed=true", "seed: true: input should be a valid integer"),
+        ("seed='3'", 'seed: "3": input should be a valid integer'),
+        ("clip=3", "clip: 3: input should be an object"),
+        ("prior.model.kind=foo", "prior.model.kind: \"foo\": input should be 'diffusion' or 'autoregressive'"),
+        ("prior.num_streams=3", "prior.global_batch_size: 64 is not a multiple of num_streams: 3"),
+        ("root=ftp://x", "root: ftp://x: no storage for scheme 'ftp'"),
+        ("decoder", "write dotted.key=value"),
+        ("seed.x=1", "'seed' is a single value, not a section"),
+        ("root={", "not valid YAML"),
+    ],
+)
+def test_a_mistake_is_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, [override])
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert caught.value.exit_code == 2
+
+
+def test_all_mistakes_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, ["sed=1", "decoder.num_steps=x"])
+    assert "did you mean 'seed'" in str(caught.value) and "decoder.num_steps" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("root: [", "not valid YAML"),
+        ("- a\n- b\n", "holds list, not sections"),
+        ("seed: 1\nseed: 2\n", "key 'seed' is given twice"),
+        ("extends: nowhere.yaml\n", "cannot read the config file"),
+        ("extends: config.yaml\n", "extend each other in a circle"),
+        ("extends: [a]\n", "is not a file name"),
+        ("seed: 2026-01-01\n", "only plain YAML values"),
+        ("", "root: required, but not given"),
+    ],
+)
+def test_an_unusable_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "config.yaml")
+    assert message in str(caught.value)
+
+
+def test_a_missing_file_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: cannot read the config file"):
+        load_config("nowhere.yaml")
+
+
+def test_the_other_prior_can_be_chosen() -> None:
+    values = yaml.safe_load(QUICKSTART.read_text())
+    text = "{kind: autoregressive, embedding_dim: 64, num_codes: 8, num_buckets: 64}"
+    config = load_config(QUICKSTART, [f"prior.model={text}"])
+    assert isinstance(config.prior.model, ARPriorConfig) and values["prior"]["model"]["kind"] == "diffusion"
+    with pytest.raises(ConfigError) as caught:
+        load_config(QUICKSTART, ["prior.model={kind: autoregressive, num_cods: 8}"])
+    assert "num_cods: unknown key; did you mean 'prior.model.num_codes'" in str(caught.value)
+    assert "diffusion" not in str(caught.value)
+
+
+def test_every_setting_of_the_pipeline_says_what_it_is() -> None:
+    for info in settings():
+        section, _, rest = info.path.partition(".")
+        if not rest or "model" not in rest.split(".") and "." not in rest:
+            assert info.help, f"{section}: {info.path} has no help"
+
+
+def test_moving_to_another_cluster_changes_no_identity() -> None:
+    base = load_config(QUICKSTART)
+    moved = load_config(QUICKSTART, ["cluster.address=auto", "cluster.num_cpus=64", "decoder.num_ranks=8", "root=s3://b"])
+    assert identity_of(base, ("shard", "stage")) == identity_of(moved, ("shard", "stage"))
+    assert to_values(base) != to_values(moved)

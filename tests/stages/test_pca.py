@@ -1,0 +1,250 @@
+"""Principal axes against numpy; sums that add up whatever the shards; edges that mean what they say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load
+
+from stages import storage
+from stages.errors import InputError, IntegrityError, StageError
+from stages.manifest import Manifest
+from stages.pca import (
+    Pca,
+    PcaConfig,
+    bucket_edges,
+    choose_components,
+    quantisation_errors,
+    solve,
+    spectrum_metrics,
+    spread_rows,
+    sums_of,
+)
+from stages.samples import embedding_array, embeddings_of, selection_table, table_to_bytes
+from tests.stages.small_store import Given, run
+from unclip_models.ar_prior import ARPrior, ARPriorConfig
+from unclip_models.text_encoder import TextEncoderConfig
+
+torch.set_num_threads(1)
+DIM = 12
+
+
+def low_rank(num: int, seed: int = 0, rank: int = 5) -> np.ndarray:
+    """Make unit vectors that mostly vary in a few directions."""
+    basis = np.random.default_rng(99).standard_normal((rank, DIM))
+    rng = np.random.default_rng(seed)
+    x = 2 + rng.standard_normal((num, rank)) * 0.7 ** np.arange(rank) @ basis + 0.02 * rng.standard_normal((num, DIM))
+    return np.asarray(x / np.linalg.norm(x, axis=1, keepdims=True), np.float32)
+
+
+def publish_curate(root: str, sizes: Sequence[int], drop_every: int = 3) -> tuple[Manifest, np.ndarray, np.ndarray]:
+    """Publish embeddings and selections; return the manifest and the kept embeddings as stored."""
+    stage, embed = Given("curate", root), Given("embed", root)
+    records, images, texts = [], [np.zeros((0, DIM), np.float32)], [np.zeros((0, DIM), np.float32)]
+    for i, size in enumerate(sizes):
+        keys = pa.array([f"{i:04x}{j:06d}" for j in range(size)], pa.string())
+        table = pa.table(
+            {
+                "key": keys,
+                "image_embedding": embedding_array(low_rank(size, seed=i)),
+                "text_embedding": embedding_array(low_rank(size, seed=1000 + i)),
+            }
+        )
+        kept = np.arange(size) % drop_every != drop_every - 1
+        images.append(embeddings_of(table, "image_embedding")[kept])
+        texts.append(embeddings_of(table, "text_embedding")[kept])
+        made = embed.record(i, {"embeddings": ("parquet", table_to_bytes(table))}, {})
+        selection = selection_table(keys.to_pylist(), [None if k else "keep_fraction" for k in kept])
+        num_kept = int(kept.sum())
+        counts: dict[str, Any] = {"num_in": size, "num_kept": num_kept, "dropped": {"keep_fraction": size - num_kept}}
+        files = {"selection": ("selection.parquet", table_to_bytes(selection))}
+        records.append(stage.record(i, files, made.files, **counts))
+    return stage.manifest(records), np.concatenate(images), np.concatenate(texts)
+
+
+def solved(root: str, curate: Manifest, **values: Any) -> tuple[Manifest, dict[str, np.ndarray]]:
+    manifest = run(Pca(PcaConfig(**values), root=root), {"curate": curate})
+    return manifest, load(manifest.files["pca"].read(root))
+
+
+def test_it_is_numpys_pca_of_the_selected_samples(root: str) -> None:
+    curate, x, z_t = publish_curate(root, (50, 0, 31, 70))
+    manifest, pca = solved(root, curate, num_components=4, num_buckets=8, num_dot_buckets=6)
+    wide = x.astype(np.float64)
+    values, vectors = np.linalg.eigh(np.cov(wide.T, bias=True))
+    np.testing.assert_allclose(pca["mean"], wide.mean(0), atol=1e-6)
+    np.testing.assert_allclose(pca["eigenvalues"], values[::-1], atol=1e-7)
+    np.testing.assert_allclose(np.abs(pca["axes"] @ vectors[:, ::-1][:, :4]), np.eye(4), atol=1e-3)
+    assert {name: array.shape for name, array in pca.items()} == {
+        "mean": (DIM,),
+        "axes": (4, DIM),
+        "eigenvalues": (DIM,),
+        "edges": (4, 9),
+        "dot_edges": (7,),
+    }
+    assert all(array.dtype == np.float32 for array in pca.values())
+    components = (wide - wide.mean(0)) @ pca["axes"].T
+    np.testing.assert_allclose(pca["edges"], np.quantile(components, np.linspace(0, 1, 9), axis=0).T, atol=1e-5)
+    np.testing.assert_allclose(pca["dot_edges"], np.quantile((x * z_t).sum(1), np.linspace(0, 1, 7)), atol=1e-5)
+    rebuilt = components @ pca["axes"] + wide.mean(0)
+    assert manifest.metrics["reconstruction_mse"] == pytest.approx(((wide - rebuilt) ** 2).sum(1).mean(), rel=1e-4)
+    assert manifest.metrics["num_samples"] == manifest.num_kept == len(x)
+    assert manifest.metrics["num_components"] == 4
+
+
+def test_the_autoregressive_prior_accepts_it(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    curate, x, z_t = publish_curate(root, (300,))
+    manifest, pca = solved(root, curate, variance_target=0.999, num_buckets=64, num_dot_buckets=8)
+    k = manifest.metrics["num_components"]
+    text = TextEncoderConfig(context_length=4, width=8, layers=1, heads=2)
+    config = ARPriorConfig(
+        embedding_dim=DIM, num_codes=k, num_buckets=64, num_dot_buckets=8, text=text, width=8, layers=1, heads=2
+    )
+    prior = ARPrior(config)
+    prior.set_pca(**{name: torch.from_numpy(pca[name]) for name in ("mean", "axes", "edges", "dot_edges")})
+    codes = prior.encode(torch.from_numpy(x))
+    counts = torch.bincount(codes[:, 0], minlength=64)
+    assert counts.min() >= 1 and counts.max() <= 2 * len(x) / 64  # quantile edges fill the buckets evenly
+    error = ((prior.decode(codes).numpy() - x) ** 2).sum(1).mean()
+    m = manifest.metrics
+    assert error == pytest.approx(m["reconstruction_mse"] + m["quantisation_mse"], rel=0.05)
+    dots = prior.encode_dot(torch.from_numpy(x), torch.from_numpy(z_t))
+    assert set(dots.tolist()) == set(range(8))
+
+
+@settings(max_examples=25, deadline=None)
+@given(cuts=st.lists(st.integers(0, 80), max_size=5), order=st.randoms(use_true_random=False))
+def test_sums_do_not_depend_on_shards_or_order(cuts: list[int], order: Any) -> None:
+    x = low_rank(80)
+    parts = [sums_of(part) for part in np.split(x, sorted(cuts))]
+    order.shuffle(parts)
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.merged(part)
+    whole = sums_of(x)
+    assert total.count == whole.count
+    np.testing.assert_allclose(total.outer, whole.outer, rtol=0, atol=1e-12)
+    a, b = solve(total), solve(whole)
+    np.testing.assert_allclose(a.eigenvalues, b.eigenvalues, atol=1e-13)
+    np.testing.assert_allclose(a.axes, b.axes, atol=1e-6)
+
+
+def test_signs_are_determined() -> None:
+    solution = solve(sums_of(low_rank(60)))
+    largest = np.abs(solution.axes).argmax(axis=1)
+    assert (solution.axes[np.arange(DIM), largest] > 0).all()
+    np.testing.assert_allclose(solution.axes @ solution.axes.T, np.eye(DIM), atol=1e-12)
+    assert (np.diff(solution.eigenvalues) <= 0).all() and solution.eigenvalues.min() >= 0
+
+
+def test_components_by_variance_or_count() -> None:
+    eigenvalues = np.asarray([4.0, 3.0, 2.0, 1.0, 0.0])
+    for target, expected in ((0.4, 1), (0.41, 2), (0.7, 2), (0.95, 4), (1.0, 4)):
+        assert choose_components(eigenvalues, PcaConfig(variance_target=target)) == expected
+    assert choose_components(eigenvalues, PcaConfig(num_components=3)) == 3
+    with pytest.raises(InputError, match=r"pca\.num_components: 319 is more than the 5 dimensions"):
+        choose_components(eigenvalues, PcaConfig(num_components=319))
+    with pytest.raises(InputError, match="all image embeddings are equal"):
+        choose_components(np.zeros(4), PcaConfig())
+
+
+def test_the_spectrum_is_described() -> None:
+    flat = spectrum_metrics(np.full(8, 0.25), 6)
+    assert flat["effective_rank"] == pytest.approx(8)
+    assert (flat["explained_variance_fraction"], flat["reconstruction_mse"]) == (0.75, 0.5)
+    assert spectrum_metrics(np.asarray([3.0, 0, 0]), 1)["effective_rank"] == pytest.approx(1)
+    assert spectrum_metrics(np.asarray([3.0, 1.0]), 1)["spectrum"] == [0.75, 0.25]
+
+
+def test_uniform_edges_are_even_and_flat_columns_survive() -> None:
+    values = np.stack([np.linspace(-1, 3, 50) ** 3, np.full(50, 0.5)], axis=1).astype(np.float32)
+    edges = bucket_edges(values, 4, "uniform")
+    np.testing.assert_allclose(edges[0], np.linspace(-1, 27, 5), rtol=1e-6)
+    for kind in ("uniform", "quantile"):
+        flat = bucket_edges(values, 4, kind)[1]  # type: ignore[arg-type]
+        assert (np.diff(flat) >= 0).all() and flat[-1] > flat[0] and abs(flat - 0.5).max() < 1e-6
+    assert (quantisation_errors(values, bucket_edges(values, 4, "uniform")) <= (28 / 4 / 2) ** 2 * 1.001).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), limit=st.integers(2, 60))
+def test_spread_rows_are_even(sizes: list[int], limit: int) -> None:
+    rows = spread_rows(sizes, limit)
+    assert [len(r) for r in rows] == [len(set(r.tolist())) for r in rows]
+    assert all((r >= 0).all() and (r < size).all() for r, size in zip(rows, sizes, strict=True))
+    ends = np.cumsum([0, *sizes])
+    chosen = np.concatenate([r + start for r, start in zip(rows, ends, strict=False)])
+    assert len(chosen) == min(limit, sum(sizes))
+    if len(chosen) > 1:
+        assert np.ptp(np.diff(chosen)) <= 1
+
+
+def test_fewer_edge_samples_give_nearly_the_same_edges(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    curate, _, _ = publish_curate(root, (900, 900))
+    _, every = solved(root, curate, num_components=2, num_buckets=4)
+    manifest, some = solved(root, curate, num_components=2, num_buckets=4, num_edge_samples=600)
+    assert manifest.metrics["num_edge_samples"] == 600
+    np.testing.assert_array_equal(every["axes"], some["axes"])
+    spread = every["edges"][:, -1] - every["edges"][:, 0]
+    assert (np.abs(every["edges"] - some["edges"])[:, 1:-1] < 0.05 * spread[:, None]).all()
+
+
+def test_appended_shards_reuse_old_sums(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    first, _, _ = publish_curate(root, (40, 30))
+    before, _ = solved(root, first)
+    names = storage.list_files(f"{root}/pca/shards")
+    both, x, _ = publish_curate(root, (40, 30, 20))
+    after, pca = solved(root, both)
+    assert [r.shard_id for r in before.records] == [r.shard_id for r in after.records[:2]]
+    assert len(storage.list_files(f"{root}/pca/shards").keys() - names.keys()) == 2
+    np.testing.assert_allclose(pca["mean"], x.mean(0), atol=1e-6)
+    again, _ = solved(root, both, num_components=3)
+    assert [r.shard_id for r in again.records] == [r.shard_id for r in after.records]
+
+
+def test_a_second_run_gives_the_same_bytes(tmp_path: Path) -> None:
+    digests = []
+    for name in ("a", "b"):
+        root = str(tmp_path / name)
+        digests.append(solved(root, publish_curate(root, (33, 44))[0])[0].digest)
+    assert digests[0] == digests[1]
+
+
+def test_too_few_samples_and_strange_tables_are_refused(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    with pytest.raises(InputError, match="pca: 1 samples came in"):
+        solved(root, publish_curate(root, (1,))[0])
+    stage = Pca(PcaConfig(), root=root)
+    curate, _, _ = publish_curate(root, (9, 8))
+    first, second = stage.plan({"curate": curate})
+    mixed = stage.shard(
+        0, inputs={"embeddings": first.inputs["embeddings"], "selection": second.inputs["selection"]}
+    )
+    with pytest.raises(IntegrityError, match="not about the same samples"):
+        stage.process(mixed, f"{root}/pca/shards")
+    storage.delete(stage.uri(first.inputs["embeddings"]))
+    with pytest.raises(StageError, match="does not exist"):
+        solved(root, curate)
+
+
+def test_settings_are_checked() -> None:
+    wrongs: Sequence[dict[str, Any]] = (
+        {"num_components": 0},
+        {"variance_target": 0.0},
+        {"num_buckets": 1},
+        {"num_edge_samples": 1},
+    )
+    for wrong in wrongs:
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            PcaConfig(**wrong)

@@ -1,0 +1,241 @@
+"""Sources: every list format gives the same rows, shards partition them, and mistakes are named."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stages import shapes
+from stages.errors import InputError
+from stages.executor import ClusterConfig, LocalExecutor
+from stages.manifest import Manifest
+from stages.runner import run_stage
+from stages.samples import table_from_bytes
+from stages.shapes import ShapesConfig
+from stages.source import Source, SourceConfig, _ranges
+
+ROWS = [
+    {"url": f"https://example.org/{i}.jpg", "caption": caption, "licence": f"cc-{i}"}
+    for i, caption in enumerate(["a cat", 'a "quoted", dog', "two\nlines", "1999", "ünïcode 猫", "NA", "true"])
+]
+
+
+def write_parquet(path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def write_delimited(path: Path) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(ROWS[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_json(path: Path) -> None:
+    path.write_text(json.dumps(ROWS))
+
+
+def write_json_lines(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "parquet": write_parquet,
+    "csv": write_delimited,
+    "tsv": write_delimited,
+    "json": write_json,
+    "jsonl": write_json_lines,
+}
+
+
+def make(root: Path, *lists: Path | str, **settings: Any) -> Source:
+    return Source(SourceConfig(lists=tuple(map(str, lists)), **settings), root=str(root / "store"))
+
+
+def run(stage: Source) -> Manifest:
+    return run_stage(stage, stage.fingerprint({}), {}, LocalExecutor(), ClusterConfig(executor="local"))
+
+
+def rows_of(manifest: Manifest) -> list[dict[str, Any]]:
+    return [row for r in manifest.records for row in table_from_bytes(r.files["urls"].read(manifest.root)).to_pylist()]
+
+
+@pytest.mark.parametrize("extension", WRITERS)
+def test_every_format_gives_the_same_rows(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"pairs.{extension}"
+    WRITERS[extension](path)
+    manifest = run(make(tmp_path, path, extra_columns=("licence",), rows_per_shard=3))
+    expected = [{"list": path.name, "row": i, **row} for i, row in enumerate(ROWS)]
+    assert rows_of(manifest) == expected
+    assert [record.num_in for record in manifest.records] == [3, 3, 1]
+    assert manifest.num_kept == len(ROWS)
+
+
+def test_compressed_lists(tmp_path: Path) -> None:
+    plain = tmp_path / "pairs.csv"
+    write_delimited(plain)
+    packed = tmp_path / "pairs.csv.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    plain.unlink()
+    assert [row["caption"] for row in rows_of(run(make(tmp_path, packed)))] == [row["caption"] for row in ROWS]
+
+
+def test_text_lists_have_urls_and_no_captions(tmp_path: Path) -> None:
+    path = tmp_path / "urls.txt"
+    path.write_text("http://a/1.jpg\n\n  http://a/2.jpg \n\n")
+    rows = rows_of(run(make(tmp_path, path)))
+    assert [(row["row"], row["url"], row["caption"]) for row in rows] == [
+        (0, "http://a/1.jpg", None),
+        (1, "", None),  # counted by the download as invalid_url, not skipped here
+        (2, "http://a/2.jpg", None),
+    ]
+
+
+def test_columns_are_renamed(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text('{"URL": "http://a/1.jpg", "TEXT": "x"}\n{"URL": null, "TEXT": null}\n')
+    rows = rows_of(run(make(tmp_path, path, url_column="URL", caption_column="TEXT")))
+    assert [(row["url"], row["caption"]) for row in rows] == [("http://a/1.jpg", "x"), (None, None)]
+    rows = rows_of(run(make(tmp_path, path, url_column="URL", caption_column=None)))
+    assert [row["caption"] for row in rows] == [None, None]
+
+
+@given(st.integers(0, 300), st.integers(1, 50))
+def test_ranges_partition_the_rows(num_rows: int, rows_per_shard: int) -> None:
+    rows = [row for start, stop in _ranges(num_rows, rows_per_shard) for row in range(start, stop)]
+    assert rows == list(range(num_rows))
+    assert all(0 < stop - start <= rows_per_shard for start, stop in _ranges(num_rows, rows_per_shard))
+
+
+def test_appended_rows_and_lists_leave_old_shards_as_they_are(tmp_path: Path) -> None:
+    folder = tmp_path / "lists"
+    folder.mkdir()
+    first = folder / "a.jsonl"
+    write_json_lines(first)
+    stage = make(tmp_path, folder, rows_per_shard=3)
+    before = run(stage)
+    first.write_text(first.read_text() + json.dumps(ROWS[0]) + "\n")
+    write_json(folder / "b.json")
+    later_stage = make(tmp_path, folder, rows_per_shard=3)
+    later = run(later_stage)
+    assert later.fingerprint != before.fingerprint
+    assert [r.num_in for r in later.records] == [3, 3, 2, 3, 3, 1]
+    for old, new in zip(before.records[:2], later.records[:2], strict=True):
+        # The download identifies its work by the content of these files.
+        assert old.files["urls"].sha256 == new.files["urls"].sha256
+
+
+def test_a_moved_list_is_the_same_list(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    write_json(tmp_path / "pairs.json")
+    write_json(tmp_path / "x" / "pairs.json")
+    here, there = make(tmp_path, tmp_path / "pairs.json"), make(tmp_path, tmp_path / "x" / "pairs.json")
+    assert here.fingerprint({}) == there.fingerprint({})
+    assert [shard.id for shard in here.plan({})] == [shard.id for shard in there.plan({})]
+    both = make(tmp_path, tmp_path / "pairs.json", tmp_path / "x" / "pairs.json")
+    assert len({shard.id for shard in both.plan({})}) == 2
+    assert both.fingerprint({}) != here.fingerprint({})
+
+
+def test_relative_lists_are_found_from_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_json(tmp_path / "pairs.json")
+    monkeypatch.chdir(tmp_path)
+    stage = make(tmp_path, "pairs.json")
+    (shard,) = stage.plan({})
+    travelled = pickle.loads(pickle.dumps(stage))
+    assert travelled._cached is None
+    monkeypatch.chdir("/")
+    assert travelled.process(shard, f"{tmp_path}/out").num_kept == len(ROWS)
+
+
+def test_a_list_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    write_json_lines(path)
+    (shard,) = make(tmp_path, path).plan({})
+    path.write_text(path.read_text().replace("cat", "cow"))
+    with pytest.raises(InputError, match="has changed since"):
+        make(tmp_path, path).process(shard, f"{tmp_path}/out")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "settings", "message"),
+    [
+        ("a.csv", b"URL,text\nhttp://a,b\n", {}, "source.url_column: 'url' .* URL, text; did you mean 'URL'"),
+        ("a.csv", b"url,captoin\nhttp://a,b\n", {}, "source.caption_column: 'caption' .*did you mean 'captoin'"),
+        ("a.csv", b"url,caption\nhttp://a,b\n", {"extra_columns": ("x",)}, "source.extra_columns: 'x'"),
+        ("a.csv", b"url,caption\n", {}, "a.csv holds no rows"),
+        ("a.csv", b"", {}, "a.csv is not a readable csv file"),
+        ("a.csv", b"url,caption\nhttp://a,b,c\n", {}, "a.csv is not a readable csv file"),
+        ("a.csv", b"url,caption\nhttp://a,\xff\xfe\n", {}, "a.csv is not a readable csv file"),
+        ("a.parquet", b"no parquet", {}, "a.parquet is not a readable parquet file"),
+        ("a.json", b'{"url": 1}', {}, "must hold a list of objects"),
+        ("a.json", b"[1, 2", {}, "a.json is not a readable json file"),
+        ("a.jsonl", b'{"url": "x"}\n{"url": \n', {}, "line 2"),
+        ("a.jsonl", b'{"url": ["x"], "caption": "c"}\n', {}, "column 'url' of .* holds list.*, not text"),
+        ("a.csv.gz", b"no gzip", {}, "a.csv.gz is not a readable csv file"),
+        ("a.txt", b"", {}, "a.txt holds no rows"),
+        ("a.txt", b"\xff\xfe", {}, "a.txt is not a readable txt file"),
+        ("a.xlsx", b"x", {}, "must end in .parquet"),
+    ],
+)
+def test_mistakes_are_named(tmp_path: Path, name: str, content: bytes, settings: dict[str, Any], message: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message):
+        make(tmp_path, path, **settings).plan({})
+
+
+def test_missing_and_repeated_lists(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"nowhere\.csv is neither a file nor a folder"):
+        make(tmp_path, tmp_path / "nowhere.csv").external()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="empty is neither"):
+        make(tmp_path, tmp_path / "empty").external()
+    write_json(tmp_path / "pairs.json")
+    with pytest.raises(InputError, match="given twice"):
+        make(tmp_path, tmp_path / "pairs.json", tmp_path / "pairs.json").external()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "lists: empty"),
+        ({"lists": ("a",), "rows_per_shard": 0}, "rows_per_shard"),
+        ({"lists": ("a",), "extra_columns": ("key",)}, "extra_columns: 'key'"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceConfig(**settings)
+
+
+def test_shapes_are_a_source(tmp_path: Path) -> None:
+    config = ShapesConfig(num_images=25, port=8888)
+    stage = Source(SourceConfig(kind="shapes", rows_per_shard=10, shapes=config), root=str(tmp_path))
+    manifest = run(stage)
+    rows = rows_of(manifest)
+    assert [row["row"] for row in rows] == list(range(25))
+    assert [row["url"] for row in rows] == [shapes.url_of(config, i) for i in range(25)]
+    assert [row["caption"] for row in rows] == [shapes.picture_of(config, i).caption for i in range(25)]
+    assert ShapesConfig(**manifest.metrics["shapes"]) == config
+    more = Source(
+        SourceConfig(kind="shapes", rows_per_shard=10, shapes=ShapesConfig(num_images=40, port=8888)),
+        root=str(tmp_path),
+    )
+    ids, more_ids = [s.id for s in stage.plan({})], [s.id for s in more.plan({})]
+    assert more_ids[:2] == ids[:2] and more.fingerprint({}) != stage.fingerprint({})
+    reseeded = Source(stage.config, root=str(tmp_path), seed=1)
+    assert reseeded.fingerprint({}) == stage.fingerprint({})
