@@ -7,6 +7,7 @@ size and ZeRO stage reads them, and they hold no pickle.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import math
@@ -194,12 +195,32 @@ def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
 def _import_deepspeed(device: str) -> Any:
     """Import DeepSpeed quietly, for this kind of device, without its just-in-time compilation for CPUs."""
     os.environ.setdefault("DS_ACCELERATOR", device)
+    with _no_compiler():
+        deepspeed = importlib.import_module("deepspeed")
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed = importlib.import_module("deepspeed")
     if device == "cpu":
         # Compiling its shared-memory collectives takes a minute and a half; gloo does.
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+@contextlib.contextmanager
+def _no_compiler() -> Iterator[None]:
+    """Make ``torch.compile`` do nothing for a moment.
+
+    DeepSpeed decorates one function, of an optimizer not used here, with it. That alone would import torch's compiler,
+    which takes longer than everything else on the way to the first step.
+    """
+
+    def unchanged(function: Any = None, **options: Any) -> Any:
+        return function if function is not None else lambda decorated: decorated
+
+    compile_function = torch.compile
+    torch.compile = unchanged
+    try:
+        yield
+    finally:
+        torch.compile = compile_function
 
 
 def _layout_of(

@@ -105,14 +105,19 @@ def short_number(value: float) -> str:
 
 
 def smooth(points: Sequence[Point], window: int) -> list[Point]:
-    """Average y over a centred window, narrower at the ends so that nothing is shifted."""
+    """Average y over a window around each point.
+
+    The window narrows towards the start, where losses are steep and a lopsided one would shift the curve; at the end,
+    where they are flat, it is cut off instead, so that the last value is not that of a single noisy point.
+    """
     totals = [0.0]
     for _, y in points:
         totals.append(totals[-1] + y)
     smoothed = []
     for i, (x, _) in enumerate(points):
-        half = min(window // 2, i, len(points) - 1 - i)
-        smoothed.append((x, (totals[i + half + 1] - totals[i - half]) / (2 * half + 1)))
+        half = min(window // 2, i)
+        end = min(i + half + 1, len(points))
+        smoothed.append((x, (totals[end] - totals[i - half]) / (end - i + half)))
     return smoothed
 
 
@@ -206,7 +211,7 @@ def histogram(
     return _svg(body, label, width, height)
 
 
-def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, label: str, width: float = 520) -> str:
+def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, label: str, width: float = 980) -> str:
     """Draw fractions from 0 to 1 with their bounds, one row per question.
 
     Args:
@@ -214,9 +219,9 @@ def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, label: str
         label: text alternative.
         width: px of the drawing before it is scaled.
     """
-    row_px, left = 34.0, 96.0
+    row_px, left = 36.0, 120.0
     height = _TOP + row_px * len(rows) + 22
-    axis = Axis(0.0, 1.0, left, width - 56)
+    axis = Axis(0.0, 1.0, left, width - 120)
     body = []
     for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
         x = axis.at(tick)
@@ -225,14 +230,10 @@ def interval_chart(rows: Sequence[tuple[str, Sequence[Interval]]], *, label: str
     for i, (name, intervals) in enumerate(rows):
         middle = _TOP + row_px * (i + 0.5)
         body.append(f'<text class="name" x="{left - 12}" y="{middle + 4:.1f}" text-anchor="end">{escape(name)}</text>')
-        offset = 10.0 / max(len(intervals), 1)
         for j, one in enumerate(intervals):
-            body.append(_interval(axis, middle + (j - (len(intervals) - 1) / 2) * offset, one))
-        body.append(
-            f'<text class="value" x="{width - 48}" y="{middle + 4:.1f}">{intervals[0].value:.0%}</text>'
-            if intervals
-            else ""
-        )
+            body.append(_interval(axis, middle + (j - (len(intervals) - 1) / 2) * 10, one))
+            x = width - 96 + 52 * j
+            body.append(f'<text class="value {one.style}" x="{x}" y="{middle + 4:.1f}">{one.value:.0%}</text>')
     return _svg(body, label, width, height)
 
 

@@ -260,7 +260,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
             pass
         finally:
             executor.close()
-    errors = [_line_of(outcome) for outcome in run.failures()]
+    errors = [outcome.message for outcome in run.failures()]
     if error is not None and not errors:
         errors = [str(error)]
     status = "cancelled" if interrupt.cancelled.is_set() else "failed" if errors else "done"
@@ -275,13 +275,6 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
         _show_error(console, "stopped; everything committed is kept, the same command goes on from there")
         return interrupt.exit_code
     return 1 if errors else 0
-
-
-def _line_of(outcome: Outcome) -> str:
-    """Say what failed, naming the stage once."""
-    error = outcome.error
-    text = str(error) if isinstance(error, UnclipError) else f"{type(error).__name__}: {error}"
-    return text if text.startswith(outcome.stage) else f"{outcome.stage}: {text}"
 
 
 # ---- the other commands ---------------------------------------------------------------------------------------------
@@ -351,7 +344,9 @@ def _models(args: argparse.Namespace) -> int:
     for name in ("model", "kind", "parameters", "fp32 weights"):
         table.add_column(name, justify="left" if name in ("model", "kind") else "right")
     for size in sizes:
-        table.add_row(size.model, size.kind, f"{size.num_parameters:,}", f"{size.num_parameters * 4 / 2**20:,.1f} MiB")
+        count = size.num_parameters
+        known = (f"{count:,}", f"{count * 4 / 2**20:,.1f} MiB") if count is not None else ("not fetched yet", "")
+        table.add_row(size.model, size.kind, *known)
     _console(sys.stdout).print(table)
     return 0
 

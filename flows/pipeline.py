@@ -44,14 +44,15 @@ def pipeline(name: str, root: str, stages: list[str]) -> str:
     made: dict[str, PrefectFuture[Any] | str] = {}
     for stage in run.stages.values():
         if stage.name in stages:
-            made[stage.name] = do_stage.submit(stage.name, {upstream: made[upstream] for upstream in stage.upstream})
+            inputs = {upstream: made[upstream] for upstream in stage.upstream}
+            made[stage.name] = do_stage.with_options(name=stage.name).submit(stage.name, inputs)
         else:
             made[stage.name] = manifest_uri(root, stage.name, run.states[stage.name].fingerprint)
     wait([future for future in made.values() if isinstance(future, PrefectFuture)])
     note_stages_not_ready(run)
     report = publish_report({stage: manifest.uri for stage, manifest in run.manifests().items()})
     if run.failures():
-        raise StageError("; ".join(f"{outcome.stage}: {outcome.error}" for outcome in run.failures()))
+        raise StageError("; ".join(outcome.message for outcome in run.failures()))
     return report
 
 

@@ -17,6 +17,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from stages.errors import UnclipError
 from stages.manifest import Manifest
 from stages.runner import StageProgress
 
@@ -43,6 +44,12 @@ class Outcome:
     manifest: Manifest | None = None
     error: BaseException | None = None
     wall_time_s: float = 0.0
+
+    @property
+    def message(self) -> str:
+        """What went wrong in one line, naming the stage once."""
+        text = str(self.error) if isinstance(self.error, UnclipError) else f"{type(self.error).__name__}: {self.error}"
+        return text if text.startswith(self.stage) else f"{self.stage}: {text}"
 
 
 class Display(Protocol):
@@ -175,7 +182,7 @@ def describe(outcome: Outcome) -> str:
     """Say in a few words what a stage made, or why it did not."""
     manifest = outcome.manifest
     if outcome.status == "failed":
-        return str(outcome.error)
+        return outcome.message
     if outcome.status == "not ready":
         return "a stage it needs has failed"
     if manifest is None:

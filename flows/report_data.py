@@ -22,7 +22,7 @@ MAX_SHARDS = 24  # of a stage that distributions are taken from; enough rows, wh
 MAX_PAIRS = 512  # image-caption pairs on which the CLIP is probed
 MAX_IMAGES = 48
 MAX_IMAGE_PX = 256
-NUM_BINS = 24
+NUM_BINS, MIN_BINS = 24, 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,6 +183,8 @@ def bins(groups: Sequence[Array], *, whole: bool = False) -> tuple[list[float], 
     low, high = float(values.min()), float(values.max())
     if whole:
         width = max(1, int(np.ceil((high - low + 1) / NUM_BINS)))
+        room = max(0, MIN_BINS - int(high - low) // width)  # a single value should not fill the whole chart
+        low, high = low - width * (room // 2), high + width * (room // 2)
         edges = np.arange(low, high + width + 0.5, width) - 0.5
     else:
         half = 0.5 if low == high else 0.0

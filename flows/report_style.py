@@ -38,7 +38,7 @@ code,.mono { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans
 .legend i { display:inline-block; width:11px; height:11px; border-radius:3px; margin-right:6px; vertical-align:-1px; }
 .legend .strong { background:var(--accent); } .legend .faint { background:var(--faint); }
 .legend .other { background:var(--other); }
-.images { display:grid; grid-template-columns:repeat(auto-fill,minmax(118px,1fr)); gap:18px 14px; margin:18px 0; }
+.images { display:grid; grid-template-columns:repeat(auto-fill,minmax(108px,1fr)); gap:18px 14px; margin:18px 0; }
 figure { margin:0; } figure img { display:block; width:100%; aspect-ratio:1; object-fit:contain; border-radius:7px;
   background:var(--wash); border:1px solid var(--line); }
 .pixels { image-rendering:pixelated; }
@@ -49,7 +49,7 @@ table { border-collapse:collapse; width:100%; font-size:14px; margin:12px 0; fon
 th { text-align:left; font-weight:600; color:var(--soft); font-size:12.5px; padding:6px 14px 6px 0; white-space:nowrap;
   border-bottom:1px solid var(--line); }
 td { padding:7px 14px 7px 0; border-bottom:1px solid var(--line); vertical-align:top; }
-tr:last-child td { border-bottom:0; } .num { text-align:right; white-space:nowrap; } td.wide { width:34%; }
+tr:last-child td { border-bottom:0; } .num { text-align:right; white-space:nowrap; padding-right:24px; } td.wide { width:34%; }
 td small { display:block; color:var(--soft); font-size:12.5px; }
 .track { display:block; height:9px; border-radius:3px; background:var(--wash); overflow:hidden; margin-top:7px;
   min-width:90px; }
@@ -63,7 +63,8 @@ pre { overflow-x:auto; font-size:12.5px; line-height:1.5; background:var(--wash)
 footer { margin-top:56px; color:var(--soft); font-size:13px; }
 svg { display:block; width:100%; height:auto; overflow:visible; }
 svg text { font-family:inherit; fill:var(--soft); font-size:11px; }
-svg .name,svg .value { fill:var(--ink); font-size:13px; }
+svg .value.other { fill:var(--other); } svg .value.strong { fill:var(--accent); font-weight:600; }
+svg .name,svg .value { font-size:13px; } svg .name { fill:var(--ink); }
 svg .mark { fill:var(--ink); font-size:12px; font-weight:600; }
 svg .grid { stroke:var(--line); } svg .base { stroke:var(--soft); stroke-opacity:.55; }
 svg .rule { stroke:var(--other); stroke-width:1.5; stroke-dasharray:4 3; }

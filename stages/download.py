@@ -10,6 +10,7 @@ published.
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import json
 import logging
@@ -26,6 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import cv2
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -56,7 +60,7 @@ class DownloadConfig:
     image_format: Literal["jpg", "png", "webp"] = setting("jpg", "format of the stored images")
     image_quality: int = setting(95, "of jpg and webp 1 to 100; of png the compression 0 to 9")
     keep_encoded: bool = setting(
-        False, "store the served bytes of images of `image_format` that need no resizing, instead of encoding anew"
+        False, "store images of `image_format` that need no resizing as served (camera rotation not applied)"
     )
     num_threads: int = setting(16, "connections at once", affects="nothing")
     timeout_s: float = setting(10.0, "seconds for one attempt at one image, redirects included", affects="nothing")
@@ -367,16 +371,32 @@ def _resizer(module: Any, config: DownloadConfig) -> Callable[..., Any]:
         encode_quality=config.image_quality,
         skip_reencode=config.keep_encoded,
     )
-    # It would point file descriptors 1 and 2 of the whole process elsewhere during every resize: other threads'
-    # progress bars and logs would vanish.
-    call = _rebound(module.Resizer.__call__, SuppressStdoutStderr=contextlib.nullcontext)
+    call = _rebound(
+        module.Resizer.__call__,
+        cv2=types.SimpleNamespace(**{**vars(cv2), "imdecode": _decode_as_stored if config.keep_encoded else _decode}),
+        # It would point file descriptors 1 and 2 of the whole process elsewhere during every resize: other threads'
+        # progress bars and logs would vanish.
+        SuppressStdoutStderr=contextlib.nullcontext,
+    )
     return lambda stream, boxes=None: call(resize, stream, boxes)
+
+
+def _decode(buffer: npt.NDArray[np.uint8], flags: int) -> Any:
+    """Decode for img2dataset, which by itself ignores the rotation that cameras note in JPEG files."""
+    is_jpeg = buffer[:2].tobytes() == b"\xff\xd8"
+    return _decode_as_stored(buffer, cv2.IMREAD_ANYCOLOR if is_jpeg else flags)
+
+
+def _decode_as_stored(buffer: npt.NDArray[np.uint8], flags: int) -> Any:
+    """Decode for img2dataset, which by itself clips images of 16 bits per channel to white."""
+    image = cv2.imdecode(buffer, flags)
+    if image is not None and image.dtype == np.uint16:
+        return np.right_shift(image, 8).astype(np.uint8)
+    return image
 
 
 def _fetch_function(limits: FetchLimits, total: int, report: Callable[[Progress], None]) -> Callable[..., Any]:
     """Build the guarded replacement of img2dataset's fetch function, which also reports progress."""
-    import io
-
     lock = threading.Lock()
     done, reported_at = 0, time.monotonic()
 

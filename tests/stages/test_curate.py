@@ -65,7 +65,9 @@ def test_thresholds_mean_what_they_say(root: str) -> None:
     for shard, record, table in zip(shards, manifest.records, tables, strict=True):
         values = np.asarray(shard, np.float32)
         assert table["kept"].to_pylist() == (values >= cutoff).tolist()
-        expected = ["clip_score_min" if v < np.float32(0.1) else None if v >= cutoff else "keep_fraction" for v in values]
+        expected = [
+            "clip_score_min" if v < np.float32(0.1) else None if v >= cutoff else "keep_fraction" for v in values
+        ]
         assert table["reason"].to_pylist() == expected
         assert table["clip_score"].to_pylist() == values.tolist()
         assert record.num_kept == len(kept_keys(table)) and record.num_in == len(shard)

@@ -18,7 +18,7 @@ from PIL import Image
 
 from stages import shapes, storage
 from stages.base import Progress
-from stages.download import Download, DownloadConfig, _load_img2dataset, row_keys
+from stages.download import Download, DownloadConfig, _load_img2dataset, _resizer, row_keys
 from stages.errors import InputError, ShardError, StageError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import File, Manifest, ShardRecord
@@ -159,6 +159,35 @@ def test_sizes(tmp_path: Path, config: dict[str, Any], side: int) -> None:
     manifest = download_shapes(tmp_path, pictures, **config)
     assert manifest.num_kept > 0
     assert {pixels_of(sample.image).shape for sample in samples_of(manifest)} == {(side, side, 3)}
+
+
+def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    image.save(sink, image_format, **options)
+    return sink.getvalue()
+
+
+@pytest.mark.parametrize("stored", [("jpg", 95), ("png", 1)])
+def test_unusual_images_keep_their_look(img2dataset: Any, stored: tuple[str, int]) -> None:
+    """16 bits per channel, and the rotation that cameras note: img2dataset alone stores white, and lying, images."""
+    resize = _resizer(img2dataset[2], DownloadConfig(resize_mode="no", image_format=stored[0], image_quality=stored[1]))
+    ramp = np.tile(np.linspace(0, 255, 64).astype(np.uint8), (40, 1))
+
+    deep = encoded(Image.fromarray(ramp.astype(np.uint16) * 257), "PNG")
+    image, width, height, *_, error = resize(io.BytesIO(deep))
+    assert (width, height, error) == (64, 40, None)
+    assert np.abs(pixels_of(image)[..., 0].astype(int) - ramp).max() <= 4
+
+    rotation = Image.Exif()
+    rotation[0x0112] = 6
+    turned = encoded(Image.fromarray(ramp), "JPEG", exif=rotation, quality=95)
+    image, width, height, *_, error = resize(io.BytesIO(turned))
+    assert (width, height, error) == (40, 64, None)
+    assert np.abs(pixels_of(image)[..., 0].astype(int) - np.rot90(ramp, -1)).max() <= 8
+
+    glass = Image.fromarray(np.full((20, 20, 4), (255, 0, 0, 0), np.uint8))
+    image, *_ = resize(io.BytesIO(encoded(glass, "PNG")))
+    assert pixels_of(image).min() >= 250, "transparent is white"
 
 
 def test_a_repeated_shard_is_the_same_and_progress_is_reported(tmp_path: Path, pictures: ShapesConfig) -> None:

@@ -228,9 +228,7 @@ def test_too_few_samples_and_strange_tables_are_refused(tmp_path: Path) -> None:
     stage = Pca(PcaConfig(), root=root)
     curate, _, _ = publish_curate(root, (9, 8))
     first, second = stage.plan({"curate": curate})
-    mixed = stage.shard(
-        0, inputs={"embeddings": first.inputs["embeddings"], "selection": second.inputs["selection"]}
-    )
+    mixed = stage.shard(0, inputs={"embeddings": first.inputs["embeddings"], "selection": second.inputs["selection"]})
     with pytest.raises(IntegrityError, match="not about the same samples"):
         stage.process(mixed, f"{root}/pca/shards")
     storage.delete(stage.uri(first.inputs["embeddings"]))
