@@ -71,12 +71,13 @@ class DeepSpeedEngine:
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
         self._optimizer = _WatchedAdamW(trainable(model).values(), settings)
-        self._engine, *_ = deepspeed.initialize(
-            model=module,
-            optimizer=self._optimizer,
-            config=deepspeed_config(settings),
-            dist_init_required=False,
-        )
+        with _no_compiler():
+            self._engine, *_ = deepspeed.initialize(
+                model=module,
+                optimizer=self._optimizer,
+                config=deepspeed_config(settings),
+                dist_init_required=False,
+            )
         masters, fragments = _layout_of(self._engine, names, settings.zero_stage, self.rank)
         self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay)
 
@@ -208,15 +209,15 @@ def _import_deepspeed(device: str) -> Any:
 def _no_compiler() -> Iterator[None]:
     """Make ``torch.compile`` do nothing for a moment.
 
-    DeepSpeed decorates one function, of an optimizer not used here, with it. That alone would import torch's compiler,
-    which takes longer than everything else on the way to the first step.
+    DeepSpeed decorates one function, of an optimizer not used here, with it when first imported. That alone would
+    import torch's compiler, which takes longer than everything else on the way to the first step.
     """
 
     def unchanged(function: Any = None, **options: Any) -> Any:
         return function if function is not None else lambda decorated: decorated
 
     compile_function = torch.compile
-    torch.compile = unchanged
+    torch.compile = unchanged  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -260,7 +261,7 @@ def _fragments_of_stage_3(optimizer: Any, names: Mapping[int, str], rank: int) -
 
 def _publish_stage_3(optimizer: Any) -> None:
     """Bring changed master weights into the partitions that the forward pass gathers."""
-    optimizer.partition_all_parameters()
+    optimizer._partition_all_parameters()
     for group in range(len(optimizer.fp32_partitioned_groups_flat)):
         optimizer._reassign_or_swap_out_partitioned_parameters(group)
     if optimizer.persistent_parameters:  # small ones that stay gathered

@@ -71,10 +71,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line."""
-        given = message.partition("invalid choice: '")[2].partition("'")[0]
-        close = difflib.get_close_matches(given, _COMMANDS, n=1) if given else []
-        hint = f"did you mean '{close[0]}'?" if close else f"see {self.prog} --help"
-        raise ConfigError(f"{message}; {hint}")
+        given = message.removeprefix("argument COMMAND: invalid choice: '").partition("'")[0]
+        if message.startswith("argument COMMAND: invalid choice"):
+            close = difflib.get_close_matches(given, _COMMANDS, n=1)
+            hint = f"did you mean '{close[0]}'?" if close else f"the commands are: {', '.join(_COMMANDS)}"
+            raise ConfigError(f"{given}: no such command; {hint}")
+        raise ConfigError(f"{message}; see {self.prog} --help")
 
 
 def build_parser() -> Parser:
@@ -89,15 +91,15 @@ def build_parser() -> Parser:
     return parser
 
 
-def _config_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+def _config_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    parser.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help="YAML file")
     parser.add_argument(
         "-s", "--set", action="append", default=[], metavar="K=V", help="change a setting, e.g. decoder.num_steps=100"
     )
 
 
-def _json_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
+def _json_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    _config_arguments(parser, optional=optional)
     parser.add_argument("--json", action="store_true", help="print JSON to standard output")
 
 
@@ -115,15 +117,14 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("caption", metavar="CAPTION", help="what to show")
     parser.add_argument("-n", dest="num_images", type=_positive, default=1, metavar="N", help="how many images")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image; the others follow it")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image; others follow")
     parser.add_argument(
         "-o", "--output", required=True, metavar="PNG", help="file; with -n above 1 a number is put before .png"
     )
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    _json_arguments(parser)
-    parser._actions[1].nargs = "?"
+    _json_arguments(parser, optional=True)
 
 
 def _positive(text: str) -> int:

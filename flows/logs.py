@@ -18,7 +18,7 @@ CURRENT_STAGE: contextvars.ContextVar[str] = contextvars.ContextVar("stage", def
 class Formatter(logging.Formatter):
     """``2026-11-24T06:31:48Z INFO stage=filter shard=3 message``; stage and shard only where they are known."""
 
-    converter = time.gmtime
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         """Write one record."""

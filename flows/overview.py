@@ -65,9 +65,7 @@ def overview(
         selected: the stages a run would touch; all if not given.
         forced: those of them that would run anew.
     """
-    return [
-        _row(stage, states, name in forced, selected is None or name in selected) for name, stage in stages.items()
-    ]
+    return [_row(stage, states, name in forced, selected is None or name in selected) for name, stage in stages.items()]
 
 
 def plan_table(rows: Sequence[StageRow]) -> Table:

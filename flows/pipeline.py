@@ -16,7 +16,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.interrupt import Interrupt
+from flows.interrupt import Cancelled, Interrupt
 from flows.prefect_server import PrivateServer, prefect_api
 from flows.progress import Outcome
 from flows.tasks import CURRENT_RUN, Run, do_stage, publish_report
@@ -45,7 +45,7 @@ def pipeline(name: str, root: str, stages: list[str]) -> str:
     for stage in run.stages.values():
         if stage.name in stages:
             inputs = {upstream: made[upstream] for upstream in stage.upstream}
-            made[stage.name] = do_stage.with_options(name=stage.name).submit(stage.name, inputs)
+            made[stage.name] = do_stage.with_options(name=stage.name).submit(stage.name, inputs)  # type: ignore[arg-type]
         else:
             made[stage.name] = manifest_uri(root, stage.name, run.states[stage.name].fingerprint)
     wait([future for future in made.values() if isinstance(future, PrefectFuture)])
@@ -85,6 +85,8 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
         token = CURRENT_RUN.set(run)
         try:
             state = chosen(name, run.root, list(run.selection.stages), return_state=True)
+        except Cancelled:
+            raise KeyboardInterrupt from None
         finally:
             CURRENT_RUN.reset(token)
     if run.cancelled.is_set():

@@ -55,7 +55,7 @@ class ServerError(UnclipError):
 def state_folder() -> Path:
     """Return the folder of the private server: one per Prefect version, since their databases differ.
 
-    It lies in ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that cannot be written.
+    It lies in ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that is not writable.
     """
     version = importlib.metadata.version("prefect")
     base = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
@@ -85,12 +85,6 @@ class Api:
     url: str
     auth: str = ""
 
-    def environment(self) -> dict[str, str]:
-        """Return the variables that make Prefect's client use this API."""
-        if not self.auth:
-            return {}
-        return {"PREFECT_API_URL": self.url, "PREFECT_API_AUTH_STRING": self.auth}
-
 
 class PrivateServer:
     """A use of the private server; starting it returns at once, so that its 11 s pass while other things load."""
@@ -100,7 +94,6 @@ class PrivateServer:
         self._users: IO[str] | None = None
         self._starter: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
-        self.is_fresh = False
 
     def start(self) -> None:
         """Register as a user and launch the server unless one runs; do not wait for it."""
@@ -131,20 +124,23 @@ class PrivateServer:
                     "server of yours"
                 )
             time.sleep(_POLL_S)
-        self._starter = _closed(self._starter)
+        _close(self._starter)
         return api
 
     def release(self) -> None:
         """Stop using the server; it ends by itself when nobody uses it any more."""
         self._reap()
-        self._starter = _closed(self._starter)
-        self._users = _closed(self._users)
+        _close(self._starter)
+        _close(self._users)
+        self._users = None
 
     def __enter__(self) -> PrivateServer:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.release()
 
     def _is_alive(self) -> bool:
@@ -171,7 +167,6 @@ class PrivateServer:
         return api if answers(api.url) else None
 
     def _launch(self) -> None:
-        self.is_fresh = True
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         auth = f"unclip:{secrets.token_urlsafe(24)}"
         environment |= _SERVER_ENVIRONMENT | {
@@ -267,7 +262,10 @@ def serve(folder: Path) -> None:
 
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    state = {"port": listener.getsockname()[1], "pid": os.getpid(), "auth": os.environ["PREFECT_SERVER_API_AUTH_STRING"]}
+    state = {
+        "port": listener.getsockname()[1],
+        "auth": os.environ["PREFECT_SERVER_API_AUTH_STRING"],
+    }
     config = uvicorn.Config(
         "prefect.server.api.server:create_app",
         factory=True,
@@ -311,7 +309,7 @@ def _locked(path: Path, kind: int) -> IO[str]:
     return file
 
 
-def _closed(file: IO[str] | None) -> None:
+def _close(file: IO[str] | None) -> None:
     if file is not None:
         file.close()
 

@@ -216,9 +216,7 @@ class LogDisplay:
         level = logging.ERROR if outcome.status == "failed" else logging.INFO
         spent = f" in {format_duration(outcome.wall_time_s)}" if outcome.status == "done" else ""
         what = describe(outcome)
-        logger.log(
-            level, "%s%s%s", outcome.status, spent, f": {what}" if what else "", extra={"stage": outcome.stage}
-        )
+        logger.log(level, "%s%s%s", outcome.status, spent, f": {what}" if what else "", extra={"stage": outcome.stage})
 
 
 _MARKS = {
@@ -244,9 +242,7 @@ class LiveDisplay:
         self._meters: dict[str, Meter] = {}
         self._spinner = Spinner("dots")
         self._lock = threading.Lock()
-        self._live = Live(
-            console=console, get_renderable=self.bars, refresh_per_second=_REFRESH_HZ, transient=True
-        )
+        self._live = Live(console=console, get_renderable=self.bars, refresh_per_second=_REFRESH_HZ, transient=True)
 
     def update(self, progress: StageProgress) -> None:
         """See ``Display``."""

@@ -58,13 +58,14 @@ def render(manifests: Mapping[str, Manifest], config: Config) -> str:
     shown = [(section, body) for section, body in built if body]
     shown.append((Section("configuration", "Configuration", lambda _: ""), config_section(config)))
     body = "".join(f'<h2 id="{s.anchor}">{escape(s.title)}</h2>{content}' for s, content in shown)
+    links = link_list([(s.anchor, s.anchor[0].upper() + s.anchor[1:]) for s, _ in shown])
     title = _title(config)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width,initial-scale=1">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}"><link rel="icon" href="data:,">'
         f"<title>{escape(title)} - unCLIP report</title><style>{STYLE}</style></head><body><main>"
-        f"{_header(title, manifests, config)}{link_list([(s.anchor, s.anchor[0].upper() + s.anchor[1:]) for s, _ in shown])}{body}"
+        f"{_header(title, manifests, config)}{links}{body}"
         f"{_footer(manifests)}</main></body></html>\n"
     )
 
@@ -141,11 +142,12 @@ def lineage_section(manifests: Mapping[str, Manifest]) -> str:
     for name in names:
         m = manifests[name]
         work = sum(record.wall_time_s for record in m.records)
-        made_from = ", ".join(f"{up} {entry['fingerprint'][:8]}" for up, entry in m.inputs.items()) or "-"
+        made_from = ", ".join(f"{up} {entry['fingerprint'][:8]}" for up, entry in m.inputs.items())
         rows.append(
             [
                 escape(name),
-                f"<code>{escape(m.fingerprint)}</code><small>made from {escape(made_from)}</small>",
+                f"<code>{escape(m.fingerprint)}</code>"
+                + (f"<small>made from {escape(made_from)}</small>" if made_from else ""),
                 f"<code>{m.digest[:12]}</code>",
                 number(len(m.records)),
                 f'<span class="num">{duration(m.wall_time_s)}</span>{bar(m.wall_time_s / longest)}',

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from flows.charts import Interval, interval_chart
 from flows.report_data import MAX_IMAGES, ShownImage, page_image, shown_images
-from flows.report_html import card, legend, number, soft, table, tile, with_error
+from flows.report_html import card, legend, soft, table, tile, with_error
 from stages.manifest import Manifest
 
 _SMALL_PX = 128  # images up to this side are enlarged without smoothing
@@ -25,7 +25,7 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("frechet_distance", "Frechet distance", "lower", "between Gaussians fitted to CLIP features"),
+    Metric("frechet_distance", "Fréchet distance", "lower", "between Gaussians fitted to CLIP features"),
     Metric("kernel_distance", "Kernel distance (KID)", "lower", "unbiased; with its standard error"),
     Metric("clip_score", "CLIP score", "higher", "mean cosine of image and caption"),
     Metric("precision", "Precision", "higher", "generated images that lie among the real ones"),
@@ -53,7 +53,7 @@ def headline(manifests: Mapping[str, Manifest]) -> list[str]:
     if "caption_accuracy_all" in m:
         ceiling = f"real: {m['real_caption_accuracy_all']:.0%}, " if "real_caption_accuracy_all" in m else ""
         found.append(tile("caption accuracy", f"{m['caption_accuracy_all']:.0%}", f"{ceiling}n = {m['num_checked']}"))
-    for name, title in (("frechet_distance", "Frechet distance"), ("clip_score", "CLIP score")):
+    for name, title in (("frechet_distance", "Fréchet distance"), ("clip_score", "CLIP score")):
         if name in m:
             found.append(tile(title, f"{m[name]:.3g}", f"real: {m[f'real_{name}']:.3g}, n = {m['num_generated']}"))
     return found
@@ -125,7 +125,7 @@ def quality_section(manifests: Mapping[str, Manifest]) -> str:
     text = soft(
         f"{m['num_generated']:,} generated images are compared with {m['num_reference']:,} real ones. The column of "
         f"real images gives the same number for {m['num_control']:,} other real images: what a perfect generator would "
-        "reach. With few images all numbers are rough, and the Frechet distance is too high in both columns alike."
+        "reach. With few images all numbers are rough, and the Fréchet distance is too high in both columns alike."
     )
     rows = []
     for metric in METRICS:
@@ -140,7 +140,7 @@ def _cell(metrics: Mapping[str, Any], name: str) -> str:
     if name not in metrics:
         return "-"
     error = metrics.get(f"{name}_error")
-    return number(float(f"{metrics[name]:.4g}")) if error is None else with_error(metrics[name], error)
+    return f"{metrics[name]:.3g}" if error is None else with_error(metrics[name], error)
 
 
 def _accuracy_chart(metrics: Mapping[str, Any]) -> str:

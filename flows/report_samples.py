@@ -12,7 +12,16 @@ from flows.report_html import bar, card, cards, legend, number, soft, table
 from stages.manifest import Manifest
 
 DATA_STAGES = ("source", "download", "filter", "embed", "curate")
-LEGEND_DATA = legend([("strong", "kept for training"), ("faint", "all")])
+CLIP_FACTS = {
+    "origin": "weights",
+    "num_parameters": "parameters",
+    "embedding_dim": "embedding dimension",
+    "image_size_px": "image side, px",
+    "context_length": "caption tokens",
+    "quick_gelu": "QuickGELU",
+    "golden_fingerprint": "fingerprint of its golden embeddings",
+}
+LEGEND_DATA = legend([("strong", "kept"), ("faint", "all")])
 
 
 def funnel_section(manifests: Mapping[str, Manifest]) -> str:
@@ -24,7 +33,7 @@ def funnel_section(manifests: Mapping[str, Manifest]) -> str:
     rows = []
     for name in names:
         m = manifests[name]
-        reasons = "".join(f"<span>{escape(reason)} {count:,}</span>" for reason, count in m.dropped.items())
+        reasons = "".join(f"<span>{escape(reason)}: {count:,}</span>" for reason, count in m.dropped.items())
         quarantined = f"<span class='bad'>{len(m.quarantined)} shards given up</span>" if m.quarantined else ""
         rows.append(
             [
@@ -70,8 +79,8 @@ def clip_section(manifests: Mapping[str, Manifest]) -> str:
     """Describe the CLIP: what it is, how well it matches captions, and how many dimensions its embeddings use."""
     parts: list[str] = []
     if "clip" in manifests:
-        facts = {k: v for k, v in manifests["clip"].metrics.items() if isinstance(v, str | int | float)}
-        rows = [[escape(name.replace("_", " ")), number(value)] for name, value in facts.items()]
+        facts = manifests["clip"].metrics
+        rows = [[title, number(facts[name])] for name, title in CLIP_FACTS.items() if name in facts]
         parts += [card("Model", table([], rows))] if rows else []
     probe = probe_clip(manifests)
     if probe is not None:

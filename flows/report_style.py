@@ -25,8 +25,10 @@ code,.mono { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans
 .badge { display:inline-block; padding:1px 10px; border-radius:99px; font-size:13px; font-weight:600;
   border:1px solid currentColor; white-space:nowrap; }
 .good { color:var(--good); } .bad { color:var(--bad); }
-.note { border-left:3px solid var(--bad); background:var(--wash); padding:8px 14px; border-radius:0 6px 6px 0; }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(176px,1fr)); gap:12px; margin:26px 0 0; }
+.note { border-left:3px solid var(--bad); background:var(--wash); padding:8px 14px; border-radius:0 6px 6px 0;
+  margin-top:16px; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fill,minmax(176px,1fr)); gap:12px; margin:26px 0 0; }
+.card p { font-size:13px; margin:8px 0 0; }
 .tile,.card { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:14px 16px;
   min-width:0; }
 .tile b { display:block; font-size:25px; line-height:1.25; font-weight:620; letter-spacing:-.02em;
@@ -49,7 +51,7 @@ table { border-collapse:collapse; width:100%; font-size:14px; margin:12px 0; fon
 th { text-align:left; font-weight:600; color:var(--soft); font-size:12.5px; padding:6px 14px 6px 0; white-space:nowrap;
   border-bottom:1px solid var(--line); }
 td { padding:7px 14px 7px 0; border-bottom:1px solid var(--line); vertical-align:top; }
-tr:last-child td { border-bottom:0; } .num { text-align:right; white-space:nowrap; padding-right:24px; } td.wide { width:34%; }
+tr:last-child td { border-bottom:0; } .num { text-align:right; white-space:nowrap; padding-right:24px; }
 td small { display:block; color:var(--soft); font-size:12.5px; }
 .track { display:block; height:9px; border-radius:3px; background:var(--wash); overflow:hidden; margin-top:7px;
   min-width:90px; }

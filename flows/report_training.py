@@ -23,20 +23,19 @@ _LOG_RATIO = 6.0  # a loss that falls by more than this is shown on a logarithmi
 
 def training_section(manifests: Mapping[str, Manifest]) -> str:
     """Show the loss of every training, and a table of the models."""
-    charts = []
-    for name, title in TRAININGS.items():
-        curve = loss_curve(manifests[name]) if name in manifests else []
-        if curve:
-            charts.append(card(title, _loss_chart(curve, title)))
+    found = {title: loss_curve(manifests[name]) for name, title in TRAININGS.items() if name in manifests}
+    curves = {title: curve for title, curve in found.items() if curve}
+    wide = len(curves) in (1, 2, 4)  # in two columns, else in three
+    charts = [card(title, _loss_chart(curve, title, 440 if wide else 330)) for title, curve in curves.items()]
     rows = [_row(name, manifests[name]) for name in TRAININGS if name in manifests]
     if not rows:
         return ""
     key = legend([("faint", "as logged"), ("strong", "averaged over a tenth of the training")])
     models = table(["model", "what", "#parameters", "#steps x samples", "#last loss", "#samples/s"], rows)
-    return (cards(charts, wide=len(charts) in (2, 4)) + key if charts else "") + models
+    return (cards(charts, wide=wide) + key if charts else "") + models
 
 
-def _loss_chart(curve: list[tuple[float, float]], title: str) -> str:
+def _loss_chart(curve: list[tuple[float, float]], title: str, width: float) -> str:
     window = max(3, len(curve) // 10)
     values = [loss for _, loss in curve]
     falls_far = min(values) > 0 and max(values) / min(values) > _LOG_RATIO
@@ -45,7 +44,7 @@ def _loss_chart(curve: list[tuple[float, float]], title: str) -> str:
         Series(name="averaged", points=smooth(curve, window), style="strong"),
     ]
     label = f"{title}: loss over {len(curve)} logged steps"
-    return line_chart(lines, label=label, x_label="step", log_y=falls_far, width=360, height=190)
+    return line_chart(lines, label=label, x_label="step", log_y=falls_far, width=width, height=200)
 
 
 def _row(name: str, manifest: Manifest) -> list[str]:

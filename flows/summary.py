@@ -82,7 +82,12 @@ def outcome_to_json(outcome: Outcome, fingerprint: str) -> dict[str, Any]:
 
 
 def run_to_json(
-    status: str, root: str, report: str, outcomes: Sequence[Outcome], fingerprints: Mapping[str, str], errors: Sequence[str]
+    status: str,
+    root: str,
+    report: str,
+    outcomes: Sequence[Outcome],
+    fingerprints: Mapping[str, str],
+    errors: Sequence[str],
 ) -> dict[str, Any]:
     """Return a whole run as plain JSON values, for ``unclip run --json``."""
     return {

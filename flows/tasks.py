@@ -1,7 +1,7 @@
 """One Prefect task is one stage. Prefect orders, retries and shows; the store alone says what is done.
 
-What Prefect sees are plain values: a stage's name and the URIs of manifests. The live things of a run (executor, display)
-travel beside them in ``Run``, found through a context variable, because Prefect copies and hashes every argument.
+What Prefect sees are plain values: a stage's name and the URIs of manifests. The live things of a run (executor,
+display) travel beside them in ``Run``, found through a context variable, because Prefect walks through every argument.
 """
 
 from __future__ import annotations

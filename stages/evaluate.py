@@ -319,7 +319,8 @@ def wilson_interval(num_right: int, num: int) -> tuple[float, float]:
     fraction, z2 = num_right / num, _Z_95**2 / num
     centre = (fraction + z2 / 2) / (1 + z2)
     half = _Z_95 * math.sqrt(fraction * (1 - fraction) / num + z2 / (4 * num)) / (1 + z2)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bound is exact; the sum above would miss it by rounding.
+    return (0.0 if num_right == 0 else centre - half, 1.0 if num_right == num else centre + half)
 
 
 def judge(metrics: Mapping[str, Any], gate: GateConfig) -> dict[str, Any]:

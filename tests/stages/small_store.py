@@ -9,6 +9,7 @@ import io
 import json
 import math
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,9 @@ class Given(Stage[None]):
         contents = [content for _, content in files.values()]
         hashes = [digest_of(content.hex()) for content in contents if isinstance(content, bytes)]
         shard = self.shard(index, inputs=inputs, place=index, contents=hashes)
-        return self.commit(shard, storage.join(self.root, self.name, "shards"), files, started_at=0.0, **counts)
+        return self.commit(
+            shard, storage.join(self.root, self.name, "shards"), files, started_at=time.monotonic(), **counts
+        )
 
     def manifest(self, records: Sequence[ShardRecord], upstream: Sequence[Manifest] = (), **fields: Any) -> Manifest:
         values: dict[str, Any] = {"config": {}, "created_at": "2026-01-01T00:00:00+00:00", "wall_time_s": 12.5} | fields
@@ -244,7 +247,7 @@ def publish_pca(root: str, num_components: int = 6) -> Manifest:
     }
     stage = Given("pca", root)
     file = stage.publish(storage.join(root, "pca", "given", "pca.safetensors"), save(tensors))
-    return stage.manifest([], files={"pca": file}, metrics={"k": num_components, "effective_rank": 3.1})
+    return stage.manifest([], files={"pca": file}, metrics={"num_components": num_components, "effective_rank": 3.1})
 
 
 def loss_curve(num_steps: int = 120) -> list[dict[str, Any]]:

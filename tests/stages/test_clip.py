@@ -1,4 +1,4 @@
-"""Published weights are identified by content; a training learns, and goes on after being killed as if it had not been."""
+"""Published weights are known by content; a training learns, and after a kill it goes on as if there had been none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from stages.clip import Clip, ClipConfig, contrastive
 from stages.errors import ConfigError, InputError
 from stages.manifest import Manifest
 from stages.runner import output_uri
-from stages.training import TrainingStopped
+from stages.training import TrainingStoppedError
 from tests.stages.small_store import CLIP, CONTEXT_LENGTH, EMBEDDING_DIM, Given, publish_data, run, small_clip
 from unclip_models.checkpoint import read_metadata
 from unclip_models.clip import ClipModel
@@ -74,11 +74,11 @@ def test_weights_are_known_by_content(tmp_path: Path) -> None:
     again = Clip(pretrained(path, num_steps=77, learning_rate=0.5, cache_dir="/x"), root=root, seed=3)
     assert first.fingerprint({}) == again.fingerprint({})
     assert first.plan({}) == again.plan({})
+    before = first.fingerprint({}), first.plan({})[0].id
     torch.manual_seed(1)
     ClipModel.from_config(CLIP).save(path)
-    other = Clip(pretrained(path), root=root)
-    assert other.fingerprint({}) != first.fingerprint({})
-    assert other.plan({})[0].id != again.plan({})[0].id or first.plan({})[0].id == other.plan({})[0].id
+    after = first.fingerprint({}), first.plan({})[0].id
+    assert before[0] != after[0] and before[1] != after[1]
 
 
 def test_a_folder_of_weights_is_known_by_content(tmp_path: Path) -> None:
@@ -128,11 +128,11 @@ def test_stopped_and_resumed_is_undisturbed(tmp_path: Path) -> None:
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     undisturbed = run(Clip(config(), root=whole), {"filter": publish_data(whole)["filter"]})
     data = publish_data(parts)["filter"]
-    for num_calls in (1, 3):
+    for num_calls in (1, 2):
         stage = Clip(config(), root=parts)
         (shard,) = stage.plan({"filter": data})
         calls = iter(range(100))
-        with pytest.raises(TrainingStopped):
+        with pytest.raises(TrainingStoppedError):
             stage.process(shard, output_uri(stage), should_stop=lambda n=num_calls, c=calls: next(c) >= n)  # type: ignore[misc]
     resumed = run(Clip(config(), root=parts), {"filter": data})
     assert resumed.digest == undisturbed.digest
@@ -176,7 +176,7 @@ def test_killed_and_resumed_is_undisturbed(tmp_path: Path) -> None:
 
 def test_too_few_samples_are_refused(tmp_path: Path) -> None:
     empty = Given("filter", str(tmp_path)).manifest([])
-    with pytest.raises(InputError, match="0 samples passed the filters, fewer than clip.num_streams: 2"):
+    with pytest.raises(InputError, match=r"0 samples passed the filters, fewer than clip\.num_streams: 2"):
         Clip(config(), root=str(tmp_path)).plan({"filter": empty})
 
 
