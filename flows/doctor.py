@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from flows.prefect_server import answers, state_folder
 from stages import storage
 from stages.config import Config
 from stages.errors import UnclipError
+from stages.executor import ClusterConfig
 
 Level = Literal["ok", "advice", "problem"]
 
@@ -80,7 +82,7 @@ def findings_table(findings: list[Finding]) -> Table:
         table.add_column(name)
     for finding in findings:
         mark = f"[{_COLOURS[finding.level]}]{finding.level}[/]"
-        table.add_row(mark, finding.what, finding.found, finding.remedy or "nothing")
+        table.add_row(mark, finding.what, finding.found, finding.remedy)
     return table
 
 
@@ -264,9 +266,19 @@ def check_prefect() -> Iterator[Finding]:
 def check_ray(config: Config | None) -> Iterator[Finding]:
     """See whether Ray starts, or can be joined."""
     from cluster.ray_executor import connect
-    from stages.executor import ClusterConfig
 
-    raise NotImplementedError
+    cluster = config.cluster if config is not None else ClusterConfig(num_cpus=1, object_store_gib=0.1)
+    if cluster.executor == "local":
+        yield Finding(level="ok", what="ray", found="not used: cluster.executor is `local`")
+        return
+    started_at = time.monotonic()
+    try:
+        connect(cluster).close()
+    except UnclipError as error:
+        yield Finding(level="problem", what="ray", found=str(error), remedy="see the message")
+        return
+    word = "starts" if cluster.address == "local" else f"at {cluster.address} answers"
+    yield Finding(level="ok", what="ray", found=f"{word} ({time.monotonic() - started_at:.0f} s)")
 
 
 def check_store(root: str) -> Iterator[Finding]:

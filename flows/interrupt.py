@@ -19,7 +19,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-DEADLINE_S = 7.0
+DEADLINE_S = 8.5
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -44,19 +44,26 @@ class Interrupt:
         self._old_handlers: dict[int, Any] = {}
 
     def closes(self, close: Callable[[], None]) -> None:
-        """Name what releases the workers; called at the first signal, in a thread of its own."""
+        """Name what releases the workers, once they are up; called at the first signal, in a thread of its own."""
         self._close = close
+        self._listen()  # again: starting Ray has put its own handler of SIGTERM in place
 
     def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._old_handlers = {number: signal.signal(number, self._handle) for number in _SIGNALS}
+        self._old_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._listen()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.cancelled.is_set():
+            return  # a second Ctrl-C still ends it at once
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+
+    def _listen(self) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.exit_code = 128 + number

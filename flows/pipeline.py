@@ -20,7 +20,7 @@ from flows.interrupt import Cancelled, Interrupt
 from flows.prefect_server import PrivateServer, prefect_api
 from flows.progress import Outcome
 from flows.tasks import CURRENT_RUN, Run, do_stage, publish_report
-from stages.errors import StageError
+from stages.errors import StageError, UnclipError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
 from stages.manifest import manifest_uri
 
@@ -96,10 +96,26 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
 
 
 def open_executor(cluster: ClusterConfig, interrupt: Interrupt) -> Executor:
-    """Start or join what processes shards; must be called in the main thread, with whose life Ray's processes end."""
+    """Start or join what processes shards; must be called in the main thread, with whose life Ray's processes end.
+
+    Raises:
+        UnclipError: if Ray does not start, or its cluster does not answer.
+    """
     if cluster.executor == "local":
         return LocalExecutor()
-    raise NotImplementedError
+    from cluster.ray_executor import connect
+
+    try:
+        executor = connect(cluster)
+    except UnclipError:
+        raise
+    except Exception as error:  # Ray raises plain `Exception` where its processes are slow to come up
+        reason = str(error).strip().partition("\n")[0]
+        raise UnclipError(
+            f"Ray did not start: {reason} Is the machine very busy? Run again, or set cluster.executor: local"
+        ) from error
+    interrupt.closes(executor.close)
+    return executor
 
 
 def run_name(config_path: str, root: str) -> str:

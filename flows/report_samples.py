@@ -12,6 +12,7 @@ from flows.report_html import bar, card, cards, legend, number, soft, table
 from stages.manifest import Manifest
 
 DATA_STAGES = ("source", "download", "filter", "embed", "curate")
+NARROW_PX = 330  # of charts in three columns
 CLIP_FACTS = {
     "origin": "weights",
     "num_parameters": "parameters",
@@ -19,7 +20,7 @@ CLIP_FACTS = {
     "image_size_px": "image side, px",
     "context_length": "caption tokens",
     "quick_gelu": "QuickGELU",
-    "golden_fingerprint": "fingerprint of its golden embeddings",
+    "golden_fingerprint": "golden fingerprint",
 }
 LEGEND_DATA = legend([("strong", "kept"), ("faint", "all")])
 
@@ -60,12 +61,16 @@ def data_section(manifests: Mapping[str, Manifest]) -> str:
         ):
             edges, counts = bins(groups, whole=True)
             named = list(zip(("downloaded", "kept"), counts, strict=True))
-            parts.append(card(title, histogram(edges, named, label=title, x_label=label) + LEGEND_DATA))
+            parts.append(
+                card(title, histogram(edges, named, label=title, x_label=label, width=NARROW_PX) + LEGEND_DATA)
+            )
     scores = clip_scores(manifests)
     if scores is not None and len(scores[0]):
         edges, counts = bins(scores)
         named = list(zip(("embedded", "kept"), counts, strict=True))
-        chart = histogram(edges, named, label="CLIP score", x_label="cosine of image and caption embedding")
+        chart = histogram(
+            edges, named, label="CLIP score", x_label="cosine of image and caption embedding", width=NARROW_PX
+        )
         parts.append(card("CLIP score", chart + LEGEND_DATA))
     if not parts:
         return ""
@@ -92,8 +97,8 @@ def clip_section(manifests: Mapping[str, Manifest]) -> str:
         )
         parts.append(card("Probe: matching captions", chart + text))
     if "pca" in manifests:
-        parts.append(card("Principal components of image embeddings", _spectrum_chart(manifests["pca"])))
-    return cards(parts, wide=True) if parts else ""
+        parts.append(card("Principal components", _spectrum_chart(manifests["pca"])))
+    return cards(parts) if parts else ""
 
 
 def _probe_chart(probe: Probe) -> str:
@@ -104,7 +109,7 @@ def _probe_chart(probe: Probe) -> str:
         Series(name=name, points=list(zip(middles, share, strict=True)), style=style)
         for name, share, style in zip(("other captions", "own caption"), shares, ("other", "strong"), strict=True)
     ]
-    chart = line_chart(lines, label="CLIP probe", x_label="cosine of image and caption embedding")
+    chart = line_chart(lines, label="CLIP probe", x_label="cosine of image and caption embedding", width=NARROW_PX)
     return chart + legend([("strong", "own caption"), ("other", "other captions")])
 
 
@@ -118,8 +123,9 @@ def _spectrum_chart(pca: Manifest) -> str:
         x_label="component",
         log_y=len(points) > 1,
         rule=(float(k), f"k = {k}"),
+        width=NARROW_PX,
     )
-    facts = [f"Share of the variance of each of the {len(shares)} components; {k} are kept"]
+    facts = [f"Share of the image embeddings' variance of each of the {len(shares)} components; {k} are kept"]
     facts.append(f"with {float(shares[:k].sum()):.1%} of the variance")
     if "effective_rank" in pca.metrics:
         facts.append(f"effective rank {float(pca.metrics['effective_rank']):.1f}")

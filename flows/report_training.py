@@ -18,6 +18,7 @@ TRAININGS = {
     "upsampler_256": "Upsampler 1",
     "upsampler_1024": "Upsampler 2",
 }
+_MIN_WINDOW = 3  # logged steps; a shorter curve is shown as it is
 _LOG_RATIO = 6.0  # a loss that falls by more than this is shown on a logarithmic axis
 
 
@@ -30,19 +31,20 @@ def training_section(manifests: Mapping[str, Manifest]) -> str:
     rows = [_row(name, manifests[name]) for name in TRAININGS if name in manifests]
     if not rows:
         return ""
-    key = legend([("faint", "as logged"), ("strong", "averaged over a tenth of the training")])
+    key = legend(
+        [("faint", "as logged"), ("strong", "averaged over a tenth of the training; as logged where that is short")]
+    )
     models = table(["model", "what", "#parameters", "#steps x samples", "#last loss", "#samples/s"], rows)
     return (cards(charts, wide=wide) + key if charts else "") + models
 
 
 def _loss_chart(curve: list[tuple[float, float]], title: str, width: float) -> str:
-    window = max(3, len(curve) // 10)
+    window = len(curve) // 10
     values = [loss for _, loss in curve]
     falls_far = min(values) > 0 and max(values) / min(values) > _LOG_RATIO
-    lines = [
-        Series(name="as logged", points=curve, style="faint"),
-        Series(name="averaged", points=smooth(curve, window), style="strong"),
-    ]
+    lines = [Series(name="as logged", points=curve, style="faint" if window >= _MIN_WINDOW else "strong")]
+    if window >= _MIN_WINDOW:
+        lines.append(Series(name="averaged", points=smooth(curve, window)))
     label = f"{title}: loss over {len(curve)} logged steps"
     return line_chart(lines, label=label, x_label="step", log_y=falls_far, width=width, height=200)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -93,9 +94,15 @@ class ClipModelConfig:
 
 @functools.lru_cache(maxsize=4)
 def _tokenizer(clean: str) -> Any:
-    from open_clip.tokenizer import SimpleTokenizer
-
-    return SimpleTokenizer(clean=clean)
+    # The file alone: importing open_clip, with its model zoo, takes many seconds where only tokens are needed.
+    package = importlib.util.find_spec("open_clip")
+    assert package is not None and package.submodule_search_locations is not None
+    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer(clean=clean)
 
 
 def tokenize(captions: Sequence[str], context_length: int, *, clean: str = "lower") -> Tensor:

@@ -32,7 +32,7 @@ def put(root: str, path: str, data: bytes) -> File:
 def write_dataset(
     root: str, sizes: Sequence[int] = (7, 12, 5), *, side_px: int = 24, dropped_every: int = 4
 ) -> list[TrainingShard]:
-    """Write shards of ``sizes`` samples, of which every fourth is not selected; pixel value and vectors tell them apart."""
+    """Write shards of ``sizes`` samples, every fourth not selected; pixel value and vectors tell samples apart."""
     shards, number = [], 0
     for index, size in enumerate(sizes):
         keys = [f"{index:04d}{i:06d}" for i in range(size)]

@@ -1,0 +1,383 @@
+"""Shards on a Ray cluster: a pool of actors per stage, replaced when they die; gang stages on Ray Train.
+
+It does what ``LocalExecutor`` does, elsewhere: the same outcomes for the same shards. Sample data never passes through
+the driver; actors read from and write to the store.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.board import Board, BoardLink
+from stages.base import Progress, Result, Shard, Stage
+from stages.errors import ConfigError, ShardError, StageError, UnclipError
+from stages.executor import ClusterConfig, ShardFailure, failure_of
+from stages.manifest import Manifest, ShardRecord
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 0.5
+_MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
+_GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
+_GIB = 1 << 30
+# Quiet, private, and patient: a training group may wait for its turn.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+}
+# What workers on another machine need to know of this one; credentials belong to the machines themselves.
+_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
+_PACKAGES = ("stages", "cluster", "unclip_models")
+
+
+def connect(cluster: ClusterConfig) -> RayExecutor:
+    """Start Ray on this machine, or join a cluster; call it in the main thread, with whose life Ray's processes end.
+
+    Raises:
+        ConfigError: if the cluster does not answer.
+    """
+    from cluster.training import START_TIMEOUT_S
+
+    for name, value in (_ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}).items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
+    try:
+        if cluster.address == "local":
+            ray.init(
+                address="local",
+                num_cpus=cluster.num_cpus,
+                num_gpus=cluster.num_gpus,
+                object_store_memory=int(cluster.object_store_gib * _GIB),
+                include_dashboard=False,
+                **options,
+            )
+        else:
+            ray.init(address=cluster.address, runtime_env=_runtime_env(), **options)
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"cluster.address: '{cluster.address}': {reason}; start that cluster, correct the address, or write `local`"
+        ) from error
+    return RayExecutor()
+
+
+def _runtime_env() -> dict[str, Any]:
+    """Describe what a remote worker needs of this machine: the code, and where the store is."""
+    top = Path(__file__).parents[1]
+    forwarded = {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+    return {
+        "py_modules": [str(top / package) for package in _PACKAGES],
+        "env_vars": {**forwarded, "RAY_TRAIN_METRICS_ENABLED": "0"},
+    }
+
+
+class RayExecutor:
+    """See ``stages.executor.Executor``; made by ``connect``. Several threads may map stages at once."""
+
+    def __init__(self) -> None:
+        import ray
+
+        board: Any = ray.remote(num_cpus=0)(Board)
+        self._board = board.remote()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._gangs: set[Future[ShardRecord]] = set()
+
+    def map(
+        self, stage: Stage[Any], shards: Sequence[Shard], output: str, on_progress: Callable[[Progress], None]
+    ) -> Iterator[ShardRecord | ShardFailure]:
+        """See ``Executor.map``."""
+        key = f"{stage.name}-{uuid.uuid4().hex[:8]}"
+
+        def poll() -> None:
+            self._refuse_if_closed(stage)
+            self._show_progress(key, on_progress)
+
+        work = self._map_gang if stage.gang else self._map_pool
+        try:
+            yield from work(stage, shards, output, key, poll)
+        except UnclipError:
+            raise
+        except Exception as error:
+            # Ray was shut down under this thread, and says so in many ways.
+            self._refuse_if_closed(stage, error)
+            raise
+
+    def finish(
+        self, stage: Stage[Any], records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]
+    ) -> Result:
+        """See ``Executor.finish``."""
+        import ray
+
+        self._refuse_if_closed(stage)
+        if type(stage).finish is Stage.finish:
+            return stage.finish(records, output, inputs)
+        resources = stage.resources
+        task: Any = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=_MAX_DEATHS)(
+            _finish
+        )
+        try:
+            result, error = ray.get(task.remote(stage, records, output, inputs))
+        except Exception as failure:
+            self._refuse_if_closed(stage, failure)
+            raise StageError(f"{stage.name}: the worker that combines the shards failed: {failure}") from failure
+        if error is not None:
+            raise error
+        assert isinstance(result, Result)
+        return result
+
+    def close(self) -> None:
+        """Let trainings write a checkpoint, then release all workers; safe to call twice and from any thread."""
+        import ray
+
+        with self._lock:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+        if not ray.is_initialized():
+            return
+        with contextlib.suppress(Exception):  # the cluster may be gone already
+            self._board.stop.remote()
+            deadline = time.monotonic() + _GRACE_S
+            while any(not gang.done() for gang in tuple(self._gangs)) and time.monotonic() < deadline:
+                time.sleep(0.05)
+        ray.shutdown()
+
+    # ---- ordinary stages ------------------------------------------------------------------------------------------
+
+    def _map_pool(
+        self, stage: Stage[Any], shards: Sequence[Shard], output: str, key: str, poll: Callable[[], None]
+    ) -> Iterator[ShardRecord | ShardFailure]:
+        import ray
+
+        pool = _Pool(stage, shards, output, self._board, key)
+        try:
+            while pool.busy:
+                done, _ = ray.wait(pool.awaited, num_returns=1, timeout=_POLL_S)
+                poll()
+                for ref in done:
+                    outcome = pool.take(ref)
+                    if outcome is not None:
+                        yield outcome
+            poll()
+        finally:
+            pool.close()
+
+    # ---- gang stages ----------------------------------------------------------------------------------------------
+
+    def _map_gang(
+        self, stage: Stage[Any], shards: Sequence[Shard], output: str, key: str, poll: Callable[[], None]
+    ) -> Iterator[ShardRecord | ShardFailure]:
+        from cluster.training import train_gang
+
+        for shard in shards:
+            gang = _in_thread(f"gang-{stage.name}", partial(train_gang, stage, shard, output, self._board, key))
+            self._gangs.add(gang)
+            try:
+                while not gang.done():
+                    with contextlib.suppress(TimeoutError):
+                        gang.exception(timeout=_POLL_S)
+                    poll()
+            finally:
+                self._gangs.discard(gang)
+            error = gang.exception()
+            if error is None:
+                yield gang.result()
+            elif isinstance(error, Exception):
+                self._refuse_if_closed(stage, error)
+                yield failure_of(shard, error)
+            else:
+                raise error
+
+    def _show_progress(self, key: str, on_progress: Callable[[Progress], None]) -> None:
+        import ray
+
+        with contextlib.suppress(ray.exceptions.RayError):
+            progress = ray.get(self._board.take.remote(key), timeout=10 * _POLL_S)
+            if progress is not None:
+                on_progress(progress)
+
+    def _refuse_if_closed(self, stage: Stage[Any], error: Exception | None = None) -> None:
+        if self._closed.is_set():
+            raise StageError(f"{stage.name}: stopped; what is committed is kept, run again to resume") from error
+
+
+class _Worker:
+    """One process of a pool: a copy of the stage, set up before its first shard. Becomes an actor."""
+
+    def __init__(self, stage: Stage[Any], board: Any, key: str) -> None:
+        self._stage = stage
+        self._is_set_up = False
+        stage.report = BoardLink(board, key).report
+
+    def ready(self) -> None:
+        """Answer once the process is up."""
+
+    def process(self, shard: Shard, output: str) -> ShardRecord | ShardFailure:
+        """Do a shard; what goes wrong comes back as a value."""
+        try:
+            if not self._is_set_up:
+                self._stage.setup()
+                self._is_set_up = True
+            return self._stage.process(shard, output)
+        except Exception as error:
+            return failure_of(shard, error)
+
+
+@dataclass
+class _Running:
+    """What an actor is doing: starting (no shard), or a shard."""
+
+    actor: Any
+    shard: Shard | None
+
+
+class _Pool:
+    """The actors of one stage; each does one shard at a time, and a dead one is replaced."""
+
+    def __init__(self, stage: Stage[Any], shards: Sequence[Shard], output: str, board: Any, key: str) -> None:
+        import ray
+
+        resources = stage.resources
+        self._name = stage.name
+        self._output = output
+        self._waiting = deque(shards)
+        self._deaths: dict[str, int] = {}
+        self._num_failed_starts = 0
+        self._running: dict[Any, _Running] = {}
+        decorate = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0)
+        self._actor_class: Any = decorate(_Worker)
+        self._arguments = (ray.put(stage), board, key)
+        for _ in range(_pool_size(stage, len(shards), ray.cluster_resources())):
+            self._start()
+
+    @property
+    def busy(self) -> bool:
+        """Whether any shard is waiting or being done."""
+        return bool(self._waiting) or any(running.shard is not None for running in self._running.values())
+
+    @property
+    def awaited(self) -> list[Any]:
+        """What the actors owe an answer to."""
+        return list(self._running)
+
+    def take(self, ref: Any) -> ShardRecord | ShardFailure | None:
+        """Take an answer, and give its actor the next shard; return the outcome if it was one."""
+        import ray
+
+        running = self._running.pop(ref)
+        outcome: ShardRecord | ShardFailure | None = None
+        try:
+            outcome = ray.get(ref)
+            if running.shard is None:
+                self._num_failed_starts = 0
+        except ray.exceptions.RayTaskError as error:  # the outcome could not be carried over
+            assert running.shard is not None
+            outcome = failure_of(running.shard, ShardError(f"{type(error).__name__}: {error}", retryable=True))
+        except ray.exceptions.RayError as error:
+            return self._bury(running, error)
+        self._next(running.actor)
+        return outcome
+
+    def close(self) -> None:
+        """End all actors."""
+        import ray
+
+        for running in self._running.values():
+            with contextlib.suppress(Exception):
+                ray.kill(running.actor)
+        self._running.clear()
+
+    def _start(self) -> None:
+        actor = self._actor_class.remote(*self._arguments)
+        self._running[actor.ready.remote()] = _Running(actor, None)
+
+    def _next(self, actor: Any) -> None:
+        import ray
+
+        if not self._waiting:
+            ray.kill(actor)  # its resources are somebody else's now
+            return
+        shard = self._waiting.popleft()
+        self._running[actor.process.remote(shard, self._output)] = _Running(actor, shard)
+
+    def _bury(self, running: _Running, error: Exception) -> ShardFailure | None:
+        """Replace a dead actor; its shard is done again, or given up when it keeps killing workers."""
+        import ray
+
+        with contextlib.suppress(Exception):
+            ray.kill(running.actor)  # one that merely cannot be reached must not do the shard beside its successor
+        reason = str(error).strip().splitlines()[0]
+        if running.shard is None:
+            self._num_failed_starts += 1
+            if self._num_failed_starts >= _MAX_DEATHS:
+                raise StageError(f"{self._name}: workers die as they start: {reason}") from error
+            self._start()
+            return None
+        shard = running.shard
+        self._deaths[shard.id] = self._deaths.get(shard.id, 0) + 1
+        failure = None
+        if self._deaths[shard.id] < _MAX_DEATHS:
+            logger.warning("%s shard %d (%s): its worker died; doing it again", self._name, shard.index, shard.id)
+            self._waiting.append(shard)
+        else:
+            message = f"its worker died {_MAX_DEATHS} times: {reason}; it may need more memory than there is"
+            failure = failure_of(shard, ShardError(message, retryable=True))
+        if self._waiting:
+            self._start()
+        return failure
+
+
+def _in_thread(name: str, function: Callable[[], ShardRecord]) -> Future[ShardRecord]:
+    """Call a function in a thread of its own, which does not keep the process alive.
+
+    Ray Train would take over Ctrl-C if it were called in the main thread.
+    """
+    future: Future[ShardRecord] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return future
+
+
+def _pool_size(stage: Stage[Any], num_shards: int, available: Mapping[str, float]) -> int:
+    """Return how many workers fit into the cluster, at most one per shard, at least one."""
+    resources = stage.resources
+    limits = [num_shards, resources.max_workers or num_shards]
+    if resources.num_cpus > 0:
+        limits.append(math.floor(available.get("CPU", 0.0) / resources.num_cpus))
+    if resources.num_gpus > 0:
+        limits.append(math.floor(available.get("GPU", 0.0) / resources.num_gpus))
+    return max(min(1, num_shards), min(limits))
+
+
+def _finish(
+    stage: Stage[Any], records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]
+) -> tuple[Any, Exception | None]:
+    """Call ``finish``, on a worker; an error comes back as a value, so that it arrives as it was raised."""
+    try:
+        return stage.finish(records, output, inputs), None
+    except UnclipError as error:
+        return None, error

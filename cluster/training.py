@@ -1,0 +1,146 @@
+"""Gang stages on Ray Train: every rank of a group runs the same ``process``, with DeepSpeed as its engine.
+
+Ray Train starts the ranks, joins them (gloo on CPUs, nccl on GPUs) and notices when one dies. Checkpoints, metrics and
+progress are ours and go past it: a call of ``ray.train.report`` costs seconds. A group that died is started again and
+resumes from its newest checkpoint, as long as it gets further than the time before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import tempfile
+import uuid
+import warnings
+from typing import Any
+
+from cluster.board import BoardLink
+from stages import storage
+from stages.base import Shard, Stage, record_uri
+from stages.checkpoints import CheckpointFolder
+from stages.engine import EngineFactory, TorchEngine
+from stages.errors import ShardError, UnclipError
+from stages.manifest import ShardRecord
+
+logger = logging.getLogger(__name__)
+
+_MAX_STARTS_WITHOUT_PROGRESS = 3
+# A group waits for its turn as long as others use the cluster.
+START_TIMEOUT_S = 30 * 24 * 3600
+
+
+def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: str) -> ShardRecord:
+    """Run one shard of a gang stage on a Ray Train group; blocks, and works in any thread.
+
+    Args:
+        stage: copied to every rank.
+        shard: the training.
+        output: URI of the folder of the stage's shards.
+        board: handle of the ``Board`` actor.
+        key: under which progress is put up.
+
+    Raises:
+        UnclipError: what a rank raised.
+        ShardError: retryable, if ranks died again and again without getting further.
+    """
+    checkpoints = CheckpointFolder(storage.join(output, shard.id), keep_last=1)
+    num_idle_starts, best_step = 0, _newest(checkpoints)
+    while True:
+        error = _run_group(stage, shard, output, board, key)
+        if error is None:
+            return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
+        cause = _cause_of(error)
+        if isinstance(cause, UnclipError):
+            raise cause
+        step = _newest(checkpoints)
+        num_idle_starts = 0 if step > best_step else num_idle_starts + 1
+        best_step = max(step, best_step)
+        if num_idle_starts >= _MAX_STARTS_WITHOUT_PROGRESS:
+            reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
+            raise ShardError(
+                f"{stage.name}: the training group died {num_idle_starts} times without getting past step {best_step}: "
+                f"{reason}",
+                retryable=True,
+            ) from error
+        logger.warning("%s: the training group died; starting it again from step %d", stage.name, best_step)
+
+
+def _newest(checkpoints: CheckpointFolder) -> int:
+    return max(checkpoints.steps(), default=0)
+
+
+def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: str) -> Exception | None:
+    """Start a group and wait for its end; return what Ray Train raised."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    resources = stage.resources
+    uses_gpu = resources.num_gpus > 0
+    # Ray Train's own few files; nothing that a resumed training needs.
+    with tempfile.TemporaryDirectory(prefix="unclip-ray-train-", ignore_cleanup_errors=True) as scratch:
+        trainer = TorchTrainer(
+            run_rank,
+            train_loop_config={"stage": stage, "shard": shard, "output": output, "board": board, "key": key},
+            scaling_config=ScalingConfig(
+                num_workers=max(1, resources.num_ranks),
+                use_gpu=uses_gpu,
+                resources_per_worker={"CPU": resources.num_cpus, **({"GPU": resources.num_gpus} if uses_gpu else {})},
+            ),
+            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+            run_config=RunConfig(
+                name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=scratch,
+                # A restart is decided above, where errors of the user's making are told from dead processes.
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            return error
+    return None
+
+
+def run_rank(config: dict[str, Any]) -> None:
+    """Do one rank's part; called by Ray Train on every worker of the group."""
+    import torch
+    import torch.distributed as dist
+
+    # DeepSpeed calls collectives that newer versions of torch have renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    stage: Stage[Any] = config["stage"]
+    torch.set_num_threads(max(1, math.floor(stage.resources.num_cpus)))
+    if stage.resources.num_gpus > 0:
+        from ray.train.torch import get_device
+
+        torch.cuda.set_device(get_device())
+    link = BoardLink(config["board"], config["key"])
+    stage.report = link.report
+    is_first = dist.get_rank() == 0
+    process: Any = stage.process
+    process(
+        config["shard"],
+        config["output"],
+        make_engine=_engine_of(stage),
+        should_stop=link.should_stop if is_first else _never,
+    )
+
+
+def _never() -> bool:
+    return False
+
+
+def _engine_of(stage: Stage[Any]) -> EngineFactory:
+    if stage.config.engine == "torch":
+        return TorchEngine
+    from cluster.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine
+
+
+def _cause_of(error: Exception) -> BaseException:
+    """Find what a rank raised: of several, the pipeline's own error, since the others fail only because it did."""
+    failures = [getattr(e, "_base_exc", e) for e in getattr(error, "worker_failures", {}).values()]
+    own = [failure for failure in failures if isinstance(failure, UnclipError)]
+    return next(iter(own or failures), error)

@@ -1,0 +1,157 @@
+"""The plain-torch engine against textbook PyTorch, and its state files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from stages.engine import EngineSettings, MicroBatch, TorchEngine, files_to_load
+from stages.errors import ConfigError, IntegrityError
+from stages.sharded_state import Fragment, ShardedState, assemble, rank_file
+from stages.training import model_loss
+from tests.stages.training_data import TinyModel, VectorStream
+from unclip_models.ema import warmed_up_decay
+from unclip_models.randomness import SampleRandom
+
+SETTINGS = EngineSettings(num_micro_batches=2, micro_batch_size=4, weight_decay=0.1, gradient_clipping=0.5)
+
+
+def micro_batches(step: int, num: int = 2, poisoned: bool = False) -> Iterator[MicroBatch]:
+    """Cut the batch of a step in ``num`` parts."""
+    batch = next(VectorStream(poisoned_steps=frozenset({step} if poisoned else ())).batches(step, 0, 1))
+    size = len(batch.indices) // num
+    for first in range(0, len(batch.indices), size):
+        part = batch.part(first, first + size, torch.device("cpu"))
+        yield part, SampleRandom(1, step, batch.indices[first : first + size])
+
+
+def weights_of(engine: TorchEngine, folder: Path, kind: str = "param") -> dict[str, Tensor]:
+    folder.mkdir()
+    engine.save(folder)
+    return assemble([folder / rank_file(0)], {n: p.shape for n, p in TinyModel().named_parameters()}, kind)
+
+
+def test_steps_equal_plain_pytorch(tmp_path: Path) -> None:
+    engine = TorchEngine(TinyModel(), model_loss, SETTINGS)
+    model = TinyModel()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    averages = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for step in range(6):
+        result = engine.step(micro_batches(step), 1e-2)
+        optimizer.zero_grad()
+        loss, _ = model.loss(*next(micro_batches(step, num=1)))
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        for name, param in model.named_parameters():
+            averages[name].lerp_(param.detach(), 1 - warmed_up_decay(SETTINGS.ema_decay, step))
+        assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+        assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
+        assert result.applied and len(result.terms["loss"]) == 8
+    for kind, wanted in (("param", dict(model.named_parameters())), ("ema", averages)):
+        found = weights_of(engine, tmp_path / kind, kind)
+        for name, tensor in found.items():
+            assert torch.allclose(tensor, wanted[name].detach(), atol=1e-6), (kind, name)
+
+
+def test_resuming_is_exact(tmp_path: Path) -> None:
+    straight = TorchEngine(TinyModel(), model_loss, SETTINGS)
+    for step in range(4):
+        straight.step(micro_batches(step), 1e-2)
+    straight.save(tmp_path)
+    resumed = TorchEngine(TinyModel(seed=7), model_loss, SETTINGS)
+    resumed.load([tmp_path / rank_file(0)])
+    for step in range(4, 8):
+        a, b = straight.step(micro_batches(step), 1e-2), resumed.step(micro_batches(step), 1e-2)
+        assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)
+    first, second = weights_of(straight, tmp_path / "a", "ema"), weights_of(resumed, tmp_path / "b", "ema")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path) -> None:
+    engine = TorchEngine(TinyModel(), model_loss, SETTINGS)
+    engine.step(micro_batches(0), 1e-2)
+    before = {kind: weights_of(engine, tmp_path / f"{kind}0", kind) for kind in ("param", "ema", "exp_avg")}
+    result = engine.step(micro_batches(1, poisoned=True), 1e-2)
+    assert not result.applied and math.isnan(result.loss)
+    for kind, wanted in before.items():
+        found = weights_of(engine, tmp_path / f"{kind}1", kind)
+        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert engine.step(micro_batches(2), 1e-2).applied
+
+
+def test_bf16_trains_in_float32_weights() -> None:
+    engine = TorchEngine(TinyModel(), model_loss, EngineSettings(micro_batch_size=8, precision="bf16"))
+    exact = TorchEngine(TinyModel(), model_loss, EngineSettings(micro_batch_size=8))
+    for step in range(3):
+        a, b = engine.step(micro_batches(step, 1), 1e-2), exact.step(micro_batches(step, 1), 1e-2)
+        assert a.loss == pytest.approx(b.loss, rel=2e-2) and a.loss != b.loss
+
+
+def test_half_precision_weights_and_frozen_models_are_refused() -> None:
+    with pytest.raises(ConfigError, match="engines train float32 weights"):
+        TorchEngine(TinyModel().half(), model_loss, SETTINGS)
+    with pytest.raises(ConfigError, match="no trainable parameter"):
+        TorchEngine(TinyModel().requires_grad_(False), model_loss, SETTINGS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(ConfigError, match="gpus_per_rank"):
+        TorchEngine(TinyModel(), model_loss, EngineSettings(device="cuda"))
+
+
+# ---- state files --------------------------------------------------------------------------------------------------
+
+
+def sharded(cuts: list[int], rank: int, fill: Tensor | None = None) -> ShardedState:
+    """Give one rank's state of a single parameter ``w`` of 10 numbers, cut at ``cuts``, with two padding elements."""
+    bounds = [0, *cuts, 10]
+    first, last = bounds[rank], bounds[rank + 1]
+    master = torch.zeros(last - first + 2)
+    if fill is not None:
+        master[: last - first] = fill[first:last]
+    optimizer = torch.optim.SGD([nn.Parameter(master)])
+    return ShardedState([master], [Fragment("w", first, 0, 0, last - first)], optimizer, 0.9)
+
+
+@pytest.mark.parametrize(("saved", "loaded"), [([], [4]), ([4], []), ([3, 6], [5]), ([5], [2, 4, 9]), ([5], [5])])
+def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: list[int], loaded: list[int]) -> None:
+    values = torch.arange(10.0)
+    for rank in range(len(saved) + 1):
+        state = sharded(saved, rank, values)
+        state.num_updates = 3
+        state.save(tmp_path / rank_file(rank))
+    files = sorted(tmp_path.iterdir())
+    for rank in range(len(loaded) + 1):
+        state = sharded(loaded, rank)
+        state.load(files)
+        fragment = state.fragments[0]
+        stretch = slice(fragment.start, fragment.start + fragment.length)
+        assert torch.equal(state.masters[0][: fragment.length], values[stretch])
+        assert torch.equal(state.averages[0][: fragment.length], values[stretch])
+        assert state.num_updates == 3 and float(state.optimizer.state[state.masters[0]]["step"]) == 3
+    assert torch.equal(assemble(files, {"w": torch.Size([2, 5])}, "param")["w"], values.view(2, 5))
+
+
+def test_missing_parts_are_noticed(tmp_path: Path) -> None:
+    sharded([4], 0, torch.ones(10)).save(tmp_path / rank_file(0))
+    with pytest.raises(IntegrityError, match="hold 16 of the 40 numbers"):
+        sharded([], 0).load([tmp_path / rank_file(0)])
+    with pytest.raises(IntegrityError, match="lacks parts of w"):
+        assemble([tmp_path / rank_file(0)], {"w": torch.Size([10])})
+    (tmp_path / "x").write_bytes(b"not a file of tensors")
+    with pytest.raises(IntegrityError, match="not a whole state file"):
+        assemble([tmp_path / "x"], {"w": torch.Size([10])})
+
+
+def test_a_rank_of_the_same_layout_reads_its_own_file_only() -> None:
+    engine = TorchEngine(TinyModel(), model_loss, SETTINGS)
+    names = ["metrics.jsonl", rank_file(1), rank_file(0)]
+    assert files_to_load(names, "replicated", engine) == [rank_file(0)]
+    assert files_to_load(names, "zero1/2", engine) == [rank_file(0), rank_file(1)]
