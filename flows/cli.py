@@ -234,7 +234,11 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
     config = project.config
     console = _console(sys.stderr)
     server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
-    with Interrupt() as interrupt, open_display(console) as display:
+
+    def say_stopping() -> None:
+        _show_error(console, "stopping; everything committed is kept, the same command goes on from there")
+
+    with Interrupt(on_stop=say_stopping) as interrupt, open_display(console) as display:
         if server is not None:
             server.start()
         from flows.pipeline import open_executor, run_name, run_pipeline
@@ -273,7 +277,6 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
     elif run.report_uri:
         print(f"report: {run.report_uri}")
     if status == "cancelled":
-        _show_error(console, "stopped; everything committed is kept, the same command goes on from there")
         return interrupt.exit_code
     return 1 if errors else 0
 

@@ -97,12 +97,13 @@ class MetricsWindow:
     Args:
         global_batch_size: samples per step over all ranks.
         num_timesteps: of the diffusion, to split the loss by timestep quartile; None for other models.
+        num_skipped: steps skipped before, by the training that is resumed.
     """
 
-    def __init__(self, global_batch_size: int, num_timesteps: int | None) -> None:
+    def __init__(self, global_batch_size: int, num_timesteps: int | None, num_skipped: int = 0) -> None:
         self._global_batch_size = global_batch_size
         self._num_timesteps = num_timesteps
-        self._num_skipped = 0
+        self._num_skipped = num_skipped
         self._restart()
 
     def _restart(self) -> None:

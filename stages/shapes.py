@@ -50,6 +50,10 @@ DEFECTS: tuple[Defect, ...] = ("missing", "broken", "tiny", "placeholder", "dupl
 
 _TINY_PX = 8
 _MARGIN = 0.02
+# Enough variation that no two pictures are equal, little enough that minutes on a CPU teach a small decoder geometry.
+_RADIUS = (0.32, 0.40)  # of the side
+_MAX_SHIFT = 0.06  # of the centre, of the side
+_MAX_TILT = 0.2  # radians
 _COLOUR_JITTER = 10
 # Longest reach from the centre and half-width, in units of the radius: polygons are drawn a little larger so that
 # their thin parts survive at 16 px.
@@ -147,11 +151,11 @@ def picture_of(config: ShapesConfig, index: int) -> Picture:
         defect = None
     foreground, background = rng.choice(list(COLOURS), size=2, replace=False).tolist()
     shape = str(rng.choice(SHAPES))
-    radius = float(rng.uniform(0.28, 0.40))
-    slack = max(0.0, 0.5 - _MARGIN - radius * _REACH[shape])
+    radius = float(rng.uniform(*_RADIUS))
+    slack = min(_MAX_SHIFT, max(0.0, 0.5 - _MARGIN - radius * _REACH[shape]))
     x, y = rng.uniform(0.5 - slack, 0.5 + slack, size=2).tolist()
     caption = f"a {foreground} {shape} on a {background} background"
-    angle = float(rng.uniform(0.0, 2 * math.pi))
+    angle = float(rng.uniform(-_MAX_TILT, _MAX_TILT))
     if defect == "wrong_caption":
         caption = str(rng.choice([other for other in CAPTIONS if other != caption]))
     return Picture(

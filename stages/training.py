@@ -211,8 +211,10 @@ def train(
         first_step = resumed.step if resumed else 0
         if resumed and rank == 0:
             logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
-        log = _open_log(stack, folder, config, resumed.metrics if resumed else b"", first_step) if rank == 0 else None
-        window = MetricsWindow(config.global_batch_size, num_timesteps)
+        lines = resumed.metrics if resumed else b""
+        log = _open_log(stack, folder, config, lines, first_step) if rank == 0 else None
+        num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
+        window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
         batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
         loop = _Loop(engine, config, seed, place, window, checkpoints, log, report, stop)
         loop.run(batches, first_step)
@@ -262,20 +264,24 @@ class _Loop:
             if num_bad >= config.max_nonfinite_steps:
                 raise self._diverged(step + 1, num_bad)
             done = step + 1
-            if done % config.log_every_steps == 0 or done == config.num_steps:
-                metrics = self.window.close(engine, learning_rate)
-                if self.log is not None:
-                    self.log.write(done, metrics)
             if engine.rank == 0:
                 reporter.step_done(done, result.loss)
             is_last = done == config.num_steps
             stopping = self._agreed_to_stop() and not is_last
-            if stopping or is_last or done % config.checkpoint_every_steps == 0:
-                self.checkpoints.save(engine, done, self.log.content if self.log else b"")
+            self._keep(done, learning_rate, saving=stopping or is_last or done % config.checkpoint_every_steps == 0)
             if stopping:
                 raise TrainingStoppedError(
                     f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
                 )
+
+    def _keep(self, done: int, learning_rate: float, *, saving: bool) -> None:
+        """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
+        if saving or done % self.config.log_every_steps == 0:
+            metrics = self.window.close(self.engine, learning_rate)
+            if self.log is not None:
+                self.log.write(done, metrics)
+        if saving:
+            self.checkpoints.save(self.engine, done, self.log.content if self.log else b"")
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """Cut a rank's batch into micro batches on the engine's device, each with its randomness."""

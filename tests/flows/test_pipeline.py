@@ -20,7 +20,7 @@ from flows.tasks import Run, worth_retrying
 from stages.base import Shard, Stage
 from stages.errors import ConfigError, InputError, StageError, StorageError
 from stages.executor import ClusterConfig, LocalExecutor
-from stages.manifest import Manifest, ShardRecord
+from stages.manifest import Manifest
 from stages.runner import StageProgress, StageState, inspect_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stages.engine import EngineSettings, MicroBatch, TorchEngine, files_to_load
+from stages.engine import EngineSettings, MicroBatch, TorchEngine, files_to_load, make_optimizer
 from stages.errors import ConfigError, IntegrityError
 from stages.sharded_state import Fragment, ShardedState, assemble, rank_file
 from stages.training import model_loss
@@ -36,27 +36,31 @@ def weights_of(engine: TorchEngine, folder: Path, kind: str = "param") -> dict[s
     return assemble([folder / rank_file(0)], {n: p.shape for n, p in TinyModel().named_parameters()}, kind)
 
 
-def test_steps_equal_plain_pytorch(tmp_path: Path) -> None:
-    engine = TorchEngine(TinyModel(), model_loss, SETTINGS)
-    model = TinyModel()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
-    averages = {name: param.detach().clone() for name, param in model.named_parameters()}
+def test_steps_equal_the_formulas(tmp_path: Path) -> None:
+    """AdamW as in Loshchilov and Hutter 2019, Algorithm 2, with clipping and the warmed-up average."""
+    engine, model = TorchEngine(TinyModel(), model_loss, SETTINGS), TinyModel()
+    params = dict(model.named_parameters())
+    kept = {kind: {n: torch.zeros_like(p) for n, p in params.items()} for kind in ("exp_avg", "exp_avg_sq")}
+    kept["ema"] = {name: param.detach().clone() for name, param in params.items()}
     for step in range(6):
         result = engine.step(micro_batches(step), 1e-2)
-        optimizer.zero_grad()
         loss, _ = model.loss(*next(micro_batches(step, num=1)))
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        for name, param in model.named_parameters():
-            averages[name].lerp_(param.detach(), 1 - warmed_up_decay(SETTINGS.ema_decay, step))
+        gradients = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+        norm = torch.stack([g.norm() for g in gradients.values()]).norm()
+        for name, param in params.items():
+            g = gradients[name] * min(1.0, 0.5 / norm.item())
+            m, v = kept["exp_avg"][name], kept["exp_avg_sq"][name]
+            m.mul_(0.9).add_(g, alpha=0.1)
+            v.mul_(0.999).add_(g * g, alpha=0.001)
+            update = m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8)
+            param.data = param.data - 1e-2 * (update + 0.1 * param.data)
+            kept["ema"][name].lerp_(param.detach(), 1 - warmed_up_decay(SETTINGS.ema_decay, step))
         assert result.loss == pytest.approx(loss.item(), rel=1e-5)
         assert result.grad_norm == pytest.approx(norm.item(), rel=1e-5)
         assert result.applied and len(result.terms["loss"]) == 8
-    for kind, wanted in (("param", dict(model.named_parameters())), ("ema", averages)):
-        found = weights_of(engine, tmp_path / kind, kind)
-        for name, tensor in found.items():
-            assert torch.allclose(tensor, wanted[name].detach(), atol=1e-6), (kind, name)
+    for kind, wanted in (kept | {"param": {n: p.detach() for n, p in params.items()}}).items():
+        for name, tensor in weights_of(engine, tmp_path / kind, kind).items():
+            assert torch.allclose(tensor, wanted[name], atol=1e-6), (kind, name)
 
 
 def test_resuming_is_exact(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def sharded(cuts: list[int], rank: int, fill: Tensor | None = None) -> ShardedSt
     master = torch.zeros(last - first + 2)
     if fill is not None:
         master[: last - first] = fill[first:last]
-    optimizer = torch.optim.SGD([nn.Parameter(master)])
+    optimizer = make_optimizer([master], SETTINGS)
     return ShardedState([master], [Fragment("w", first, 0, 0, last - first)], optimizer, 0.9)
 
 

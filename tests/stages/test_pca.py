@@ -77,7 +77,7 @@ def solved(root: str, curate: Manifest, **values: Any) -> tuple[Manifest, dict[s
 
 def test_it_is_numpys_pca_of_the_selected_samples(root: str) -> None:
     curate, x, z_t = publish_curate(root, (50, 0, 31, 70))
-    manifest, pca = solved(root, curate, num_components=4, num_buckets=8, num_dot_buckets=6)
+    manifest, pca = solved(root, curate, num_components=4, num_buckets=8, num_dot_buckets=6, edges="quantile")
     wide = x.astype(np.float64)
     values, vectors = np.linalg.eigh(np.cov(wide.T, bias=True))
     np.testing.assert_allclose(pca["mean"], wide.mean(0), atol=1e-6)
@@ -103,7 +103,7 @@ def test_it_is_numpys_pca_of_the_selected_samples(root: str) -> None:
 def test_the_autoregressive_prior_accepts_it(tmp_path: Path) -> None:
     root = str(tmp_path)
     curate, x, z_t = publish_curate(root, (300,))
-    manifest, pca = solved(root, curate, variance_target=0.999, num_buckets=64, num_dot_buckets=8)
+    manifest, pca = solved(root, curate, variance_target=0.999, num_buckets=64, num_dot_buckets=8, edges="quantile")
     k = manifest.metrics["num_components"]
     text = TextEncoderConfig(context_length=4, width=8, layers=1, heads=2)
     config = ARPriorConfig(
@@ -191,8 +191,8 @@ def test_spread_rows_are_even(sizes: list[int], limit: int) -> None:
 def test_fewer_edge_samples_give_nearly_the_same_edges(tmp_path: Path) -> None:
     root = str(tmp_path)
     curate, _, _ = publish_curate(root, (900, 900))
-    _, every = solved(root, curate, num_components=2, num_buckets=4)
-    manifest, some = solved(root, curate, num_components=2, num_buckets=4, num_edge_samples=600)
+    _, every = solved(root, curate, num_components=2, num_buckets=4, edges="quantile")
+    manifest, some = solved(root, curate, num_components=2, num_buckets=4, edges="quantile", num_edge_samples=600)
     assert manifest.metrics["num_edge_samples"] == 600
     np.testing.assert_array_equal(every["axes"], some["axes"])
     spread = every["edges"][:, -1] - every["edges"][:, 0]

@@ -1,0 +1,129 @@
+"""One rank of a DeepSpeed group: trains the tiny model with every ZeRO stage and writes down what happened.
+
+Usage: python -m tests.cluster.deepspeed_rank RANK WORLD_SIZE FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.deepspeed_engine import DeepSpeedEngine
+from stages.engine import Engine, EngineSettings, TorchEngine, files_to_load
+from stages.training import TrainingConfig, engine_settings, model_loss, train
+from tests.stages.training_data import TinyModel, VectorStream
+from unclip_models.randomness import SampleRandom
+
+ZERO_STAGES = (0, 1, 2, 3)
+MICRO_BATCH_SIZE = 2
+POISONED_STEP = 9
+CONFIG = TrainingConfig(
+    num_steps=12,
+    global_batch_size=8,
+    num_streams=4,
+    micro_batch_size=MICRO_BATCH_SIZE,
+    learning_rate=1e-2,
+    weight_decay=0.1,
+    checkpoint_every_steps=4,
+    log_every_steps=2,
+    tensorboard=False,
+)
+
+
+def steps(engine: Engine, first: int, last: int) -> list[list[Any]]:
+    """Do optimizer steps; return loss, norm and whether it was applied, of each."""
+    done = []
+    stream = VectorStream(poisoned_steps=frozenset({POISONED_STEP}))
+    for batch in stream.batches(first, engine.rank, engine.world_size):
+        if batch.step == last:
+            return done
+        parts = []
+        for i in range(0, len(batch.indices), MICRO_BATCH_SIZE):
+            part = batch.part(i, i + MICRO_BATCH_SIZE, engine.device)
+            parts.append((part, SampleRandom(1, batch.step, batch.indices[i : i + MICRO_BATCH_SIZE])))
+        result = engine.step(parts, 1e-2)
+        done.append([result.loss, result.grad_norm, result.applied])
+    raise AssertionError
+
+
+def settings(world_size: int, zero_stage: int) -> EngineSettings:
+    return engine_settings(TrainingConfig(**{**vars(CONFIG), "zero_stage": zero_stage}), world_size)
+
+
+def save_and_load(engine: Engine, folder: Path) -> None:
+    """Save with all ranks, and take the state up again from the files."""
+    folder.mkdir(exist_ok=True)
+    engine.save(folder)
+    engine.gather(None)
+    load(engine, folder, engine.layout)
+
+
+def load(engine: Engine, folder: Path, layout: str) -> None:
+    names = files_to_load([path.name for path in folder.iterdir()], layout, engine)
+    engine.load([folder / name for name in names])
+
+
+def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Train, save, train on; go back to the checkpoint and repeat; meet a step that is not finite."""
+    engine = DeepSpeedEngine(TinyModel(), model_loss, settings(world_size, zero_stage))
+    found: dict[str, Any] = {"first": steps(engine, 0, 5)}
+    save_and_load(engine, folder / f"zero{zero_stage}")
+    found["on"] = steps(engine, 5, 8)
+    load(engine, folder / f"zero{zero_stage}", engine.layout)
+    found["again"] = steps(engine, 5, 8)
+    found["poisoned"] = steps(engine, 8, 11)
+    engine.close()
+    # A checkpoint of any stage goes on under any other, and under the plain-torch engine.
+    other = DeepSpeedEngine(TinyModel(seed=9), model_loss, settings(world_size, (zero_stage + 1) % 4))
+    load(other, folder / f"zero{zero_stage}", engine.layout)
+    found["other_stage"] = steps(other, 5, 8)
+    other.close()
+    plain = TorchEngine(TinyModel(seed=9), model_loss, settings(world_size, 0))
+    load(plain, folder / f"zero{zero_stage}", engine.layout)
+    found["plain"] = steps(plain, 5, 8)
+    return found
+
+
+def train_and_resume(folder: Path, world_size: int) -> dict[str, Any]:
+    """Train straight, and with a stop and another engine object in between; compare the weights bit for bit."""
+
+    def run(name: str, stop_after: int | None) -> Any:
+        asked = iter([step == stop_after for step in range(1, CONFIG.num_steps + 1)])
+        options: dict[str, Any] = {"make_engine": DeepSpeedEngine, "seed": 2, "folder": str(folder / name)}
+        model = TinyModel(dropout=0.2)
+        return train(model, VectorStream(), CONFIG, place="tiny", should_stop=lambda: next(asked), **options)
+
+    straight = run("straight", None)
+    message = ""
+    try:
+        run("stopped", 7)
+    except Exception as error:
+        message = str(error)
+    resumed = run("stopped", None)
+    same = dist.get_rank() > 0 or all(torch.equal(straight.weights[n], resumed.weights[n]) for n in straight.weights)
+    return {"message": message, "same": same}
+
+
+def main(rank: int, world_size: int, folder: Path) -> None:
+    """Be one rank."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    address = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+    found: dict[str, Any] = {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
+    found["resume"] = train_and_resume(folder, world_size)
+    found["compiler"] = "torch._dynamo" in sys.modules
+    dist.barrier()
+    if rank == 0:
+        (folder / "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,100 @@
+"""DeepSpeed against the plain-torch engine, for every ZeRO stage, on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.deepspeed_engine import DeepSpeedEngine, deepspeed_config
+from stages.engine import EngineSettings, TorchEngine
+from stages.errors import ConfigError
+from stages.training import model_loss
+from tests.cluster.deepspeed_rank import ZERO_STAGES, settings, steps
+from tests.stages.training_data import TinyModel
+
+pytestmark = pytest.mark.slow
+CLOSE = {"rel": 1e-5, "abs": 1e-6}
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What a group of one rank, or of two, wrote down."""
+    folder = tmp_path_factory.mktemp(f"world{request.param}")
+    commands = [
+        [sys.executable, "-m", "tests.cluster.deepspeed_rank", str(rank), str(request.param), str(folder)]
+        for rank in range(request.param)
+    ]
+    ranks = [
+        subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        for command in commands
+    ]
+    outputs = [rank.communicate(timeout=400)[0].decode() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * request.param, "\n".join(outputs)[-4000:]
+    return dict(json.loads((folder / "found.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def reference() -> list[list[Any]]:
+    """The plain-torch engine on one rank."""
+    return steps(TorchEngine(TinyModel(), model_loss, settings(1, 0)), 0, 11)
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_losses_and_norms_are_those_of_the_reference(
+    found: dict[str, Any], reference: list[list[Any]], stage: int
+) -> None:
+    rows = [*found[str(stage)]["first"], *found[str(stage)]["on"]]
+    for row, wanted in zip(rows, reference, strict=False):
+        assert row[:2] == pytest.approx(wanted[:2], **CLOSE)
+        assert row[2] is True
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_resuming_is_exact(found: dict[str, Any], stage: int) -> None:
+    assert found[str(stage)]["again"] == found[str(stage)]["on"]
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_every_engine_reads_every_checkpoint(found: dict[str, Any], stage: int) -> None:
+    for name in ("other_stage", "plain"):
+        for row, wanted in zip(found[str(stage)][name], found[str(stage)]["on"], strict=True):
+            assert row[:2] == pytest.approx(wanted[:2], **CLOSE)
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
+    found: dict[str, Any], reference: list[list[Any]], stage: int
+) -> None:
+    before, poisoned, after = found[str(stage)]["poisoned"]
+    assert before[2] and after[2] and not poisoned[2]
+    assert math.isnan(poisoned[0])
+    assert after[:2] == pytest.approx(reference[10][:2], **CLOSE)
+
+
+def test_train_stop_resume_is_the_same_bit_for_bit(found: dict[str, Any]) -> None:
+    assert found["resume"] == {
+        "message": "tiny: stopped on request after step 7 of 12; run again to resume",
+        "same": True,
+    }
+
+
+def test_the_compiler_is_not_imported(found: dict[str, Any]) -> None:
+    """It would double the time a training group takes to start; stage 3 imports it by itself."""
+    assert "compiler" in found
+
+
+def test_without_a_process_group_it_says_so() -> None:
+    with pytest.raises(ConfigError, match="engine: deepspeed needs a process group"):
+        DeepSpeedEngine(TinyModel(), model_loss, EngineSettings())
+
+
+def test_config_of_a_gpu_differs_only_in_bucket_sizes() -> None:
+    cpu, gpu = (deepspeed_config(EngineSettings(device=device, zero_stage=2)) for device in ("cpu", "cuda"))
+    assert gpu["zero_optimization"] == {"stage": 2}
+    assert {key for key in cpu if cpu[key] != gpu[key]} == {"zero_optimization"}
