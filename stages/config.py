@@ -239,14 +239,17 @@ def _of_chosen_members(items: Sequence[Any]) -> list[Any]:
             members = unions.setdefault(location[:position], {})
             members.setdefault(str(location[position]), []).append(item)
     for members in unions.values():
-        wrong = {name: [i for i in errors if i["type"] == "literal_error"] for name, errors in members.items()}
-        chosen = [name for name in members if not any(i["loc"][-1] == "kind" for i in wrong[name])]
+        wrong_kinds = {
+            name: next((i for i in errors if i["type"] == "literal_error" and i["loc"][-1] == "kind"), None)
+            for name, errors in members.items()
+        }
+        chosen = [name for name, item in wrong_kinds.items() if item is None]
         if chosen:
             kept += [item for name in chosen for item in members[name]]
         else:
-            kinds = " or ".join(i["ctx"]["expected"] for errors in wrong.values() for i in errors if i["loc"][-1] == "kind")
-            first = next(i for errors in wrong.values() for i in errors if i["loc"][-1] == "kind")
-            kept.append({**first, "msg": f"input should be {kinds}"})
+            refused = [item for item in wrong_kinds.values() if item is not None]
+            known = " or ".join(item["ctx"]["expected"] for item in refused)
+            kept.append({**refused[0], "msg": f"input should be {known}"})
     return kept
 
 

@@ -29,6 +29,7 @@ from stages.errors import IntegrityError
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TABLE_NAME = "shards.parquet"
+LOG_ROLES = frozenset({"metrics"})  # files that tell how the work went, timings included, and not what came out
 
 
 def digest_of(value: Any) -> str:
@@ -96,10 +97,10 @@ class ShardRecord:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The part that two runs of the same work must agree on (no times, no metrics)."""
+        """The part that two runs of the same work must agree on (no times, no metrics, no logs)."""
         return {
             "shard_id": self.shard_id,
-            "files": {role: file.sha256 for role, file in self.files.items()},
+            "files": {role: file.sha256 for role, file in self.files.items() if role not in LOG_ROLES},
             "counts": [self.num_in, self.num_kept, dict(self.dropped)],
         }
 

@@ -144,7 +144,7 @@ def test_a_copied_store_is_as_good(finished: Finished, tmp_path: Path) -> None:
         ("source.rows_per_shard=32", set(STAGE_NAMES)),
     ],
 )
-def test_a_changed_setting_reruns_exactly_what_depends_on_it(finished: Finished, override: str, rerun: set[str]) -> None:
+def test_a_changed_setting_reruns_what_depends_on_it(finished: Finished, override: str, rerun: set[str]) -> None:
     root, port = finished.config.root, finished.config.source.shapes.port
     config = load_config(TINY, [f"root={root}", f"source.shapes.port={port}", override])
     stages = build_stages(config)

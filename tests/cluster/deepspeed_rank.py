@@ -116,9 +116,9 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     address = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    found: dict[str, Any] = {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
-    found["resume"] = train_and_resume(folder, world_size)
+    found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
     found["compiler"] = "torch._dynamo" in sys.modules
+    found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
     dist.barrier()
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))

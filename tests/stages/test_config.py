@@ -113,12 +113,14 @@ def test_the_other_prior_can_be_chosen() -> None:
 def test_every_setting_of_the_pipeline_says_what_it_is() -> None:
     for info in settings():
         section, _, rest = info.path.partition(".")
-        if not rest or "model" not in rest.split(".") and "." not in rest:
+        if not rest or ("model" not in rest.split(".") and "." not in rest):
             assert info.help, f"{section}: {info.path} has no help"
 
 
 def test_moving_to_another_cluster_changes_no_identity() -> None:
     base = load_config(QUICKSTART)
-    moved = load_config(QUICKSTART, ["cluster.address=auto", "cluster.num_cpus=64", "decoder.num_ranks=8", "root=s3://b"])
+    moved = load_config(
+        QUICKSTART, ["cluster.address=auto", "cluster.num_cpus=64", "decoder.num_ranks=8", "root=s3://b"]
+    )
     assert identity_of(base, ("shard", "stage")) == identity_of(moved, ("shard", "stage"))
     assert to_values(base) != to_values(moved)

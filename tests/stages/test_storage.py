@@ -90,7 +90,7 @@ def test_a_failed_write_publishes_nothing(tmp_path: Path, monkeypatch: pytest.Mo
         storage.write_bytes(uri, b"new")
     monkeypatch.undo()
     assert storage.read_bytes(uri) == b"old"
-    assert os.listdir(tmp_path) == ["x"]
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 
 def test_a_killed_writer_publishes_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,166 @@
+"""The Ray executor does what the local one does, and survives what the local one cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.board import Board
+from cluster.ray_executor import RayExecutor, _pool_size
+from stages.base import Progress, Resources, Result, Shard, Stage
+from stages.errors import InputError, StageError
+from stages.executor import Executor, LocalExecutor, ShardFailure
+from stages.manifest import Manifest, ShardRecord
+from stages.runner import run_stage
+from tests.cluster.conftest import CLUSTER
+from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
+
+pytestmark = pytest.mark.slow
+COUNTS = (3, 4, 5, 2, 1)
+
+
+def run(executor: Executor, root: str, seen: list[Any] | None = None, **settings: Any) -> Manifest:
+    """Run both toy stages."""
+    numbers = Numbers(NumbersConfig(counts=COUNTS), root=root)
+    first = run_stage(numbers, numbers.fingerprint({}), {}, LocalExecutor(), CLUSTER)
+    squares = Squares(SquaresConfig(**settings), root=root)
+    inputs = {"numbers": first}
+    fingerprint = squares.fingerprint({"numbers": first.fingerprint})
+    on_progress = (lambda progress: None) if seen is None else seen.append
+    return run_stage(squares, fingerprint, inputs, executor, CLUSTER, on_progress=on_progress)
+
+
+def test_equals_the_local_executor(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    seen: list[Any] = []
+    local = run(LocalExecutor(), str(tmp_path / "local"))
+    distributed = run(ray_executor, str(tmp_path / "ray"), seen)
+    assert distributed.digest == local.digest
+    assert distributed.metrics == local.metrics
+    assert any(progress.inner is not None and progress.inner.unit == "numbers" for progress in seen)
+
+
+@pytest.mark.parametrize("how", ["flaky", "bug", "dies"])
+def test_a_failure_that_passes_changes_nothing(ray_executor: RayExecutor, tmp_path: Path, how: str) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    wanted = run(LocalExecutor(), str(tmp_path / "local")).digest
+    found = run(ray_executor, str(tmp_path / "ray"), misbehave={"10": how, "30": how}, scratch=str(scratch))
+    assert found.digest == wanted and not found.quarantined
+    assert {path.read_text() for path in scratch.iterdir()} == {"2"}
+
+
+@pytest.mark.parametrize("how", ["corrupt", "always", "fatal"])
+def test_failures_are_judged_as_locally(ray_executor: RayExecutor, tmp_path: Path, how: str) -> None:
+    messages = []
+    for name, executor in (("local", LocalExecutor()), ("ray", ray_executor)):
+        scratch = tmp_path / f"scratch-{name}"
+        scratch.mkdir()
+        with pytest.raises((StageError, InputError)) as caught:
+            run(executor, str(tmp_path / name), misbehave={"20": how}, scratch=str(scratch))
+        messages.append((type(caught.value), str(caught.value), (scratch / "20").read_text()))
+    assert messages[0] == messages[1]
+
+
+class Deadly(Stage[NumbersConfig]):
+    """Every shard kills its worker."""
+
+    name = "deadly"
+
+    def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
+        return [self.shard(0)]
+
+    def process(self, shard: Shard, output: str) -> ShardRecord:
+        os._exit(7)
+
+
+class Unloadable(Deadly):
+    """Its workers die while they start."""
+
+    name = "unloadable"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        os._exit(7)
+
+
+def test_a_shard_that_keeps_killing_workers_is_given_up(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    stage = Deadly(NumbersConfig(), root=str(tmp_path))
+    (outcome,) = ray_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None)
+    assert isinstance(outcome, ShardFailure) and outcome.kind == "retryable"
+    assert "its worker died 3 times" in str(outcome.error)
+
+
+def test_workers_that_cannot_start_end_the_stage(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    stage = Unloadable(NumbersConfig(), root=str(tmp_path))
+    with pytest.raises(StageError, match="unloadable: workers die as they start"):
+        list(ray_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None))
+
+
+class Finisher(Deadly):
+    """Its ``finish`` fails or tells where it ran."""
+
+    name = "finisher"
+
+    def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
+        if self.config.counts == (0,):
+            raise InputError("finisher: nothing to combine")
+        return Result(records=records, metrics={"pid": os.getpid()})
+
+
+def test_finish_runs_on_a_worker_and_its_errors_arrive(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    result = ray_executor.finish(Finisher(NumbersConfig(), root=str(tmp_path)), [], str(tmp_path), {})
+    assert result.metrics["pid"] != os.getpid()
+    with pytest.raises(InputError, match="nothing to combine"):
+        ray_executor.finish(Finisher(NumbersConfig(counts=(0,)), root=str(tmp_path)), [], str(tmp_path), {})
+
+
+def test_an_abandoned_map_gives_its_cores_back(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    import ray
+
+    numbers = Numbers(NumbersConfig(counts=COUNTS), root=str(tmp_path))
+    outcomes = ray_executor.map(numbers, numbers.plan({}), str(tmp_path), lambda progress: None)
+    next(outcomes)
+    outcomes.close()  # type: ignore[attr-defined]
+    for _ in range(100):
+        if ray.available_resources().get("CPU") == CLUSTER.num_cpus:
+            return
+        time.sleep(0.1)
+    raise AssertionError(ray.available_resources())
+
+
+def test_pool_size() -> None:
+    available = {"CPU": 8.0, "GPU": 2.0}
+
+    def size(num_shards: int, **resources: Any) -> int:
+        stage = Deadly(NumbersConfig(), root="")
+        kind = type("Some", (Deadly,), {"resources": Resources(**resources)})
+        return _pool_size(kind(stage.config, root=""), num_shards, available)
+
+    assert size(100) == 8
+    assert size(3) == 3
+    assert size(100, num_cpus=3) == 2
+    assert size(100, num_gpus=0.5) == 4
+    assert size(100, num_gpus=1, max_workers=1) == 1
+    assert size(100, num_cpus=64) == 1  # waits for a larger machine
+    assert size(0) == 0
+
+
+def test_the_board_keeps_the_latest_and_passes_on_the_wish_to_stop() -> None:
+    board = Board()
+    first, second = (Progress(done=done, total=9, unit="steps") for done in (1, 2))
+    assert not board.report("a", first)
+    board.report("a", second)
+    board.report("b", None)
+    assert board.take("a") == second
+    assert board.take("a") is None and board.take("b") is None
+    board.stop()
+    assert board.report("a", None)
+
+
+def test_config_of_the_tests_is_small() -> None:
+    assert dataclasses.replace(CLUSTER, num_cpus=None).num_cpus is None
