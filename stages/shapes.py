@@ -51,9 +51,9 @@ DEFECTS: tuple[Defect, ...] = ("missing", "broken", "tiny", "placeholder", "dupl
 _TINY_PX = 8
 _MARGIN = 0.02
 # Enough variation that no two pictures are equal, little enough that minutes on a CPU teach a small decoder geometry.
-_RADIUS = (0.32, 0.40)  # of the side
-_MAX_SHIFT = 0.06  # of the centre, of the side
-_MAX_TILT = 0.2  # radians
+_RADIUS = (0.36, 0.42)  # of the side
+_MAX_SHIFT = 0.03  # of the centre, of the side
+_MAX_TILT = 0.1  # radians
 _COLOUR_JITTER = 10
 # Longest reach from the centre and half-width, in units of the radius: polygons are drawn a little larger so that
 # their thin parts survive at 16 px.

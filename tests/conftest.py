@@ -47,6 +47,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a real S3 server for the session and yield its endpoint."""
     folder = tmp_path_factory.mktemp("s3")
     (folder / "bucket").mkdir()
+    os.environ["TEST_S3_FOLDER"] = str(folder)  # for tests that look at the store from behind
     port = free_port()
     log = folder.with_name("s3.log").open("wb")
     command = [_rclone(), "serve", "s3", "--auth-key", f"{S3_ACCESS_KEY},{S3_SECRET_KEY}", str(folder)]

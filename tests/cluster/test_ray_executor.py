@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -160,7 +159,3 @@ def test_the_board_keeps_the_latest_and_passes_on_the_wish_to_stop() -> None:
     assert board.take("a") is None and board.take("b") is None
     board.stop()
     assert board.report("a", None)
-
-
-def test_config_of_the_tests_is_small() -> None:
-    assert dataclasses.replace(CLUSTER, num_cpus=None).num_cpus is None

@@ -23,7 +23,8 @@ from stages.manifest import Manifest, ShardRecord
 from stages.training import TrainingConfig, train
 from tests.stages.training_data import TinyModel, VectorStream
 
-pytestmark = pytest.mark.slow
+# Ray Data warns of its own settings when it is imported.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.data.context")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,185 @@
+"""The pipeline as its users run it: one command, real Ray, Prefect, DeepSpeed, HTTP and S3; killed again and again.
+
+One run is left alone, its store on disk. Another has its store on a real S3 server and is killed with SIGKILL, Ray
+included, in the middle of every kind of stage. Both must end with the same results.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from stages import storage
+from stages.config import load_config
+from stages.graph import STAGE_NAMES, build_stages, fingerprints
+from stages.manifest import Manifest
+from stages.samples import read_tar
+from tests.conftest import free_port, s3_environment
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+TINY = Path(__file__).with_name("tiny.yaml")
+RUN_TIMEOUT_S = 600
+# Where the run is killed: as soon as a file appears whose path below the root starts and ends so.
+KILLS = [
+    ("source/shards/", ".json"),
+    ("download/shards/", ".json"),
+    ("filter/shards/", ".json"),
+    ("clip/shards/", "step-000006/checkpoint.json"),
+    ("embed/shards/", ".json"),
+    ("curate/shards/", ".json"),
+    ("pca/shards/", ".json"),
+    ("decoder/shards/", "step-000003/checkpoint.json"),
+    ("generate/shards/", ".json"),
+    ("evaluate/", ""),
+]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A store and how to run the pipeline on it."""
+
+    root: str
+    watched: Path  # the folder of the store on this disk, S3 or not
+    environment: dict[str, str]
+    port: int
+
+    def command(self, *extra: str) -> list[str]:
+        unclip = str(Path(sys.executable).with_name("unclip"))
+        return [unclip, "run", str(TINY), "-s", f"root={self.root}", "-s", f"source.shapes.port={self.port}", *extra]
+
+    def run(self, *extra: str) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | self.environment
+        command = self.command(*extra)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
+
+    def manifests(self) -> dict[str, Manifest]:
+        stages = build_stages(load_config(TINY, [f"root={self.root}", f"source.shapes.port={self.port}"]))
+        found = {name: Manifest.read(self.root, name, mark) for name, mark in fingerprints(stages).items()}
+        return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+@pytest.fixture(scope="module")
+def port() -> int:
+    return free_port()  # part of the URLs, and so of every fingerprint: the same in both runs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, port: int) -> Place:
+    folder = tmp_path_factory.mktemp("undisturbed") / "store"
+    place = Place(str(folder), folder, {}, port)
+    finished = place.run()
+    assert finished.returncode == 0, finished.stderr
+    return place
+
+
+def test_everything_is_there(undisturbed: Place) -> None:
+    assert set(undisturbed.manifests()) == set(STAGE_NAMES)
+    report = storage.read_bytes(storage.join(undisturbed.root, "report.html")).decode()
+    assert report.startswith("<!doctype html>") or report.startswith("<!DOCTYPE html>")
+    assert "http://" not in report.replace("http://www.w3.org", "") and "https://" not in report
+
+
+def test_images_say_what_made_them(undisturbed: Place) -> None:
+    manifests = undisturbed.manifests()
+    record = manifests["generate"].records[0]
+    for sample in read_tar(record.files["images"].read(undisturbed.root)):
+        image = Image.open(io.BytesIO(sample.image))
+        assert image.size == (64, 64)
+        text = getattr(image, "text", {})
+        assert text["caption"] == sample.caption and int(text["seed"]) >= 0
+        decoder = manifests["decoder"].records[0].files["weights"].sha256
+        assert any(decoder.startswith(value[:12]) for key, value in text.items() if "decoder" in key), text
+
+
+def test_a_second_run_does_nothing(undisturbed: Place) -> None:
+    before = {path: path.stat().st_mtime_ns for path in undisturbed.watched.rglob("*") if path.is_file()}
+    again = undisturbed.run("--json")
+    assert again.returncode == 0, again.stderr
+    assert {stage["status"] for stage in json.loads(again.stdout)["stages"].values()} == {"cached"}
+    assert {path: path.stat().st_mtime_ns for path in undisturbed.watched.rglob("*") if path.is_file()} == before
+
+
+def test_generate_writes_a_picture(undisturbed: Place, tmp_path: Path) -> None:
+    command = undisturbed.command()
+    command[1:3] = ["generate", str(TINY)]
+    target = tmp_path / "out.png"
+    words = [*command, "a red circle on a blue background", "-n", "2", "--seed", "3", "-o", str(target)]
+    finished = subprocess.run(words, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
+    assert finished.returncode == 0, finished.stderr
+    assert list(tmp_path.glob("out*.png"))
+
+
+@pytest.fixture(scope="module")
+def disturbed(s3_server: str, tmp_path_factory: pytest.TempPathFactory, port: int) -> Place:
+    name = tmp_path_factory.mktemp("disturbed").name
+    return Place(f"s3://bucket/{name}", Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / name, s3_environment(s3_server), port)
+
+
+def test_killed_everywhere_it_ends_the_same(
+    undisturbed: Place, disturbed: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: dict[str, int] = {}
+    for beginning, ending in KILLS:
+        with killed_at(disturbed, beginning, ending):
+            pass
+        for name, modified in committed(disturbed.watched).items():
+            assert kept.setdefault(name, modified) == modified, f"{name} was done twice"
+    finished = disturbed.run()
+    assert finished.returncode == 0, finished.stderr
+    for name, modified in committed(disturbed.watched).items():
+        assert kept.get(name, modified) == modified, f"{name} was done twice"
+    for name, value in disturbed.environment.items():
+        monkeypatch.setenv(name, value)
+    results = {name: manifest.digest for name, manifest in disturbed.manifests().items()}
+    assert results == {name: manifest.digest for name, manifest in undisturbed.manifests().items()}
+
+
+@contextlib.contextmanager
+def killed_at(place: Place, beginning: str, ending: str) -> Iterator[None]:
+    """Run until a file of that name appears, then kill everything that runs, without warning."""
+    environment = os.environ | place.environment
+    process = subprocess.Popen(
+        place.command(), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    try:
+        deadline = time.monotonic() + RUN_TIMEOUT_S
+        while not any(name.startswith(beginning) and name.endswith(ending) for name in names(place.watched)):
+            assert process.poll() is None, f"the run ended before {beginning}...{ending} appeared"
+            assert time.monotonic() < deadline, f"{beginning}...{ending} did not appear"
+            time.sleep(0.02)
+        yield
+    finally:
+        kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.send_signal(signal.SIGKILL)
+    process.wait()
+    psutil.wait_procs(family, timeout=20)
+
+
+def names(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
+def committed(folder: Path) -> dict[str, int]:
+    """Return the records of finished shards with the time they were written."""
+    records = [path for path in folder.glob("*/shards/*.json") if path.is_file()]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in records}
