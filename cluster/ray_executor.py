@@ -32,7 +32,9 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.5
 _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
+_MAX_STARTS = 2
 _GIB = 1 << 30
+_QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 # Quiet, private, and patient: a training group may wait for its turn.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -40,6 +42,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
 }
+# An actor per training, seconds of imports, that waits for notices which only clusters of spot machines get.
+_LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 # What workers on another machine need to know of this one; credentials belong to the machines themselves.
 _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
 _PACKAGES = ("stages", "cluster", "unclip_models")
@@ -50,32 +54,59 @@ def connect(cluster: ClusterConfig) -> RayExecutor:
 
     Raises:
         ConfigError: if the cluster does not answer.
+        StageError: if Ray does not start here.
     """
     from cluster.training import START_TIMEOUT_S
 
-    for name, value in (_ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}).items():
+    environment = _ENVIRONMENT | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S)}
+    for name, value in (environment | (_LOCAL_ENVIRONMENT if cluster.address == "local" else {})).items():
         os.environ.setdefault(name, value)
+    if cluster.address == "local":
+        _start(cluster)
+    else:
+        _join(cluster)
+    return RayExecutor()
+
+
+def _start(cluster: ClusterConfig) -> None:
+    """Start Ray on this machine; it gives itself 30 s, which a busy machine can miss once."""
     import ray
 
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "ignore_reinit_error": False}
-    try:
-        if cluster.address == "local":
+    for attempt in range(1, _MAX_STARTS + 1):
+        try:
             ray.init(
                 address="local",
                 num_cpus=cluster.num_cpus,
                 num_gpus=cluster.num_gpus,
                 object_store_memory=int(cluster.object_store_gib * _GIB),
                 include_dashboard=False,
-                **options,
+                **_QUIET,
             )
-        else:
-            ray.init(address=cluster.address, runtime_env=_runtime_env(), **options)
+            return
+        except Exception as error:  # a bare Exception is what Ray raises when it was too slow
+            ray.shutdown()
+            if attempt == _MAX_STARTS or isinstance(error, ValueError):
+                raise StageError(
+                    f"cluster: Ray does not start on this machine: {_first_line(error)}; free some memory and cores "
+                    "and run again, or set cluster.executor: local"
+                ) from error
+            logger.warning("Ray did not start (%s); trying again", _first_line(error))
+
+
+def _join(cluster: ClusterConfig) -> None:
+    import ray
+
+    try:
+        ray.init(address=cluster.address, runtime_env=_runtime_env(), **_QUIET)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
-            f"cluster.address: '{cluster.address}': {reason}; start that cluster, correct the address, or write `local`"
+            f"cluster.address: '{cluster.address}': {_first_line(error)}; start that cluster, correct the address, or "
+            "write `local`"
         ) from error
-    return RayExecutor()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -324,7 +355,7 @@ class _Pool:
 
         with contextlib.suppress(Exception):
             ray.kill(running.actor)  # one that merely cannot be reached must not do the shard beside its successor
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         if running.shard is None:
             self._num_failed_starts += 1
             if self._num_failed_starts >= _MAX_DEATHS:

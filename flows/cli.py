@@ -256,7 +256,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
             display=display,
             write_report=lambda manifests: write_summary(manifests, config),
             funnel=funnel_markdown,
-            cancelled=interrupt.cancelled,
+            interrupt=interrupt,
         )
         error: BaseException | None = None
         try:

@@ -42,26 +42,32 @@ class Interrupt:
         self._on_stop = on_stop
         self._close: Callable[[], None] | None = None
         self._old_handlers: dict[int, Any] = {}
+        self._is_active = False
 
     def closes(self, close: Callable[[], None]) -> None:
         """Name what releases the workers, once they are up; called at the first signal, in a thread of its own."""
         self._close = close
-        self._listen()  # again: starting Ray has put its own handler of SIGTERM in place
+        self.listen()
 
     def __enter__(self) -> Interrupt:
         self._old_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-        self._listen()
+        self._is_active = True
+        self.listen()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._is_active = False
         if self.cancelled.is_set():
             return  # a second Ctrl-C still ends it at once
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
 
-    def _listen(self) -> None:
+    def listen(self) -> None:
+        """Take the signals; called again where a library has put its own handlers in place (Ray, a Prefect flow)."""
+        if not self._is_active or threading.current_thread() is not threading.main_thread():
+            return
         for number in _SIGNALS:
             signal.signal(number, self._handle)
 

@@ -46,6 +46,7 @@ def pipeline(name: str, root: str, stages: list[str]) -> str:
         StageError: if a stage failed. Stages that do not need it have run to their end by then.
     """
     run = CURRENT_RUN.get()
+    run.interrupt.listen()
     made: dict[str, PrefectFuture[Any] | str] = {}
     for stage in run.stages.values():
         if stage.name in stages:
@@ -65,7 +66,7 @@ def note_stages_not_ready(run: Run) -> None:
     """Note the stages that never began, because a stage they need has failed."""
     for name in run.selection.stages:
         if name not in run.outcomes:
-            run.end(Outcome(stage=name, status="cancelled" if run.cancelled.is_set() else "not ready"))
+            run.end(Outcome(stage=name, status="cancelled" if run.cancelled else "not ready"))
 
 
 def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseException | None:
@@ -94,7 +95,7 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
             raise KeyboardInterrupt from None
         finally:
             CURRENT_RUN.reset(token)
-    if run.cancelled.is_set():
+    if run.cancelled:
         raise KeyboardInterrupt
     error = state.result(raise_on_failure=False)
     return error if isinstance(error, BaseException) else None

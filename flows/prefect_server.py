@@ -94,6 +94,7 @@ class PrivateServer:
         self._users: IO[str] | None = None
         self._starter: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._launched = False
 
     def start(self) -> None:
         """Register as a user and launch the server unless one runs; do not wait for it."""
@@ -126,6 +127,11 @@ class PrivateServer:
             time.sleep(_POLL_S)
         _close(self._starter)
         return api
+
+    def take_launched(self) -> bool:
+        """Tell, once, whether this use has launched the server; then no other run was alive."""
+        launched, self._launched = self._launched, False
+        return launched
 
     def release(self) -> None:
         """Stop using the server; it ends by itself when nobody uses it any more."""
@@ -167,6 +173,7 @@ class PrivateServer:
         return api if answers(api.url) else None
 
     def _launch(self) -> None:
+        self._launched = True
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
         auth = f"unclip:{secrets.token_urlsafe(24)}"
         environment |= _SERVER_ENVIRONMENT | {
@@ -227,7 +234,21 @@ def prefect_api(server: PrivateServer | None) -> Iterator[Api]:
         return
     api = server.wait()
     with temporary_settings({PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.auth}), _flushing():
+        if server.take_launched():
+            _close_stale_runs()
         yield api
+
+
+def _close_stale_runs() -> None:
+    """Note the end of runs whose process was killed: Prefect would show them as running for ever."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter
+    from prefect.states import Crashed
+
+    unfinished = FlowRunFilter.model_validate({"state": {"type": {"any_": ["PENDING", "RUNNING"]}}})
+    with get_client(sync_client=True) as client:
+        for flow_run in client.read_flow_runs(flow_run_filter=unfinished):
+            client.set_flow_run_state(flow_run.id, Crashed(message="the process of this run was killed"), force=True)
 
 
 @contextlib.contextmanager

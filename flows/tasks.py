@@ -21,7 +21,7 @@ from prefect.context import TaskRunContext
 from prefect.states import Completed
 
 from flows import artifacts
-from flows.interrupt import Cancelled
+from flows.interrupt import Cancelled, Interrupt
 from flows.logs import CURRENT_STAGE
 from flows.progress import Display, Outcome
 from flows.selection import Selection
@@ -50,7 +50,7 @@ class Run:
         display: told about every stage.
         write_report: makes the report from the manifests there are; returns its URI.
         funnel: writes the table of samples in and out of every stage, in markdown.
-        cancelled: set when the user has stopped the run.
+        interrupt: knows whether the user has stopped the run.
         outcomes: how each stage ended, filled by the run.
         report_uri: where the report is, once it has been written.
     """
@@ -64,13 +64,18 @@ class Run:
     display: Display
     write_report: Callable[[Mapping[str, Manifest]], str]
     funnel: Callable[[Mapping[str, Manifest]], str]
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    interrupt: Interrupt = field(default_factory=Interrupt)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     report_uri: str = ""
     _to_forget: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
         self._to_forget = set(self.selection.forced)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the user has stopped the run."""
+        return self.interrupt.cancelled.is_set()
 
     def do(self, name: str, inputs: Mapping[str, Manifest]) -> Outcome:
         """Bring one stage to its end, unless it is there already."""
@@ -111,7 +116,7 @@ class Run:
     def _watch(self, thread: int) -> Callable[[StageProgress], None]:
         def on_progress(progress: StageProgress) -> None:
             # Only the stage's own thread may be broken out of: an executor's helper threads have work to undo.
-            if self.cancelled.is_set() and threading.get_ident() == thread:
+            if self.cancelled and threading.get_ident() == thread:
                 raise Cancelled
             self.display.update(progress)
 
@@ -134,7 +139,7 @@ def _retry_condition(this: Any, task_run: TaskRun, state: State[Any]) -> bool:
 
 
 def _will_retry(run: Run, error: BaseException, task_run: TaskRun) -> bool:
-    return worth_retrying(error) and not run.cancelled.is_set() and task_run.run_count <= NUM_RETRIES
+    return worth_retrying(error) and not run.cancelled and task_run.run_count <= NUM_RETRIES
 
 
 @task(
@@ -178,7 +183,7 @@ def _note_failure(run: Run, stage: str, error: BaseException, *, wall_time_s: fl
     if context is not None and _will_retry(run, error, context.task_run):
         logger.warning("%s; trying once more in %g s", error, RETRY_DELAY_S, extra={"stage": stage})
         return
-    status: Literal["cancelled", "failed"] = "cancelled" if run.cancelled.is_set() else "failed"
+    status: Literal["cancelled", "failed"] = "cancelled" if run.cancelled else "failed"
     run.end(Outcome(stage=stage, status=status, error=error, wall_time_s=wall_time_s))
 
 

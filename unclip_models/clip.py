@@ -75,6 +75,8 @@ class ClipModelConfig:
         return {
             "embed_dim": self.embedding_dim,
             "quick_gelu": self.quick_gelu,
+            # Sharded training moves parameters as vectors; a scalar is not one.
+            "nonscalar_logit_scale": True,
             "vision_cfg": {
                 "image_size": self.image_size,
                 "patch_size": self.patch_size,

@@ -167,7 +167,7 @@ def start(tmp_path: Path, line: list[str]) -> subprocess.Popen[str]:
     code = "import sys; from flows.cli import main; code = main(sys.argv[1:])"
     check = "; print(sorted({'prefect', 'ray'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
-    environment |= {"XDG_STATE_HOME": str(tmp_path / "state"), "OMP_NUM_THREADS": "1"}
+    environment |= {"XDG_STATE_HOME": str(tmp_path.parent / "state"), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code + check, *line],
         env=environment,
@@ -208,17 +208,20 @@ def test_a_signal_stops_the_run_within_seconds(
     tmp_path: Path, executor: str, number: signal.Signals, code: int
 ) -> None:
     process = start(tmp_path, ["run", *arguments(tmp_path, 3_000_000, executor), "--only", "source"])
-    assert process.stderr is not None
-    before = ""
-    while "started: 3 shards" not in before:
-        assert (line := process.stderr.readline()), before
-        before += line
-    time.sleep(2)
-    process.send_signal(number)
-    sent_at = time.monotonic()
-    _, err = process.communicate(timeout=60)
+    try:
+        before = ""
+        while "started: 3 shards" not in before:
+            assert process.stderr is not None and (line := process.stderr.readline()), before
+            before += line
+        time.sleep(2)
+        process.send_signal(number)
+        sent_at = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - sent_at < 12
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == code, err
-    assert time.monotonic() - sent_at < 12
     assert "Traceback" not in err and "the same command goes on" in err
     assert not left_in_session(process.pid)
 

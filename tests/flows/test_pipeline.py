@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -202,8 +201,7 @@ def test_only_reads_what_is_there(tmp_path: Path, server: PrivateServer) -> None
 
 def test_a_cancelled_run_breaks_out_of_its_stage(tmp_path: Path, server: PrivateServer) -> None:
     run = new_run(str(tmp_path), graph(str(tmp_path)))
-    run.cancelled = threading.Event()
-    run.cancelled.set()
+    run.interrupt.cancelled.set()
     with pytest.raises(KeyboardInterrupt):
         run_pipeline(run, name="cancelled", server=server)
     assert ends(run)["numbers"] == "cancelled" and "done" not in ends(run).values()
