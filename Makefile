@@ -6,7 +6,7 @@ CONFIG ?= configs/quickstart.yaml
 SOURCES := flows stages unclip_models cluster tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast lint format types lock clean
+.PHONY: help setup quickstart test test-fast chaos lint format types lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -23,11 +23,14 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 quickstart: setup ## the whole pipeline, small and real, then open runs/quickstart/report.html
 	$(BIN)/unclip run $(CONFIG)
 
-test: setup ## all tests
-	$(BIN)/pytest
+test: setup ## all tests but the kill drill
+	$(BIN)/pytest -m "not chaos"
 
 test-fast: setup ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
+
+chaos: setup ## the kill drill: SIGKILL in the middle of every kind of stage, Ray included, on S3
+	$(BIN)/pytest -m chaos
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -230,8 +230,10 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
 def _run_stages(args: argparse.Namespace, project: Project, selection: Selection) -> int:
     """Run the flow. What takes long to start is started first: Prefect's server, then Ray, then the imports."""
     from flows.summary import run_to_json, write_summary
+    from stages.storage import check_writable
 
     config = project.config
+    check_writable(config.root)
     console = _console(sys.stderr)
     server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
 

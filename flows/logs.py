@@ -58,6 +58,9 @@ def configure_logging(console: Console, *, debug: bool) -> None:
     # Before Prefect is imported: it attaches its API handler to these loggers, so a run's page shows our lines.
     os.environ.setdefault("PREFECT_LOGGING_EXTRA_LOGGERS", ",".join(PACKAGES))
     os.environ.setdefault("PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW", "ignore")
+    # Its client reports its use to its makers, and prints a notice about that, unless told not to.
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     handler = ConsoleHandler(console)
     if not debug:
         handler.addFilter(_is_ours_to_show)

@@ -51,7 +51,7 @@ DEFECTS: tuple[Defect, ...] = ("missing", "broken", "tiny", "placeholder", "dupl
 _TINY_PX = 8
 _MARGIN = 0.02
 # Enough variation that no two pictures are equal, little enough that minutes on a CPU teach a small decoder geometry.
-_RADIUS = (0.36, 0.42)  # of the side
+_RADIUS = (0.34, 0.40)  # of the side
 _MAX_SHIFT = 0.03  # of the centre, of the side
 _MAX_TILT = 0.1  # radians
 _COLOUR_JITTER = 10

@@ -160,10 +160,14 @@ def test_a_group_that_keeps_dying_is_given_up(
     assert marker.read_text() == "xx"  # the first start got to step 4, the second not further
 
 
-def test_errors_of_two_groups_at_once_arrive_as_raised(ray_executor: RayExecutor, tmp_path: Path) -> None:
-    roots = [tmp_path / str(i) for i in range(2)]
+def test_errors_of_groups_at_once_arrive_as_raised(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    """A group of one and a group of two, in two threads; in the latter the other rank fails too, for want of a peer."""
+
+    def fail(num_ranks: int) -> Any:
+        return run(ray_executor, tmp_path / str(num_ranks), accident="input", engine="torch", num_ranks=num_ranks)
+
     with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(lambda root: run(ray_executor, root, accident="input", engine="torch"), roots))
+        outcomes = list(pool.map(fail, (1, 2)))
     for outcome in outcomes:
         assert isinstance(outcome, ShardFailure) and outcome.kind == "fatal"
         assert type(outcome.error) is InputError and str(outcome.error) == "tiny: the data is wrong; mend it"

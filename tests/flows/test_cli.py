@@ -81,7 +81,16 @@ def test_a_stage_alone_needs_its_inputs(tmp_path: Path, capsys: pytest.CaptureFi
     assert not (tmp_path / "store").exists()
 
 
-def test_a_store_that_is_a_file_fails_with_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_store_that_cannot_be_written_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "store").write_text("a file")
+    assert main(["run", *arguments(tmp_path), "--only", "source"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"unclip: cannot write {tmp_path}/store") and errors.count("\n") == 1
+
+
+def test_an_input_that_is_wrong_fails_with_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "captions.txt").write_text("")
     given = f"generate.captions_uri={tmp_path}/captions.txt"
     assert main(["run", *arguments(tmp_path), "-s", given]) == 1
@@ -211,7 +220,9 @@ def test_a_signal_stops_the_run_within_seconds(
     try:
         before = ""
         while "started: 3 shards" not in before:
-            assert process.stderr is not None and (line := process.stderr.readline()), before
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            assert line, before
             before += line
         time.sleep(2)
         process.send_signal(number)
