@@ -43,6 +43,7 @@ class Interrupt:
         self._close: Callable[[], None] | None = None
         self._old_handlers: dict[int, Any] = {}
         self._is_active = False
+        self._releasing: threading.Thread | None = None
 
     def closes(self, close: Callable[[], None]) -> None:
         """Name what releases the workers, once they are up; called at the first signal, in a thread of its own."""
@@ -59,7 +60,9 @@ class Interrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._is_active = False
-        if self.cancelled.is_set():
+        if self._releasing is not None:
+            # Leaving earlier would kill Ray's main process in the middle of ending the others.
+            self._releasing.join()
             return  # a second Ctrl-C still ends it at once
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
@@ -78,7 +81,8 @@ class Interrupt:
         self.cancelled.set()
         self._on_stop()
         threading.Thread(target=self._end_hard, daemon=True).start()
-        threading.Thread(target=self._release, daemon=True).start()
+        self._releasing = threading.Thread(target=self._release, daemon=True)
+        self._releasing.start()
         raise KeyboardInterrupt
 
     def _release(self) -> None:
