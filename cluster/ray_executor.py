@@ -32,11 +32,13 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.5
 _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
-_MAX_STARTS = 2
+_MAX_STARTS = 3
 _GIB = 1 << 30
 _QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-# Quiet, private, and patient: a training group may wait for its turn.
+# Quiet, private, and patient: a training group may wait for its turn. A thread that still asks a closed executor's
+# cluster for something must fail: by itself Ray would start another cluster to answer it.
 _ENVIRONMENT = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

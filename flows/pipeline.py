@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,9 @@ from flows.interrupt import Cancelled, Interrupt
 from flows.prefect_server import PrivateServer, prefect_api
 from flows.progress import Outcome
 from flows.tasks import CURRENT_RUN, Run, do_stage, publish_report
-from stages.errors import StageError, UnclipError
+from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
 from stages.manifest import manifest_uri
-
-logger = logging.getLogger(__name__)
-
-_RAY_ATTEMPTS = 3
 
 
 @flow(name="unclip", flow_run_name="{name}", persist_result=False)
@@ -109,28 +104,11 @@ def open_executor(cluster: ClusterConfig, interrupt: Interrupt) -> Executor:
     """
     if cluster.executor == "local":
         return LocalExecutor()
-    executor = _connect(cluster)
-    interrupt.closes(executor.close)
-    return executor
-
-
-def _connect(cluster: ClusterConfig) -> Executor:
-    """Connect to Ray; a machine so busy that Ray's own limit of 30 s runs out gets further tries."""
     from cluster.ray_executor import connect
 
-    for attempt in range(1, _RAY_ATTEMPTS + 1):
-        try:
-            return connect(cluster)
-        except UnclipError:
-            raise
-        except Exception as error:  # Ray raises plain `Exception` here
-            reason = str(error).strip().partition("\n")[0]
-            if attempt == _RAY_ATTEMPTS:
-                raise UnclipError(
-                    f"Ray did not start in {attempt} attempts: {reason} Free some cores, or set cluster.executor: local"
-                ) from error
-            logger.warning("Ray did not start (%s); trying again", reason)
-    raise AssertionError
+    executor = connect(cluster)
+    interrupt.closes(executor.close)
+    return executor
 
 
 def run_name(config_path: str, root: str) -> str:
