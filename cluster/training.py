@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import tempfile
 import uuid
 import warnings
@@ -81,7 +82,14 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
     with tempfile.TemporaryDirectory(prefix="unclip-ray-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
             run_rank,
-            train_loop_config={"stage": stage, "shard": shard, "output": output, "board": board, "key": key},
+            train_loop_config={
+                "stage": stage,
+                "shard": shard,
+                "output": output,
+                "board": board,
+                "key": key,
+                "folder": os.getcwd(),
+            },
             scaling_config=ScalingConfig(
                 num_workers=max(1, resources.num_ranks),
                 use_gpu=uses_gpu,
@@ -109,6 +117,9 @@ def run_rank(config: dict[str, Any]) -> None:
 
     # DeepSpeed calls collectives that newer versions of torch have renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Ray Train moves its workers to a folder of its own; relative paths in the config start from the user's.
+    if os.path.isdir(config["folder"]):
+        os.chdir(config["folder"])
     stage: Stage[Any] = config["stage"]
     torch.set_num_threads(max(1, math.floor(stage.resources.num_cpus)))
     if stage.resources.num_gpus > 0:

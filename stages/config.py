@@ -59,6 +59,10 @@ class Config:
     generate: GenerateConfig = setting(factory=GenerateConfig, help="sampling")
     evaluate: EvaluateConfig = setting(factory=EvaluateConfig, help="metrics and the gate")
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: {self.seed} is not between 0 and 2**63 - 1")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file, apply ``a.b=value`` overrides and check everything.
@@ -214,7 +218,7 @@ def _explain(error: ValidationError, values: Any) -> list[str]:
         elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             line = f"{dotted}: required, but not given"
         elif item["type"] == "value_error":  # from a __post_init__; its message begins with the setting's name
-            line = f"{dotted}.{item['ctx']['error']}"
+            line = ".".join([*path, str(item["ctx"]["error"])])
         else:
             shown = "" if isinstance(item["input"], dict) else f"{json.dumps(item['input'])}: "
             line = f"{dotted}: {shown}{item['msg'][:1].lower()}{item['msg'][1:]}"

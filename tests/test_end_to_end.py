@@ -54,18 +54,24 @@ class Place:
     """A store and how to run the pipeline on it."""
 
     root: str
+    given: str  # the root as the command line names it, relative to the folder around the watched one
     watched: Path  # the folder of the store on this disk, S3 or not
     environment: dict[str, str]
     port: int
 
     def command(self, *extra: str) -> list[str]:
         unclip = str(Path(sys.executable).with_name("unclip"))
-        return [unclip, "run", str(TINY), "-s", f"root={self.root}", "-s", f"source.shapes.port={self.port}", *extra]
+        return [unclip, "run", str(TINY), "-s", f"root={self.given}", "-s", f"source.shapes.port={self.port}", *extra]
 
     def run(self, *extra: str) -> subprocess.CompletedProcess[str]:
+        return self.execute(self.command(*extra))
+
+    def execute(self, command: list[str]) -> subprocess.CompletedProcess[str]:
         environment = os.environ | self.environment
-        command = self.command(*extra)
-        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
+        folder = self.watched.parent
+        return subprocess.run(
+            command, env=environment, cwd=folder, capture_output=True, text=True, timeout=RUN_TIMEOUT_S
+        )
 
     def manifests(self) -> dict[str, Manifest]:
         stages = build_stages(load_config(TINY, [f"root={self.root}", f"source.shapes.port={self.port}"]))
@@ -81,7 +87,7 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, port: int) -> Place:
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    place = Place(str(folder), folder, {}, port)
+    place = Place(str(folder), folder.name, folder, {}, port)
     finished = place.run()
     assert finished.returncode == 0, finished.stderr
     return place
@@ -119,7 +125,7 @@ def test_generate_writes_a_picture(undisturbed: Place, tmp_path: Path) -> None:
     command[1:3] = ["generate", str(TINY)]
     target = tmp_path / "out.png"
     words = [*command, "a red circle on a blue background", "-n", "2", "--seed", "3", "-o", str(target)]
-    finished = subprocess.run(words, capture_output=True, text=True, timeout=RUN_TIMEOUT_S)
+    finished = undisturbed.execute(words)
     assert finished.returncode == 0, finished.stderr
     assert list(tmp_path.glob("out*.png"))
 
@@ -127,9 +133,8 @@ def test_generate_writes_a_picture(undisturbed: Place, tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def disturbed(s3_server: str, tmp_path_factory: pytest.TempPathFactory, port: int) -> Place:
     name = tmp_path_factory.mktemp("disturbed").name
-    return Place(
-        f"s3://bucket/{name}", Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / name, s3_environment(s3_server), port
-    )
+    root = f"s3://bucket/{name}"
+    return Place(root, root, Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / name, s3_environment(s3_server), port)
 
 
 @pytest.mark.chaos

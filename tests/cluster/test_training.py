@@ -129,11 +129,13 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 
 
 def test_a_group_of_one_equals_a_run_in_this_process(
-    ray_executor: RayExecutor, tmp_path: Path, alone: torch.Tensor
+    ray_executor: RayExecutor, tmp_path: Path, alone: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its store is named by a relative path, as in the quickstart."""
+    monkeypatch.chdir(tmp_path)
     seen: list[Progress] = []
-    outcome = run(ray_executor, tmp_path, seen)
-    assert torch.allclose(weights(outcome, tmp_path), alone, atol=1e-5)
+    outcome = run(ray_executor, Path("store"), seen)
+    assert torch.allclose(weights(outcome, tmp_path / "store"), alone, atol=1e-5)
     assert (seen[-1].done, seen[-1].total, seen[-1].unit) == (12, 12, "steps")
 
 

@@ -47,6 +47,7 @@ def test_extends_changes_only_what_it_names(tmp_path: Path) -> None:
     [
         ("decoder.learnin_rate=3", "decoder.learnin_rate: unknown key; did you mean 'decoder.learning_rate'"),
         ("prior.model.widht=3", "prior.model.widht: unknown key; did you mean 'prior.model.width'"),
+        ("seed=-1", ": seed: -1 is not between 0 and 2**63 - 1"),
         ("learning_rate=1", "learning_rate: unknown key; did you mean 'clip.learning_rate'"),
         ("decoder.learning_rate=fast", 'decoder.learning_rate: "fast": input should be a valid number'),
         ("seed=true", "seed: true: input should be a valid integer"),
