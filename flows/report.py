@@ -7,8 +7,10 @@ from data or settings is escaped.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from html import escape
 from typing import Any
 
@@ -118,9 +120,18 @@ def _headline(manifests: Mapping[str, Manifest]) -> list[str]:
         kept = manifests["curate"].num_kept
         found.append(tile("training samples", f"{kept:,}", f"of {first.num_in:,} rows"))
     if manifests:
-        wall = sum(m.wall_time_s for m in manifests.values())
-        found.append(tile("time, all stages", duration(wall), "of the runs that finished them"))
+        found.append(tile("time", duration(busy_s(manifests.values())), "in which any stage ran"))
     return found
+
+
+def busy_s(manifests: Iterable[Manifest]) -> float:
+    """Return the seconds in which at least one of the runs that finished these stages was at work."""
+    ends = [(datetime.fromisoformat(m.created_at).timestamp(), m.wall_time_s) for m in manifests]
+    total, reached = 0.0, -math.inf
+    for start, end in sorted((end - wall, end) for end, wall in ends):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def _footer(manifests: Mapping[str, Manifest]) -> str:

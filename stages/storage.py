@@ -63,9 +63,17 @@ def join(uri: str, *parts: str) -> str:
 
 
 def exists(uri: str) -> bool:
-    """Tell whether an object (not a folder) of that name exists."""
-    with _explained("look up", uri):
-        return Path(uri).is_file() if is_local(uri) else bool(_remote().isfile(uri))
+    """Tell whether an object (not a folder) of that name exists.
+
+    Raises:
+        StorageError: if the store does not answer; that is not the same as "no".
+    """
+    try:
+        with _explained("look up", uri):
+            # fsspec's `isfile` takes every failure for a "no".
+            return Path(uri).is_file() if is_local(uri) else bool(_remote().info(uri)["type"] == "file")
+    except NotFoundError:
+        return False
 
 
 def list_files(uri: str) -> dict[str, int]:

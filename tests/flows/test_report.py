@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flows.report import funnel_markdown, render, write_report
+from flows.report import busy_s, funnel_markdown, render, write_report
 from flows.report_data import bins, distributions, probe_clip, shown_images
 from flows.report_html import duration, number, with_error
 from stages import storage
@@ -214,3 +214,22 @@ def test_numbers_for_people() -> None:
     assert with_error(0.43561, 0.0114) == "0.436 ± 0.011"
     assert with_error(-0.0000836, 0.00037) == "-0.00008 ± 0.00037"
     assert with_error(123.4, 20.0) == "123 ± 20"
+
+
+@pytest.mark.parametrize(
+    ("runs", "expected"),
+    [
+        ([], 0.0),
+        ([("12:00:10", 10.0)], 10.0),
+        ([("12:00:10", 10.0), ("12:00:30", 10.0)], 20.0),  # apart
+        ([("12:00:30", 30.0), ("12:00:20", 10.0), ("12:00:40", 20.0)], 40.0),  # within, and overlapping
+    ],
+)
+def test_busy_time_counts_what_overlaps_once(
+    manifests: Mapping[str, Manifest], runs: list[tuple[str, float]], expected: float
+) -> None:
+    made = [
+        dataclasses.replace(manifests["source"], created_at=f"2026-01-01T{end}+00:00", wall_time_s=wall)
+        for end, wall in runs
+    ]
+    assert busy_s(made) == pytest.approx(expected)
