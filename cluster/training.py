@@ -13,6 +13,7 @@ import os
 import tempfile
 import uuid
 import warnings
+from pathlib import Path
 from typing import Any
 
 from cluster.board import BoardLink
@@ -88,7 +89,7 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 "output": output,
                 "board": board,
                 "key": key,
-                "folder": os.getcwd(),
+                "folder": Path.cwd(),
             },
             scaling_config=ScalingConfig(
                 num_workers=max(1, resources.num_ranks),
@@ -118,7 +119,7 @@ def run_rank(config: dict[str, Any]) -> None:
     # DeepSpeed calls collectives that newer versions of torch have renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Ray Train moves its workers to a folder of its own; relative paths in the config start from the user's.
-    if os.path.isdir(config["folder"]):
+    if config["folder"].is_dir():
         os.chdir(config["folder"])
     stage: Stage[Any] = config["stage"]
     torch.set_num_threads(max(1, math.floor(stage.resources.num_cpus)))

@@ -110,7 +110,7 @@ def test_unreachable_s3_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing-at-all")
     with pytest.raises(StorageError, match=r"cannot write s3://bucket/.*127.0.0.1:9.*AWS_ENDPOINT_URL"):
         storage.check_writable("s3://bucket/store")
-    with pytest.raises(StorageError, match="cannot look up s3://bucket/store/manifest.json"):
+    with pytest.raises(StorageError, match=r"cannot look up s3://bucket/store/manifest\.json"):
         storage.exists("s3://bucket/store/manifest.json")
 
 
