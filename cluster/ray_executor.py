@@ -43,6 +43,8 @@ _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    # Not a fault but how we work: groups that wait their turn have processes too.
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "worker processes have been started on node",
 }
 # An actor per training, seconds of imports, that waits for notices which only clusters of spot machines get.
 _LOCAL_ENVIRONMENT = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import json
 import os
@@ -240,7 +241,9 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
     def say_stopping() -> None:
         _show_error(console, "stopping; everything committed is kept, the same command goes on from there")
 
-    with Interrupt(on_stop=say_stopping) as interrupt, open_display(console) as display:
+    # What libraries print meanwhile must not mix with the answer on stdout.
+    stdout_to_stderr = contextlib.redirect_stdout(sys.stderr)
+    with Interrupt(on_stop=say_stopping) as interrupt, open_display(console) as display, stdout_to_stderr:
         if server is not None:
             server.start()
         from flows.pipeline import open_executor, run_name, run_pipeline

@@ -128,48 +128,43 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     return weights(run(LocalExecutor(), root), root)
 
 
-def test_a_group_of_one_equals_a_run_in_this_process(
+def test_groups_at_once_each_meet_their_own_end(
     ray_executor: RayExecutor, tmp_path: Path, alone: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its store is named by a relative path, as in the quickstart."""
+    """A group of one equals a run in this process; in a group of two, one rank meets an error and the other is left
+    without its peer: what arrives is the error, as it was raised. The stores are named by relative paths."""
     monkeypatch.chdir(tmp_path)
     seen: list[Progress] = []
-    outcome = run(ray_executor, Path("store"), seen)
-    assert torch.allclose(weights(outcome, tmp_path / "store"), alone, atol=1e-5)
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(run, ray_executor, Path("one"), seen)
+        two = pool.submit(run, ray_executor, Path("two"), accident="input", engine="torch", num_ranks=2)
+    assert torch.allclose(weights(one.result(), tmp_path / "one"), alone, atol=1e-5)
     assert (seen[-1].done, seen[-1].total, seen[-1].unit) == (12, 12, "steps")
+    failure = two.result()
+    assert isinstance(failure, ShardFailure) and failure.kind == "fatal"
+    assert type(failure.error) is InputError and str(failure.error) == "tiny: the data is wrong; mend it"
 
 
 def test_a_rank_that_dies_is_replaced_and_the_training_resumes(ray_executor: RayExecutor, tmp_path: Path) -> None:
-    """Two ranks; the second dies once. The weights are bit for bit those of an undisturbed group."""
-    for name in ("calm", "stormy"):
-        (tmp_path / name).mkdir()
-    calm, stormy = (
-        run(ray_executor, tmp_path / name, num_ranks=2, accident=accident, marker=str(tmp_path / "marker"))
-        for name, accident in (("calm", "none"), ("stormy", "dies"))
-    )
-    assert (tmp_path / "marker").read_text() == "x"
-    assert torch.equal(weights(calm, tmp_path / "calm"), weights(stormy, tmp_path / "stormy"))
+    """Two groups of two; in one the second rank dies once. The weights are equal, bit for bit."""
+    marker = tmp_path / "marker"
+
+    def outcome(accident: str) -> Any:
+        return run(ray_executor, tmp_path / accident, num_ranks=2, accident=accident, marker=str(marker))
+
+    with ThreadPoolExecutor(2) as pool:
+        calm, stormy = pool.map(outcome, ("none", "dies"))
+    assert marker.read_text() == "x"
+    assert torch.equal(weights(calm, tmp_path / "none"), weights(stormy, tmp_path / "dies"))
 
 
-def test_a_group_that_keeps_dying_is_given_up(
+def test_a_group_that_does_not_get_further_is_given_up(
     ray_executor: RayExecutor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cluster.training._MAX_STARTS_WITHOUT_PROGRESS", 1)
-    marker = tmp_path / "marker"
-    outcome = run(ray_executor, tmp_path, accident="always_dies", marker=str(marker), engine="torch")
+    marker = str(tmp_path / "marker")
+    outcome = run(
+        ray_executor, tmp_path, accident="always_dies", marker=marker, engine="torch", checkpoint_every_steps=12
+    )
     assert isinstance(outcome, ShardFailure) and outcome.kind == "retryable"
-    assert "died 1 times without getting past step 4" in str(outcome.error)
-    assert marker.read_text() == "xx"  # the first start got to step 4, the second not further
-
-
-def test_errors_of_groups_at_once_arrive_as_raised(ray_executor: RayExecutor, tmp_path: Path) -> None:
-    """A group of one and a group of two, in two threads; in the latter the other rank fails too, for want of a peer."""
-
-    def fail(num_ranks: int) -> Any:
-        return run(ray_executor, tmp_path / str(num_ranks), accident="input", engine="torch", num_ranks=num_ranks)
-
-    with ThreadPoolExecutor(2) as pool:
-        outcomes = list(pool.map(fail, (1, 2)))
-    for outcome in outcomes:
-        assert isinstance(outcome, ShardFailure) and outcome.kind == "fatal"
-        assert type(outcome.error) is InputError and str(outcome.error) == "tiny: the data is wrong; mend it"
+    assert "died 1 times without getting past step 0" in str(outcome.error)
