@@ -100,3 +100,17 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     if request.param == "local":
         return str(tmp_path / "store")
     return str(request.getfixturevalue("s3_root"))
+
+
+@pytest.fixture(scope="session")
+def prefect_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep a private Prefect server for the session; yield the XDG_STATE_HOME with which a run finds it."""
+    from flows.prefect_server import PrivateServer, state_folder
+
+    home = tmp_path_factory.mktemp("state")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(home))
+        folder = state_folder()
+    with PrivateServer(folder) as server:
+        server.wait()
+        yield home

@@ -85,9 +85,9 @@ def port() -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, port: int) -> Place:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, port: int, prefect_state: Path) -> Place:
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    place = Place(str(folder), folder.name, folder, {}, port)
+    place = Place(str(folder), folder.name, folder, {"XDG_STATE_HOME": str(prefect_state)}, port)
     finished = place.run()
     assert finished.returncode == 0, finished.stderr
     return place
@@ -132,9 +132,10 @@ def test_generate_writes_a_picture(undisturbed: Place, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def disturbed(s3_server: str, tmp_path_factory: pytest.TempPathFactory, port: int) -> Place:
-    name = tmp_path_factory.mktemp("disturbed").name
-    root = f"s3://bucket/{name}"
-    return Place(root, root, Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / name, s3_environment(s3_server), port)
+    state = tmp_path_factory.mktemp("disturbed")  # a Prefect server of its own, which meets the same accidents
+    root = f"s3://bucket/{state.name}"
+    environment = s3_environment(s3_server) | {"XDG_STATE_HOME": str(state)}
+    return Place(root, root, Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / state.name, environment, port)
 
 
 @pytest.mark.chaos

@@ -172,11 +172,12 @@ def test_generate_needs_trained_models(tmp_path: Path, capsys: pytest.CaptureFix
 # ---- real runs in processes of their own ----------------------------------------------------------------------------
 
 
-def start(tmp_path: Path, line: list[str]) -> subprocess.Popen[str]:
+def start(state: Path, line: list[str]) -> subprocess.Popen[str]:
+    """Start the command in a session of its own; it finds or starts the Prefect server of that state folder."""
     code = "import sys; from flows.cli import main; code = main(sys.argv[1:])"
     check = "; print(sorted({'prefect', 'ray'} & set(sys.modules)), file=sys.stderr); sys.exit(code)"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_API")}
-    environment |= {"XDG_STATE_HOME": str(tmp_path.parent / "state"), "OMP_NUM_THREADS": "1"}
+    environment |= {"XDG_STATE_HOME": str(state), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", code + check, *line],
         env=environment,
@@ -188,9 +189,9 @@ def start(tmp_path: Path, line: list[str]) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
-def test_run_and_run_again(tmp_path: Path) -> None:
+def test_run_and_run_again(tmp_path: Path, prefect_state: Path) -> None:
     line = ["run", *arguments(tmp_path), "--only", "source", "--json"]
-    first = start(tmp_path, line)
+    first = start(prefect_state, line)
     out, err = first.communicate(timeout=300)
     assert first.returncode == 0, err
     said = json.loads(out)
@@ -201,7 +202,7 @@ def test_run_and_run_again(tmp_path: Path) -> None:
     # A quiet log: two lines of ours, then this test's own.
     lines = err.splitlines()
     assert len(lines) == 3 and "INFO stage=source started: 1 shards" in lines[0] and "done in" in lines[1], err
-    second = start(tmp_path, line)
+    second = start(prefect_state, line)
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
     assert [row["status"] for row in json.loads(out)["stages"]] == ["cached"]
@@ -214,9 +215,9 @@ def test_run_and_run_again(tmp_path: Path) -> None:
     [("ray", signal.SIGINT, 130), ("local", signal.SIGTERM, 143)],
 )
 def test_a_signal_stops_the_run_within_seconds(
-    tmp_path: Path, executor: str, number: signal.Signals, code: int
+    tmp_path: Path, prefect_state: Path, executor: str, number: signal.Signals, code: int
 ) -> None:
-    process = start(tmp_path, ["run", *arguments(tmp_path, 3_000_000, executor), "--only", "source"])
+    process = start(prefect_state, ["run", *arguments(tmp_path, 3_000_000, executor), "--only", "source"])
     try:
         before = ""
         while "started: 3 shards" not in before:

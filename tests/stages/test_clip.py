@@ -154,7 +154,7 @@ from stages.runner import output_uri
 from stages.manifest import Manifest
 from tests.stages.test_clip import config
 root, fingerprint = sys.argv[1:]
-stage = Clip(config(num_steps=200, checkpoint_every_steps=20), root=root)
+stage = Clip(config(num_steps=100, checkpoint_every_steps=10), root=root)
 (shard,) = stage.plan({"filter": Manifest.read(root, "filter", fingerprint)})
 stage.process(shard, output_uri(stage))
 """
@@ -163,7 +163,7 @@ stage.process(shard, output_uri(stage))
 @pytest.mark.slow
 def test_killed_and_resumed_is_undisturbed(tmp_path: Path) -> None:
     whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
-    long = config(num_steps=200, checkpoint_every_steps=20)
+    long = config(num_steps=100, checkpoint_every_steps=10)
     undisturbed = run(Clip(long, root=whole), {"filter": publish_data(whole)["filter"]})
     data = publish_data(parts)["filter"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
