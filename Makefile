@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
+DRILL ?= tests
 SOURCES := flows stages unclip_models cluster tests
 
 .DEFAULT_GOAL := help
@@ -30,7 +31,7 @@ test-fast: setup ## the tests that take seconds
 	$(BIN)/pytest -m "not slow"
 
 chaos: setup ## the kill drill: SIGKILL in the middle of every kind of stage, Ray included, on S3
-	$(BIN)/pytest -m chaos
+	$(BIN)/pytest -m chaos $(DRILL)
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

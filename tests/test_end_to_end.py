@@ -29,7 +29,7 @@ from stages.manifest import Manifest
 from stages.samples import read_tar
 from tests.conftest import free_port, s3_environment
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
 TINY = Path(__file__).with_name("tiny.yaml")
 RUN_TIMEOUT_S = 600
