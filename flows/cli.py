@@ -8,25 +8,20 @@ import difflib
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from rich.console import Console
 
+from flows import cli_images
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
 from flows.overview import overview, plan_table, status_table
 from flows.prefect_server import PrivateServer
 from flows.progress import Outcome, open_display
+from flows.project import Project, open_project
 from flows.selection import Selection, check_upstream, select
-from stages.errors import ConfigError, InputError, UnclipError
-
-if TYPE_CHECKING:
-    from stages.base import Stage
-    from stages.config import Config
-    from stages.runner import StageState
+from stages.errors import ConfigError, UnclipError
 
 _WIDE = 240  # columns where there is no terminal: nothing is wrapped
 
@@ -114,58 +109,11 @@ def _selection_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _generate_arguments(parser: argparse.ArgumentParser) -> None:
-    _config_arguments(parser)
-    parser.add_argument("caption", metavar="CAPTION", help="what to show")
-    parser.add_argument("-n", dest="num_images", type=_positive, default=1, metavar="N", help="how many images")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image; others follow")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="PNG", help="file; with -n above 1 a number is put before .png"
-    )
-
-
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     _json_arguments(parser, optional=True)
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
-
-
 # ---- what all commands share ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Project:
-    """A config with everything that follows from it without running anything.
-
-    Attributes:
-        config: the settings.
-        stages: all stages, in order.
-        states: what the store holds of each.
-    """
-
-    config: Config
-    stages: Mapping[str, Stage[Any]]
-    states: Mapping[str, StageState]
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Stage -> name of its output."""
-        return {name: state.fingerprint for name, state in self.states.items()}
-
-
-def _open_project(args: argparse.Namespace) -> Project:
-    from stages.config import load_config
-    from stages.graph import build_stages, fingerprints, inspect_all
-
-    config = load_config(args.config, args.set)
-    stages = build_stages(config)
-    names = fingerprints(stages)
-    return Project(config=config, stages=stages, states=inspect_all(stages, names))
 
 
 def _selection(args: argparse.Namespace) -> Selection:
@@ -195,7 +143,7 @@ def _print_json(value: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     selection = _selection(args)
-    project = _open_project(args)
+    project = open_project(args.config, args.set)
     check_upstream(
         selection,
         {name: stage.upstream for name, stage in project.stages.items()},
@@ -211,9 +159,8 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
     """Answer for a finished pipeline without starting Prefect or Ray."""
     from flows.summary import is_current, report_uri, run_to_json, write_summary
 
-    manifests = {name: state.manifest for name, state in project.states.items() if state.manifest is not None}
-    if not is_current(manifests, project.config):
-        write_summary(manifests, project.config)
+    if not is_current(project.manifests, project.config):
+        write_summary(project.manifests, project.config)
     outcomes = [
         Outcome(stage=name, status="cached", manifest=project.states[name].manifest) for name in selection.stages
     ]
@@ -291,7 +238,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
 
 def _plan(args: argparse.Namespace) -> int:
     selection = _selection(args)
-    project = _open_project(args)
+    project = open_project(args.config, args.set)
     rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
     if args.json:
         _print_json([row.to_json() for row in rows])
@@ -301,7 +248,7 @@ def _plan(args: argparse.Namespace) -> int:
 
 
 def _status(args: argparse.Namespace) -> int:
-    project = _open_project(args)
+    project = open_project(args.config, args.set)
     rows = overview(project.stages, project.states)
     if args.json:
         _print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
@@ -309,32 +256,6 @@ def _status(args: argparse.Namespace) -> int:
         console = _console(sys.stdout)
         console.print(f"store: {project.config.root}", **_PLAIN)
         console.print(status_table(rows))
-    return 0
-
-
-def _generate(args: argparse.Namespace) -> int:
-    from stages.generate import Generate, generate_images
-
-    path = Path(args.output)
-    if path.suffix.lower() != ".png":
-        raise ConfigError(f"-o {path}: images are written as PNG; give a name that ends in .png")
-    if not path.parent.is_dir():
-        raise ConfigError(f"-o {path}: there is no folder {path.parent}; create it")
-    if not args.caption.strip():
-        raise ConfigError("CAPTION: is empty; say what the image shows")
-    project = _open_project(args)
-    stage = project.stages["generate"]
-    assert isinstance(stage, Generate)
-    inputs = {name: state.manifest for name, state in project.states.items() if state.manifest is not None}
-    seeds = range(args.seed, args.seed + args.num_images)
-    images = generate_images(stage, inputs, [args.caption] * args.num_images, seeds)
-    for number, image in enumerate(images, start=1):
-        name = path if len(images) == 1 else path.with_stem(f"{path.stem}-{number}")
-        try:
-            name.write_bytes(image.png())
-        except OSError as error:
-            raise InputError(f"-o {name}: cannot be written ({error.strerror}); choose another place") from None
-        print(name)
     return 0
 
 
@@ -387,7 +308,16 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "run": (_run, _selection_arguments, "bring the pipeline to its end; done stages are not repeated"),
     "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
     "status": (_status, _json_arguments, "show what the store holds"),
-    "generate": (_generate, _generate_arguments, "make images from a caption with the trained models"),
+    "generate": (
+        cli_images.generate,
+        cli_images.generate_arguments,
+        "make images from a caption with the trained models",
+    ),
+    "vary": (cli_images.vary, cli_images.vary_arguments, "make variations of a picture"),
+    "interpolate": (cli_images.interpolate, cli_images.interpolate_arguments, "blend two pictures"),
+    "edit": (cli_images.edit, cli_images.edit_arguments, "change a picture by a caption, or paint a part of it"),
+    "invert": (cli_images.invert, cli_images.invert_arguments, "find the noise a picture decodes from, and check it"),
+    "probe": (cli_images.probe, cli_images.probe_arguments, "show a picture with fewer principal components"),
     "models": (_models, _json_arguments, "show the size of every model"),
     "config": (_config, _config_arguments, "print the config with every default written out"),
     "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),

@@ -244,6 +244,7 @@ class Clip(Stage[ClipConfig]):
         card = {
             "embedding_dim": clip.embedding_dim,
             "context_length": clip.context_length,
+            "text_width": clip.text_width,
             "image_size_px": clip.image_size,
             "quick_gelu": clip.quick_gelu,
             "origin": clip.origin,

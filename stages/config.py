@@ -180,6 +180,9 @@ def _read_yaml(path: Path, chain: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Change a section; one that states another ``kind`` has other keys, so it takes the place of the old one."""
+    if "kind" in changes and changes["kind"] != base.get("kind"):
+        return dict(changes)
     merged = dict(base)
     for key, value in changes.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), dict):
@@ -278,6 +281,8 @@ def _did_you_mean(path: Sequence[str], values: Any) -> str:
     known = [info.path for info in settings()]
     parent, key = ".".join(path[:-1]), path[-1]
     siblings = [name.rsplit(".", 1)[-1] for name in known if name.rpartition(".")[0] == parent]
+    if key in siblings:  # of another class of the union
+        return f"; it does not go with the `kind` of {parent}"
     close = difflib.get_close_matches(key, siblings, n=1)
     if close:
         return f"; did you mean '{'.'.join([*path[:-1], close[0]])}'?"

@@ -7,11 +7,10 @@ and the checksums of the weights that made them.
 
 from __future__ import annotations
 
-import io
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any, ClassVar, Literal, cast
@@ -19,13 +18,12 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 
 from stages import storage
 from stages.base import Progress, Resources, Shard, Stage, setting
 from stages.errors import ConfigError, InputError, NotFoundError
 from stages.manifest import File, Manifest, ShardRecord
+from stages.pictures import encode_png
 from stages.samples import Sample, embedding_array, kept_keys, table_from_bytes, table_to_bytes, write_tar
 from stages.weights import checked_copy, weights_of
 from unclip_models.generate import DecoderSampling, PriorSampling, SamplingConfig, UnCLIP, UpsamplerSampling
@@ -43,7 +41,11 @@ class GenerateConfig:
     captions_uri: str | None = setting(
         None, "text file, one caption per line, used in turn; null: captions of the curated data", affects="nothing"
     )
+    seed: int | None = setting(None, "seed of the first image; null: the run's", affects="nothing")  # identity has it
     until: Until = setting("upsampler_1024", "the last model to run; its images are published")
+    use_prior: bool = setting(
+        True, "false: the decoder is fed the text embedding (a text-embedding decoder, or the no-prior baseline)"
+    )
     prior: PriorSampling = setting(
         factory=PriorSampling, help="sampling of the prior: steps, guidance_scale, sampler, num_candidates"
     )
@@ -79,12 +81,14 @@ class GenerateConfig:
     def models(self) -> tuple[str, ...]:
         """The stages whose weights are used, in order of use."""
         upsamplers = () if self.until == "decoder" else UPSAMPLERS[: UPSAMPLERS.index(self.until) + 1]
-        return ("clip", "prior", "decoder", *upsamplers)
+        prior = ("prior",) if self.use_prior else ()
+        return ("clip", *prior, "decoder", *upsamplers)
 
     @property
     def sampling(self) -> SamplingConfig:
         """The settings in the form ``UnCLIP`` takes."""
-        upsamplers = tuple(cast(UpsamplerSampling, getattr(self, name)) for name in self.models[3:])
+        names = [name for name in self.models if name in UPSAMPLERS]
+        upsamplers = tuple(cast(UpsamplerSampling, getattr(self, name)) for name in names)
         return SamplingConfig(prior=self.prior, decoder=self.decoder, upsamplers=upsamplers)
 
 
@@ -106,22 +110,13 @@ class GeneratedImage:
     image_embedding: npt.NDArray[np.float32]
     provenance: Mapping[str, str]
 
-    def to_pil(self) -> Image.Image:
-        """Return the picture; save it with ``pnginfo=image.png_info()`` to keep where it comes from."""
-        return Image.fromarray(self.pixels)
-
-    def png_info(self) -> PngInfo:
+    def entries(self) -> dict[str, str]:
         """Return the PNG text entries: caption, seed and provenance."""
-        info = PngInfo()
-        for key, value in {"caption": self.caption, "seed": str(self.seed), **self.provenance}.items():
-            info.add_itxt(key, value)
-        return info
+        return {"caption": self.caption, "seed": str(self.seed), **self.provenance}
 
     def png(self) -> bytes:
         """Encode the picture as PNG with its text entries; equal images give equal bytes."""
-        sink = io.BytesIO()
-        self.to_pil().save(sink, "PNG", pnginfo=self.png_info())
-        return sink.getvalue()
+        return encode_png(self.pixels, self.entries())
 
 
 class Generate(Stage[GenerateConfig]):
@@ -235,6 +230,22 @@ class Generate(Stage[GenerateConfig]):
                     provenance=provenance,
                 )
 
+    @contextmanager
+    def stack(self, inputs: Mapping[str, Manifest]) -> Iterator[UnCLIP]:
+        """Give the trained models to work with, in the precision of the config.
+
+        Raises:
+            InputError: if a model has not been trained yet.
+            ConfigError: if the models do not fit together.
+        """
+        model = self._model(collect_weights(inputs, self.config.models))
+        with self._autocast(model.device.type):
+            yield model
+
+    def provenance(self, inputs: Mapping[str, Manifest]) -> dict[str, str]:
+        """Return what every picture of these models should carry: software, checksums of the weights, sampling."""
+        return self._provenance(collect_weights(inputs, self.config.models))
+
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
         import torch
 
@@ -269,7 +280,10 @@ class Generate(Stage[GenerateConfig]):
                 with checked_copy(self.root, file) as path:
                     models[name] = ClipModel.load(path, device) if name == "clip" else load_model(path, device)[0]
             return UnCLIP(
-                models["clip"], models["prior"], models["decoder"], [models[n] for n in self.config.models[3:]]
+                models["clip"],
+                models.get("prior"),
+                models["decoder"],
+                [models[name] for name in UPSAMPLERS if name in models],
             )
         except ValueError as error:
             raise ConfigError(f"generate: {error}") from error
@@ -310,7 +324,7 @@ def generate_images(
         seeds: one per caption; the same caption, seed and weights give the same image as in the pipeline.
 
     Returns:
-        One image per caption; ``image.png()`` is a PNG file with its provenance, ``image.to_pil()`` the picture.
+        One image per caption; ``image.png()`` is a PNG file with its provenance.
 
     Raises:
         InputError: if a model has not been trained yet, or seeds and captions differ in number.

@@ -39,8 +39,13 @@ STAGE_NAMES: tuple[str, ...] = tuple(stage.name for stage in STAGES)
 
 
 def build_stages(config: Config) -> dict[str, Stage[Any]]:
-    """Build every stage of a config, in order."""
-    return {kind.name: kind(getattr(config, kind.name), root=config.root, seed=config.seed) for kind in STAGES}
+    """Build every stage of a config, in order; a section may have a seed of its own."""
+    stages: dict[str, Stage[Any]] = {}
+    for kind in STAGES:
+        section = getattr(config, kind.name)
+        own_seed = getattr(section, "seed", None)
+        stages[kind.name] = kind(section, root=config.root, seed=config.seed if own_seed is None else own_seed)
+    return stages
 
 
 def fingerprints(stages: dict[str, Stage[Any]]) -> dict[str, str]:

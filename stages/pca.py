@@ -114,6 +114,7 @@ class Pca(Stage[PcaConfig]):
         dot_edges = bucket_edges(dots[:, None], self.config.num_dot_buckets, self.config.edges)[0]
         arrays = {
             "mean": solution.mean.astype(np.float32),
+            "std": np.sqrt(solution.variances).astype(np.float32),
             "axes": axes.astype(np.float32),
             "eigenvalues": solution.eigenvalues.astype(np.float32),
             "edges": edges,
@@ -231,11 +232,13 @@ class Solution:
 
     Attributes:
         mean: ``(D,)``.
+        variances: of every dimension, ``(D,)``, not negative.
         axes: orthonormal rows in order of decreasing eigenvalue, ``(D, D)``.
         eigenvalues: variance along every axis, ``(D,)``, not negative.
     """
 
     mean: Array64
+    variances: Array64
     axes: Array64
     eigenvalues: Array64
 
@@ -248,7 +251,7 @@ def solve(sums: Sums) -> Solution:
     axes = np.ascontiguousarray(vectors.T[::-1])
     largest = np.abs(axes).argmax(axis=1)
     axes *= np.where(axes[np.arange(len(axes)), largest] < 0, -1.0, 1.0)[:, None]
-    return Solution(mean, axes, np.maximum(values[::-1], 0.0))
+    return Solution(mean, np.maximum(covariance.diagonal(), 0.0), axes, np.maximum(values[::-1], 0.0))
 
 
 def choose_components(eigenvalues: Array64, config: PcaConfig) -> int:

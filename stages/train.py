@@ -7,17 +7,18 @@ this process, ``cluster/training.py`` calls the same ``process`` on every rank o
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages import storage
 from stages.base import Resources, Shard, Stage, record_uri, setting
@@ -26,12 +27,18 @@ from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, positio
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
-from stages.training import Trained, TrainingConfig, train
+from stages.training import Trained, TrainingConfig, model_loss, train
+from stages.weights import checked_copy, weights_of
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
 from unclip_models.checkpoint import build, save_model
+from unclip_models.clip import ClipModel, tokenize
+from unclip_models.clip_text import ClipText
 from unclip_models.decoder import DecoderConfig
-from unclip_models.prior import DiffusionPriorConfig
+from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.randomness import SampleRandom
 from unclip_models.upsampler import UpsamplerConfig
+
+_GAMMA_SAMPLES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,17 +121,39 @@ class Training(Stage[TrainingC]):
         Raises:
             ConfigError: names the setting, both values and the remedy.
         """
-        wanted = getattr(self.config.model, "embedding_dim", None)
-        found = inputs["clip"].metrics.get("embedding_dim") if "clip" in inputs else None
-        if wanted is not None and found is not None and wanted != int(found):
+        if getattr(self.config.model, "raw_embeddings", False):
             raise ConfigError(
-                f"{self.name}.model.embedding_dim: {wanted}, but the embeddings of this CLIP have {int(found)} "
-                f"dimensions; write {int(found)}"
+                f"{self.name}.model.raw_embeddings: true, but the embed stage stores embeddings of unit norm; write "
+                "false (raw embeddings are for imported models)"
             )
+        if "clip" not in inputs:
+            return
+        model: Any = self.config.model
+        wanted = {}
+        if hasattr(model, "embedding_dim"):
+            wanted["embedding_dim"] = (
+                model.embedding_dim,
+                "embedding_dim",
+                "the embeddings of this CLIP have {} dimensions",
+            )
+        if self.reads_clip_text:
+            wanted["text.context_length"] = (model.text.context_length, "context_length", "this CLIP reads {} tokens")
+            wanted["text.width"] = (model.text.width, "text_width", "the text tower of this CLIP has width {}")
+        for key, (value, metric, what) in wanted.items():
+            found = inputs["clip"].metrics.get(metric)
+            if found is not None and value != int(found):
+                raise ConfigError(
+                    f"{self.name}.model.{key}: {value}, but {what.format(int(found))}; write {int(found)}"
+                )
+
+    @property
+    def reads_clip_text(self) -> bool:
+        """Whether the model reads the frozen CLIP's text instead of encoding captions itself."""
+        return getattr(getattr(self.config.model, "text", None), "kind", "own") == "clip"
 
     def extra_files(self, inputs: Mapping[str, Manifest]) -> dict[str, File]:
-        """Return further input files, by role."""
-        return {}
+        """Return further input files, by role: the CLIP, where its text is read."""
+        return {"clip": weights_of(inputs["clip"])} if self.reads_clip_text else {}
 
     def process(
         self,
@@ -142,31 +171,57 @@ class Training(Stage[TrainingC]):
             should_stop: see ``stages.training.train``.
         """
         started_at = time.monotonic()
+        clip = self._clip(shard)
         trained = train(
-            self.build_model(shard),
-            self._stream(shard),
+            self.build_model(shard, clip),
+            self._stream(shard, clip),
             self.config,
             make_engine=make_engine,
             seed=self.seed,
             folder=storage.join(output, shard.id),
             place=self.name,
+            loss=model_loss if clip is None else _LossWithClipText(clip),
             num_timesteps=self._num_timesteps(),
             report=self.report,
             should_stop=should_stop,
         )
         rank, world_size = position()
         if rank == 0:
-            self._export(shard, output, trained, started_at)
+            self._export(shard, output, trained, clip, started_at)
         gather_from_ranks(None, world_size)  # the record is there for every rank
         return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
 
-    def build_model(self, shard: Shard) -> nn.Module:
-        """Build the model with fresh weights, the same on every rank."""
+    def build_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
+        """Build the model with fresh weights, the same on every rank.
+
+        Args:
+            shard: the training.
+            clip: the frozen CLIP, where its text is read.
+        """
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
-            return build(self.config.model)
+            model = build(self.config.model)
+        if clip is not None:
+            text: ClipText = cast(Any, model).text_encoder
+            tokens = clip.tokenize([""])
+            sequence, embedding = clip.encode_text_sequence(tokens)
+            text.set_null_caption(tokens[0], sequence[0], embedding[0])
+        return model
 
-    def _stream(self, shard: Shard) -> TrainingStream:
+    def complete(self, model: nn.Module, shard: Shard, clip: ClipModel | None) -> None:
+        """Measure what a trained model carries beside its weights; called on the first rank before the export."""
+
+    def _clip(self, shard: Shard) -> ClipModel | None:
+        if not self.reads_clip_text:
+            return None
+        with checked_copy(self.root, shard.inputs["clip"]) as path:
+            return ClipModel.load(path, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.config.gpus_per_rank else torch.device("cpu")
+
+    def _stream(self, shard: Shard, clip: ClipModel | None) -> TrainingStream:
         config = self.config
         inputs = shard.inputs
         shards = [
@@ -185,16 +240,16 @@ class Training(Stage[TrainingC]):
             global_batch_size=config.global_batch_size,
             seed=self.seed,
             image_size_px=getattr(config.model, "image_size", None) if self.needs_images else None,
-            tokenize=self._tokenizer() if self.needs_embeddings else None,
+            tokenize=self._tokenizer(clip) if self.needs_embeddings else None,
             embeddings=self.needs_embeddings,
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
         )
 
-    def _tokenizer(self) -> Callable[[Sequence[str]], torch.Tensor]:
-        from unclip_models.clip import tokenize
-
+    def _tokenizer(self, clip: ClipModel | None) -> Callable[[Sequence[str]], Tensor]:
+        if clip is not None:
+            return clip.tokenize
         model: Any = self.config.model  # those that need embeddings have a text encoder
         return partial(tokenize, context_length=model.text.context_length)
 
@@ -202,10 +257,11 @@ class Training(Stage[TrainingC]):
         diffusion = getattr(self.config.model, "diffusion", None)
         return diffusion.num_timesteps if diffusion is not None else None
 
-    def _export(self, shard: Shard, output: str, trained: Trained, started_at: float) -> None:
+    def _export(self, shard: Shard, output: str, trained: Trained, clip: ClipModel | None, started_at: float) -> None:
         assert trained.weights is not None
-        model = self.build_model(shard)
+        model = self.build_model(shard, clip)
         model.load_state_dict({**model.state_dict(), **trained.weights})
+        self.complete(model, shard, clip)
         metadata = {"stage": self.name, "shard": shard.id, "steps": str(self.config.num_steps), "seed": str(self.seed)}
         num_samples = sum(shard.params["num_kept"])
         with tempfile.TemporaryDirectory(prefix="unclip-export-") as scratch:
@@ -234,12 +290,17 @@ class Prior(Training[PriorTraining]):
 
     @property
     def upstream(self) -> tuple[str, ...]:
-        """The autoregressive prior needs the principal axes too."""
-        return (*super().upstream, "pca") if self._autoregressive else super().upstream
+        """The principal axes too, for the codes of an autoregressive prior or measured scaling."""
+        return (*super().upstream, "pca") if self._reads_pca else super().upstream
 
     @property
     def _autoregressive(self) -> bool:
         return isinstance(self.config.model, ARPriorConfig)
+
+    @property
+    def _reads_pca(self) -> bool:
+        model = self.config.model
+        return isinstance(model, ARPriorConfig) or model.embedding_scaling == "mean_std"
 
     def check_inputs(self, inputs: Mapping[str, Manifest]) -> None:
         """Check the number of codes against the principal axes too."""
@@ -253,31 +314,46 @@ class Prior(Training[PriorTraining]):
             )
 
     def extra_files(self, inputs: Mapping[str, Manifest]) -> dict[str, File]:
-        """Add the principal axes and bucket edges."""
-        return {"pca": inputs["pca"].files["pca"]} if self._autoregressive else {}
+        """Add the principal axes and the statistics that come with them."""
+        files = super().extra_files(inputs)
+        return files | {"pca": inputs["pca"].files["pca"]} if self._reads_pca else files
 
-    def build_model(self, shard: Shard) -> nn.Module:
-        """Build the prior; the autoregressive one gets its quantiser."""
-        model = super().build_model(shard)
-        if isinstance(model, ARPrior):
-            self._set_pca(model, shard.inputs["pca"])
-        return model
-
-    def _set_pca(self, model: ARPrior, file: File) -> None:
+    def build_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
+        """Build the prior; the autoregressive one gets its quantiser, the other its measured scaling."""
+        model = super().build_model(shard, clip)
+        if not self._reads_pca:
+            return model
+        file = shard.inputs["pca"]
         tensors = safetensors.torch.load(file.read(self.root))
-        k = model.config.num_codes
         try:
-            model.set_pca(
-                mean=tensors["mean"],
-                axes=tensors["axes"][:k],
-                edges=tensors["edges"][:k],
-                dot_edges=tensors["dot_edges"],
-            )
+            if isinstance(model, ARPrior):
+                k = model.config.num_codes
+                edges, dot_edges = tensors["edges"][:k], tensors["dot_edges"]
+                model.set_pca(mean=tensors["mean"], axes=tensors["axes"][:k], edges=edges, dot_edges=dot_edges)
+            else:
+                cast(DiffusionPrior, model).scaling.set_statistics(tensors["mean"], tensors["std"])
         except (KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{file.path}: does not fit prior.model ({error}); make prior.model.num_codes, num_buckets and "
                 "num_dot_buckets agree with the pca section"
             ) from error
+        return model
+
+    def complete(self, model: nn.Module, shard: Shard, clip: ClipModel | None) -> None:
+        """Measure what the analytic sampler needs, on the samples that would have come next."""
+        if not isinstance(model, DiffusionPrior):
+            return
+        model.to(self._device).eval()
+        batches: list[dict[str, Tensor]] = []
+        indices: list[int] = []
+        with contextlib.closing(self._stream(shard, clip).batches(self.config.num_steps)) as stream:
+            while len(indices) < _GAMMA_SAMPLES:
+                batch = next(stream)
+                indices += batch.indices
+                batches.append(batch.part(0, len(batch.indices), self._device))
+        whole = {name: torch.cat([batch[name] for batch in batches])[:_GAMMA_SAMPLES] for name in batches[0]}
+        random = SampleRandom(self.seed, self.config.num_steps, indices[:_GAMMA_SAMPLES], self._device)
+        model.measure_gamma(whole if clip is None else with_clip_text(whole, clip), random)
 
 
 class Decoder(Training[DecoderTraining]):
@@ -302,3 +378,21 @@ class Upsampler1024(Training[UpsamplerTraining]):
     name = "upsampler_1024"
     needs_images = True
     needs_embeddings = False
+
+
+def with_clip_text(batch: Mapping[str, Tensor], clip: ClipModel) -> dict[str, Tensor]:
+    """Add the CLIP's last hidden states ``text_sequence`` ``(B, ctx, W)`` to a batch that has ``tokens``."""
+    return {**batch, "text_sequence": clip.encode_text_sequence(batch["tokens"])[0]}
+
+
+class _LossWithClipText:
+    """The model's loss on batches to which the frozen CLIP's text is added; storing it would take 100 kB a caption."""
+
+    def __init__(self, clip: ClipModel) -> None:
+        self._clip = clip
+
+    def __call__(
+        self, model: nn.Module, batch: Mapping[str, Tensor], random: SampleRandom
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See ``stages.engine.LossFunction``."""
+        return model_loss(model, with_clip_text(batch, self._clip), random)

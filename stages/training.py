@@ -38,6 +38,7 @@ _REPORT_EVERY_S = 0.5
 class TrainingConfig:
     """Settings that every training has; what does not change the result is marked so."""
 
+    seed: int | None = setting(None, "seed of this training; null: the run's", affects="nothing")  # identity has it
     num_steps: int = setting(1000, "optimizer steps")
     global_batch_size: int = setting(64, "samples per optimizer step, over all ranks")
     learning_rate: float = setting(1.2e-4, "AdamW's peak learning rate")

@@ -263,6 +263,8 @@ class ARPrior(Float32Buffers):
         generators: Sequence[torch.Generator],
         num_candidates: int = 1,
         sampler: str = "",
+        clip_range: float | None = None,
+        text_sequence: Tensor | None = None,
     ) -> Tensor:
         """Draw image embeddings code by code, the best of ``num_candidates`` by dot product.
 
@@ -275,6 +277,8 @@ class ARPrior(Float32Buffers):
             generators: B generators, one per sample.
             num_candidates: embeddings drawn per caption.
             sampler: of the diffusion prior, as ``steps``.
+            clip_range: likewise.
+            text_sequence: likewise; an autoregressive prior encodes captions itself.
 
         Returns:
             Unit-norm image embeddings, float32 ``(B, D)``.

@@ -188,6 +188,8 @@ def _revive(hint: Any, value: Any, where: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType) and value is not None:
         others = [argument for argument in arguments if argument is not type(None)]
+        if isinstance(value, Mapping):  # one of several configs, told apart by their `kind`
+            others = [other for other in others if value.get("kind", other.kind) == other.kind] or others
         return _revive(others[0], value, where) if len(others) == 1 else value
     if origin is tuple and isinstance(value, list):
         return tuple(_revive(arguments[0], item, where) for item in value)

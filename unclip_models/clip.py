@@ -329,31 +329,33 @@ class ClipModel(nn.Module):
         return self._image_embedding(images), self._text_embedding(tokens), scale
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def encode_image(self, images: Tensor | Sequence[Tensor], *, normalize: bool = True) -> Tensor:
         """Embed images.
 
         Args:
             images: as in :func:`preprocess_images`, raw (not yet preprocessed).
+            normalize: False leaves the embeddings their norm, as Karlo does.
 
         Returns:
-            z_i, unit-norm float32 ``(B, D)``.
+            z_i, float32 ``(B, D)``, unit norm unless told otherwise.
         """
-        return self._image_embedding(images)
+        return self._image_embedding(images, normalize)
 
     @torch.no_grad()
-    def encode_text(self, tokens: Tensor) -> Tensor:
-        """Embed captions given as tokens ``(B, context_length)``: z_t, unit-norm float32 ``(B, D)``."""
-        return self._text_embedding(tokens)
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
+        """Embed captions given as tokens ``(B, context_length)``: z_t, float32 ``(B, D)``; as :meth:`encode_image`."""
+        return self._text_embedding(tokens, normalize)
 
     @torch.no_grad()
-    def encode_text_sequence(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_text_sequence(self, tokens: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
         """Return the text tower's last hidden states and z_t (conditioning in the manner of Karlo).
 
         Args:
             tokens: int64 ``(B, context_length)``.
+            normalize: False leaves z_t its norm.
 
         Returns:
-            float32 ``(B, context_length, text_width)`` after the final layer norm, and unit-norm float32 ``(B, D)``.
+            float32 ``(B, context_length, text_width)`` after the final layer norm, and z_t, float32 ``(B, D)``.
 
         Raises:
             ValueError: if the text tower is not open_clip's plain transformer.
@@ -364,7 +366,7 @@ class ClipModel(nn.Module):
         sequences: list[Tensor] = []
         hook = tower.ln_final.register_forward_hook(lambda _module, _inputs, output: sequences.append(output))
         try:
-            embedding = self._text_embedding(tokens)
+            embedding = self._text_embedding(tokens, normalize)
         finally:
             hook.remove()
         return sequences[0].float(), embedding
@@ -381,19 +383,21 @@ class ClipModel(nn.Module):
         image_embedding, text_embedding, scale = self(batch["image"], batch["tokens"])
         return contrastive_loss(image_embedding, text_embedding, scale, batch["tokens"])
 
-    def _image_embedding(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+    def _image_embedding(self, images: Tensor | Sequence[Tensor], normalize: bool = True) -> Tensor:
         weight = next(self.model.parameters())
         pixels = self.preprocess(images).to(device=weight.device, dtype=weight.dtype)
-        return F.normalize(cast(Any, self.model).encode_image(pixels).float(), dim=-1)
+        embedding = cast(Tensor, cast(Any, self.model).encode_image(pixels)).float()
+        return F.normalize(embedding, dim=-1) if normalize else embedding
 
-    def _text_embedding(self, tokens: Tensor) -> Tensor:
+    def _text_embedding(self, tokens: Tensor, normalize: bool = True) -> Tensor:
         if tokens.dim() != 2 or tokens.shape[1] != self.context_length:
             raise ValueError(
                 f"clip {self.origin}: tokens of shape {tuple(tokens.shape)}, its text tower takes "
                 f"(B, {self.context_length}); make them with ClipModel.tokenize"
             )
         tokens = tokens.to(next(self.model.parameters()).device)
-        return F.normalize(cast(Any, self.model).encode_text(tokens).float(), dim=-1)
+        embedding = cast(Tensor, cast(Any, self.model).encode_text(tokens)).float()
+        return F.normalize(embedding, dim=-1) if normalize else embedding
 
 
 def contrastive_loss(

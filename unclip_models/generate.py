@@ -1,4 +1,4 @@
-"""Generate images with a whole unCLIP stack: CLIP, prior, decoder and upsamplers (unCLIP, sections 2 and 3).
+"""Generate images with a whole unCLIP stack: CLIP, prior, decoder and upsamplers (unCLIP, section 2).
 
 Every image is a function of its caption (or embedding), its seed and the weights: all noise comes from generators
 seeded per image and per model, so neither batch size nor neighbours matter (up to the rounding of batched arithmetic).
@@ -8,40 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_models.ar_prior import ARPrior
 from unclip_models.clip import ClipModel, tokenize
+from unclip_models.clip_text import ClipText, ClipTextFeatures
 from unclip_models.decoder import Decoder, ImageSampler
-from unclip_models.prior import DiffusionPrior
+from unclip_models.prior import DiffusionPrior, PriorSampler
 from unclip_models.sampling import seeded_generators
 from unclip_models.upsampler import Upsampler
-
-MIN_SLERP_ANGLE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSampling:
-    """How the prior is sampled; the paper: 64 analytic steps, best of two, no guidance (section 5.2)."""
+    """How the prior is sampled; the paper: 64 analytic steps, best of two, no guidance (section 5.2).
+
+    Attributes are those of ``DiffusionPrior.sample``.
+    """
 
     steps: int | str = 64
     guidance_scale: float = 1.0
-    sampler: Literal["ddim", "ddpm", "analytic", "dpm_solver_2m"] = "ddim"
+    sampler: PriorSampler = "ddim"
     num_candidates: int = 2
+    clip_range: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderSampling:
-    """How the decoder is sampled; the paper: 250 steps with learned variance, guidance 1.25 for its COCO FID."""
+    """How the decoder is sampled; the paper: 250 steps with learned variance, guidance 1.25 for its COCO FID.
+
+    Attributes are those of ``Decoder.sample``.
+    """
 
     steps: int | str = 250
     guidance_scale: float = 1.25
+    guidance_rescale: float = 0.0
     sampler: ImageSampler = "ddpm"
     eta: float = 0.0
+    dynamic_percentile: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,34 +92,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
-def slerp(a: Tensor, b: Tensor, theta: float | Tensor) -> Tensor:
-    """Interpolate on the sphere, from ``a`` (theta 0) to ``b`` (theta 1) (section 3.2).
-
-    Args:
-        a: unit-norm ``(B, D)``.
-        b: unit-norm ``(B, D)``.
-        theta: fraction of the angle, a number or ``(B,)``.
-
-    Returns:
-        Unit-norm float32 ``(B, D)``. Parallel vectors are interpolated linearly, where the sphere's formula is 0 / 0.
-    """
-    a, b = F.normalize(a.float(), dim=-1), F.normalize(b.float(), dim=-1)
-    fraction = torch.as_tensor(theta, dtype=torch.float32, device=a.device).reshape(-1, 1)
-    # From the chord lengths: acos of the dot product loses all precision near parallel vectors.
-    angle = 2 * torch.atan2((a - b).norm(dim=-1, keepdim=True), (a + b).norm(dim=-1, keepdim=True))
-    sine = angle.sin()
-    weight_a = torch.where(angle > MIN_SLERP_ANGLE, ((1 - fraction) * angle).sin() / sine, 1 - fraction)
-    weight_b = torch.where(angle > MIN_SLERP_ANGLE, (fraction * angle).sin() / sine, fraction.expand_as(sine))
-    return F.normalize(weight_a * a + weight_b * b, dim=-1)
-
-
 class UnCLIP:
     """A whole stack, ready to generate; all models are put into eval mode.
 
     Args:
         clip: the CLIP the others were trained with.
-        prior: diffusion or autoregressive; None decodes the text embedding as if it were an image embedding (the
-            paper's "no prior" baseline).
+        prior: diffusion or autoregressive; None feeds the text embedding to the decoder, as a text-embedding decoder
+            wants it, and as the paper's "no prior" baseline does with an ordinary one.
         decoder: renders the smallest image.
         upsamplers: in order, each taking the side its predecessor returns.
 
@@ -142,14 +127,28 @@ class UnCLIP:
                     f"UnCLIP: upsampler {index} takes {upsampler.config.input_size} px but is given {side} px"
                 )
             side = upsampler.config.image_size
+        self._check_norms()
         for module in (clip, prior, decoder, *self.upsamplers):
             if module is not None:
                 module.eval()
+
+    def _check_norms(self) -> None:
+        """Prior and decoder must agree on whether embeddings have unit norm."""
+        if isinstance(self.prior, DiffusionPrior) and self.prior.config.raw_embeddings == self.unit_norm:
+            raise ValueError(
+                f"UnCLIP: raw_embeddings is {self.prior.config.raw_embeddings} in the prior and {not self.unit_norm} "
+                "in the decoder; use two models made for the same embeddings"
+            )
 
     @property
     def device(self) -> torch.device:
         """Where the decoder's weights are; all models must be there."""
         return next(self.decoder.parameters()).device
+
+    @property
+    def unit_norm(self) -> bool:
+        """Whether the stack works on embeddings of unit norm, as those trained here do, or on raw ones (Karlo)."""
+        return not self.decoder.config.raw_embeddings
 
     def text_to_image(
         self, captions: Sequence[str], seeds: Sequence[int], sampling: SamplingConfig | None = None
@@ -173,18 +172,49 @@ class UnCLIP:
         """Draw an image embedding for every caption from the prior: unit-norm float32 ``(B, D)``."""
         _check_count("captions", len(captions), seeds)
         sampling = sampling or PriorSampling()
-        text_embedding = self.clip.encode_text(self.clip.tokenize(captions)).to(self.device)
+        text = self._clip_text(captions)
         if self.prior is None:
-            return text_embedding
+            return text.embedding
+        reads_clip = isinstance(self.prior.text_encoder, ClipText)
         return self.prior.sample(
-            tokenize(captions, self.prior.config.text.context_length).to(self.device),
-            text_embedding,
+            self._tokens(self.prior, captions),
+            text.embedding,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             generators=seeded_generators(seeds, "prior"),
             num_candidates=sampling.num_candidates,
             sampler=sampling.sampler,
+            clip_range=sampling.clip_range,
+            text_sequence=text.sequence if reads_clip else None,
         )
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embed images ``(B, 3, H, W)``, uint8 or in [-1, 1], as the decoder wants them: z_i, float32 ``(B, D)``."""
+        return self.clip.encode_image(images, normalize=self.unit_norm).to(self.device)
+
+    @torch.no_grad()
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Embed captions as the decoder wants embeddings: z_t, float32 ``(B, D)``."""
+        return self.clip.encode_text(self.clip.tokenize(captions), normalize=self.unit_norm).to(self.device)
+
+    def caption_inputs(self, captions: Sequence[str] | None) -> tuple[Tensor | None, ClipTextFeatures | None]:
+        """Return what the decoder reads of captions: tokens and, for a decoder that reads CLIP's text, its features."""
+        if captions is None:
+            return None, None
+        reads_clip = isinstance(self.decoder.text_encoder, ClipText)
+        return self._tokens(self.decoder, captions), self._clip_text(captions) if reads_clip else None
+
+    def _tokens(self, model: DiffusionPrior | ARPrior | Decoder, captions: Sequence[str]) -> Tensor:
+        reads_clip = isinstance(model.text_encoder, ClipText)
+        length = model.config.text.context_length
+        tokens = self.clip.tokenize(captions) if reads_clip else tokenize(captions, length)
+        return tokens.to(self.device)
+
+    @torch.no_grad()
+    def _clip_text(self, captions: Sequence[str]) -> ClipTextFeatures:
+        sequence, embedding = self.clip.encode_text_sequence(self.clip.tokenize(captions), normalize=self.unit_norm)
+        return ClipTextFeatures(sequence.to(self.device), embedding.to(self.device))
 
     @torch.no_grad()
     def decode(
@@ -205,29 +235,41 @@ class UnCLIP:
             captions: B captions for the decoder; None withholds them.
             x_T: the decoder's starting noise, e.g. from ``Decoder.invert``; None draws it from the seeds.
         """
-        sampling = sampling or SamplingConfig(upsamplers=SamplingConfig().upsamplers[: len(self.upsamplers)])
+        sampling = self._fitting(sampling)
         _check_count("image embeddings", len(image_embeddings), seeds)
         if captions is not None:
             _check_count("captions", len(captions), seeds)
-        if len(sampling.upsamplers) < len(self.upsamplers):
-            raise ValueError(
-                f"UnCLIP: sampling.upsamplers has {len(sampling.upsamplers)} entries for {len(self.upsamplers)} "
-                "upsamplers; give one each"
-            )
         z = image_embeddings.to(self.device)
-        context_length = self.decoder.config.text.context_length
-        tokens = None if captions is None else tokenize(captions, context_length).to(self.device)
+        tokens, clip_text = self.caption_inputs(captions)
         options = sampling.decoder
         x = self.decoder.sample(
             z,
             tokens,
             steps=options.steps,
             guidance_scale=options.guidance_scale,
+            guidance_rescale=options.guidance_rescale,
             sampler=options.sampler,
             eta=options.eta,
+            dynamic_percentile=options.dynamic_percentile,
             generators=seeded_generators(seeds, "decoder"),
             x_T=x_T,
+            clip_text=clip_text,
         )
+        return GeneratedImages(self.enlarge(x, seeds, sampling), z.float().cpu())
+
+    @torch.no_grad()
+    def enlarge(self, x: Tensor, seeds: Sequence[int], sampling: SamplingConfig | None = None) -> dict[int, Tensor]:
+        """Run the upsamplers.
+
+        Args:
+            x: images of the decoder's side ``(B, 3, S, S)`` in [-1, 1].
+            seeds: B seeds.
+            sampling: as in :meth:`text_to_image`; only ``upsamplers`` is used.
+
+        Returns:
+            Side in px -> uint8 ``(B, side, side, 3)`` on the CPU, the given images first.
+        """
+        sampling = self._fitting(sampling)
         images = {self.decoder.config.image_size: to_uint8(x)}
         for index, upsampler in enumerate(self.upsamplers):
             up = sampling.upsamplers[index]
@@ -240,39 +282,17 @@ class UnCLIP:
                 noise_temperature=up.noise_temperature,
             )
             images[upsampler.config.image_size] = to_uint8(x)
-        return GeneratedImages(images, z.float().cpu())
+        return images
 
-    def vary(self, images: Tensor, seeds: Sequence[int], sampling: SamplingConfig | None = None) -> GeneratedImages:
-        """Render variations of images: the same z_i, new noise (section 3.1).
-
-        Args:
-            images: uint8, or floating point in [-1, 1], ``(B, 3, H, W)``.
-            seeds: one per image.
-            sampling: as in :meth:`text_to_image`; a stochastic decoder sampler varies most.
-        """
-        return self.decode(self.clip.encode_image(images), seeds, sampling)
-
-    def text_diff(self, images: Tensor, caption: str, baseline: str, theta: float) -> Tensor:
-        """Move images' embeddings along a difference of captions (section 3.3).
-
-        Args:
-            images: as in :meth:`vary`.
-            caption: what the image should become.
-            baseline: what it is, e.g. "a photo"; its embedding is subtracted.
-            theta: fraction of the way; the paper uses up to 0.25 to 0.5.
-
-        Returns:
-            ``slerp(z_i, norm(z_t - z_t0), theta)``, float32 ``(B, D)``; decode it from the inverted noise.
-
-        Raises:
-            ValueError: if both captions mean the same to CLIP, so that there is no direction.
-        """
-        z_t, z_t0 = self.clip.encode_text(self.clip.tokenize([caption, baseline]))
-        difference = z_t - z_t0
-        if float(difference.norm()) < MIN_SLERP_ANGLE:
-            raise ValueError(f"text_diff: {caption!r} and {baseline!r} have the same embedding; choose other captions")
-        z_i = self.clip.encode_image(images)
-        return slerp(z_i, difference.expand_as(z_i), theta)
+    def _fitting(self, sampling: SamplingConfig | None) -> SamplingConfig:
+        """Return the settings, or the paper's for as many upsamplers as there are; refuse too few."""
+        sampling = sampling or SamplingConfig(upsamplers=SamplingConfig().upsamplers[: len(self.upsamplers)])
+        if len(sampling.upsamplers) < len(self.upsamplers):
+            raise ValueError(
+                f"UnCLIP: sampling.upsamplers has {len(sampling.upsamplers)} entries for {len(self.upsamplers)} "
+                "upsamplers; give one each"
+            )
+        return sampling
 
 
 def _check_count(what: str, count: int, seeds: Sequence[int]) -> None:

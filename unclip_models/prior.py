@@ -7,16 +7,24 @@ Because attention is causal, the caption's part of the sequence depends on neith
 once into a KV cache and then runs three positions per step.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_models.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion, spaced_timesteps, timestep_embedding
+from unclip_models.clip_text import ClipText, ClipTextConfig, ClipTextFeatures, build_text, encode_captions
+from unclip_models.diffusion import (
+    Clip,
+    Denoiser,
+    DiffusionConfig,
+    GaussianDiffusion,
+    spaced_timesteps,
+    timestep_embedding,
+)
+from unclip_models.embedding_scaling import SCALINGS, EmbeddingScaler, EmbeddingScaling
 from unclip_models.float32_buffers import Float32Buffers
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import (
@@ -28,14 +36,12 @@ from unclip_models.sampling import (
     guide,
     measure_gamma,
 )
-from unclip_models.text_encoder import TextEncoder, TextEncoderConfig
+from unclip_models.text_encoder import TextEncoderConfig
 from unclip_models.transformer import KVCache, Transformer
 
-_PAPER_SCALE = 17.2
-_PAPER_EMBEDDING_DIM = 1024
 _NUM_EXTRA_POSITIONS = 4  # text embedding, timestep, noised image embedding, final query
 _UNMEASURED = -1.0
-PRIOR_SAMPLERS = ("ddim", "ddpm", "analytic", "dpm_solver")
+PriorSampler = Literal["ddim", "ddpm", "analytic", "dpm_solver_2m"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,25 +54,29 @@ class DiffusionPriorConfig:
     Attributes:
         kind: always ``diffusion``; tells it from the autoregressive prior in a config file.
         embedding_dim: D of the CLIP.
-        text: the caption's embedding and, with layers, its encoder.
+        text: the caption's embedding and, with layers, its encoder; or, with ``kind: clip``, the hidden states of the
+            frozen CLIP's text tower (Karlo).
         width: channels of the causal transformer.
         layers: its blocks.
         heads: its attention heads.
         caption_dropout: probability of withholding caption and text embedding together (paper: 0.1).
-        embedding_scale: factor on unit-norm embeddings inside the model. None takes the paper's 17.2 at D = 1024 and
-            17.2 * sqrt(D / 1024) elsewhere: the same standard deviation, 0.54, per dimension.
+        embedding_scaling: how embeddings are scaled inside the model; see ``embedding_scaling.py``.
+        embedding_scale: a factor of one's own in place of that of ``embedding_scaling``.
+        raw_embeddings: whether CLIP's embeddings come un-normalised, as in Karlo; for imported models.
         diffusion: the process; the variance must be fixed.
         checkpoint_activations: trade compute for memory in the backward pass.
     """
 
     kind: Literal["diffusion"] = "diffusion"
     embedding_dim: int = 768
-    text: TextEncoderConfig = field(default_factory=lambda: TextEncoderConfig(layers=0))
+    text: TextEncoderConfig | ClipTextConfig = field(default_factory=lambda: TextEncoderConfig(layers=0))
     width: int = 512
     layers: int = 6
     heads: int = 8
     caption_dropout: float = 0.1
+    embedding_scaling: EmbeddingScaling = "paper"
     embedding_scale: float | None = None
+    raw_embeddings: bool = False
     diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(prediction="x_start"))
     checkpoint_activations: bool = False
 
@@ -76,17 +86,14 @@ class DiffusionPriorConfig:
                 raise ValueError(f"prior.{name} is {getattr(self, name)}; use 1 or more")
         if not 0 <= self.caption_dropout < 1:
             raise ValueError(f"prior.caption_dropout is {self.caption_dropout}; use a probability in [0, 1)")
+        if self.embedding_scaling not in SCALINGS:
+            raise ValueError(f"prior.embedding_scaling is {self.embedding_scaling!r}; use one of {', '.join(SCALINGS)}")
         if self.embedding_scale is not None and self.embedding_scale <= 0:
             raise ValueError(f"prior.embedding_scale is {self.embedding_scale}; use a positive number, or leave it out")
+        if self.embedding_scale is not None and self.embedding_scaling == "mean_std":
+            raise ValueError("prior.embedding_scale: mean_std measures its factors; leave one of the two out")
         if self.diffusion.variance == "learned_range":
             raise ValueError("prior.diffusion.variance is 'learned_range'; embeddings need a fixed variance")
-
-    @property
-    def resolved_embedding_scale(self) -> float:
-        """The scale in use, ``embedding_scale`` or its default for this ``embedding_dim``."""
-        if self.embedding_scale is not None:
-            return self.embedding_scale
-        return _PAPER_SCALE * math.sqrt(self.embedding_dim / _PAPER_EMBEDDING_DIM)
 
 
 class DiffusionPrior(Float32Buffers):
@@ -102,12 +109,16 @@ class DiffusionPrior(Float32Buffers):
         super().__init__()
         self.config = config
         self.diffusion = GaussianDiffusion(config.diffusion)
-        self.scale = config.resolved_embedding_scale
         width, dim = config.width, config.embedding_dim
-        self.text_encoder = TextEncoder(config.text)
+        self.scaling = EmbeddingScaler(config.embedding_scaling, dim, config.embedding_scale)
+        # Like the image embeddings, text embeddings enter at a standard deviation near 1; raw ones are there already.
+        self.text_scale = 1.0 if config.raw_embeddings else dim**0.5
+        self.text_encoder = build_text(config.text, dim)
         self.text_proj = nn.Linear(config.text.width, width)
         self.text_embedding_proj = nn.Linear(dim, width)
-        self.null_text_embedding = nn.Parameter(torch.empty(width))
+        if config.text.kind == "own":
+            self.null_text_embedding = nn.Parameter(torch.empty(width))
+            nn.init.normal_(self.null_text_embedding, std=0.01)
         self.time_embed = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
         self.image_proj = nn.Linear(dim, width)
         self.final_query = nn.Parameter(torch.empty(width))
@@ -118,36 +129,58 @@ class DiffusionPrior(Float32Buffers):
         )
         self.final_norm = nn.LayerNorm(width)
         self.out_proj = nn.Linear(width, dim)
-        for parameter in (self.null_text_embedding, self.final_query, self.positional_embedding):
+        for parameter in (self.final_query, self.positional_embedding):
             nn.init.normal_(parameter, std=0.01)
         self.register_buffer("gamma", torch.full((config.diffusion.num_timesteps,), _UNMEASURED))
 
-    def forward(self, x_t: Tensor, t: Tensor, tokens: Tensor, text_embedding: Tensor, drop: Tensor) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        tokens: Tensor,
+        text_embedding: Tensor,
+        drop: Tensor,
+        text_sequence: Tensor | None = None,
+    ) -> Tensor:
         """Predict the clean, scaled image embedding.
 
         Args:
             x_t: noised, scaled image embedding ``(B, D)``.
             t: original timesteps ``(B,)``, int64.
             tokens: caption ``(B, context_length)``, int64, 0 after its end.
-            text_embedding: CLIP's, unit norm ``(B, D)``.
+            text_embedding: CLIP's ``(B, D)``, unit norm unless ``raw_embeddings``.
             drop: bool ``(B,)``, True where caption and text embedding are withheld.
+            text_sequence: with ``text.kind: clip``, the text tower's last hidden states ``(B, context_length, W)``.
 
         Returns:
             ``(B, D)`` in the network's dtype: x_start, unless ``diffusion.prediction`` says otherwise.
         """
-        sequence = torch.cat([self._prefix(tokens, text_embedding, drop), self._suffix(x_t, t)], dim=1)
-        hidden = self.transformer(sequence)  # (B, ctx + 4, width)
+        prefix, visible = self._prefix(tokens, text_embedding, drop, text_sequence)
+        hidden = self.transformer(  # (B, ctx + 4, width)
+            torch.cat([prefix, self._suffix(x_t, t)], dim=1), visible=_with_suffix(visible)
+        )
         prediction: Tensor = self.out_proj(self.final_norm(hidden[:, -1]))
         return prediction
 
-    def _prefix(self, tokens: Tensor, text_embedding: Tensor, drop: Tensor) -> Tensor:
-        """Embed what does not change while sampling: caption and text embedding, ``(B, ctx + 1, width)``."""
-        sequence, _ = self.text_encoder(tokens, drop)
-        scaled = (text_embedding * self.scale).to(self.text_embedding_proj.weight.dtype)
-        pooled = self.text_embedding_proj(scaled)
-        pooled = torch.where(drop[:, None], self.null_text_embedding.to(pooled.dtype), pooled)
-        prefix = torch.cat([self.text_proj(sequence), pooled[:, None]], dim=1)
-        return prefix + self.positional_embedding[: prefix.shape[1]]
+    def _prefix(
+        self, tokens: Tensor, text_embedding: Tensor, drop: Tensor, text_sequence: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Embed what does not change while sampling: caption and text embedding.
+
+        Returns:
+            ``(B, ctx + 1, width)``, and which of these positions may be attended to, bool of the same shape, or None.
+        """
+        dtype = self.text_embedding_proj.weight.dtype
+        features = None if text_sequence is None else ClipTextFeatures(text_sequence, text_embedding)
+        caption = encode_captions(self.text_encoder, tokens, drop, features)
+        if isinstance(self.text_encoder, ClipText):  # the empty caption has an embedding of its own
+            pooled = self.text_embedding_proj((caption.pooled * self.text_scale).to(dtype))
+        else:
+            pooled = self.text_embedding_proj((text_embedding * self.text_scale).to(dtype))
+            pooled = torch.where(drop[:, None], self.null_text_embedding.to(pooled.dtype), pooled)
+        prefix = torch.cat([self.text_proj(caption.sequence.to(dtype)), pooled[:, None]], dim=1)
+        visible = None if caption.visible is None else F.pad(caption.visible, (0, 1), value=True)
+        return prefix + self.positional_embedding[: prefix.shape[1]], visible
 
     def _suffix(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Embed timestep, noised image embedding and final query, ``(B, 3, width)``."""
@@ -161,22 +194,25 @@ class DiffusionPrior(Float32Buffers):
         """Return the training loss: the squared error of the predicted image embedding (unCLIP, Eq. 2).
 
         Args:
-            batch: ``tokens`` int64 ``(B, ctx)``; ``text_embedding`` and ``image_embedding``, unit norm ``(B, D)``.
+            batch: ``tokens`` int64 ``(B, ctx)``; ``text_embedding`` and ``image_embedding``, unit norm ``(B, D)``; with
+                ``text.kind: clip`` also ``text_sequence`` ``(B, ctx, W)``.
             random: the step's randomness.
 
         Returns:
             The mean loss, and detached per-sample terms ``(B,)``: ``loss``, ``mse``, and the timesteps ``t``.
         """
-        image_embedding = batch["image_embedding"].float()
+        x_start = self.scaling.scale(batch["image_embedding"])
         t = random.integers("timestep", 0, self.config.diffusion.num_timesteps)
         noise = random.normal("noise", (self.config.embedding_dim,))
         drop = random.bernoulli("caption_dropout", self.config.caption_dropout)
 
         def denoiser(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            prediction: Tensor = self(x_t, timesteps, batch["tokens"], batch["text_embedding"], drop)
+            prediction: Tensor = self(
+                x_t, timesteps, batch["tokens"], batch["text_embedding"], drop, batch.get("text_sequence")
+            )
             return prediction
 
-        losses, terms = self.diffusion.training_loss(denoiser, image_embedding * self.scale, t, noise)
+        losses, terms = self.diffusion.training_loss(denoiser, x_start, t, noise)
         return losses.mean(), {"loss": losses.detach(), **terms, "t": t}
 
     @torch.no_grad()
@@ -189,21 +225,26 @@ class DiffusionPrior(Float32Buffers):
         guidance_scale: float,
         generators: Sequence[torch.Generator],
         num_candidates: int = 2,
-        sampler: str = "ddim",
+        sampler: PriorSampler = "ddim",
+        clip_range: float | None = None,
+        text_sequence: Tensor | None = None,
     ) -> Tensor:
         """Draw image embeddings, the best of ``num_candidates`` by dot product with the text embedding (section 2.2).
 
         Args:
             tokens: captions ``(B, ctx)``, int64.
-            text_embedding: CLIP's, unit norm ``(B, D)``.
+            text_embedding: CLIP's ``(B, D)``, unit norm unless ``raw_embeddings``.
             steps: sampling steps, or any spec of ``spaced_timesteps`` (paper: 64).
             guidance_scale: 1 samples the conditional model alone (the paper found that guiding the prior hurts).
             generators: B generators, one per sample.
             num_candidates: embeddings drawn per caption (paper: 2).
-            sampler: ``ddim``, ``ddpm``, ``analytic`` (paper; needs ``measure_gamma``) or ``dpm_solver``.
+            sampler: ``ddim``, ``ddpm``, ``analytic`` (paper; needs ``measure_gamma``) or ``dpm_solver_2m``.
+            clip_range: the scaled embedding is predicted within [-clip_range, clip_range] (Karlo: 5 or 10); None leaves
+                it free.
+            text_sequence: with ``text.kind: clip``, the text tower's last hidden states ``(B, ctx, W)``.
 
         Returns:
-            Unit-norm image embeddings, float32 ``(B, D)``.
+            Image embeddings, float32 ``(B, D)``, unit norm unless ``raw_embeddings``.
 
         Raises:
             ValueError: for an unknown sampler, no candidates, or a wrong number of generators.
@@ -213,13 +254,20 @@ class DiffusionPrior(Float32Buffers):
         if len(generators) != tokens.shape[0]:
             raise ValueError(f"prior sampling: {len(generators)} generators for {tokens.shape[0]} captions; give equal")
         keep = torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
-        denoiser = self._bind(tokens, text_embedding, keep, num_candidates)
+
+        def bind(drop: Tensor) -> Denoiser:
+            return self.bind(tokens, text_embedding, drop, text_sequence=text_sequence, num_candidates=num_candidates)
+
+        denoiser = bind(keep)
         if guidance_scale != 1.0:
-            denoiser = guide(denoiser, self._bind(tokens, text_embedding, ~keep, num_candidates), guidance_scale)
+            denoiser = guide(denoiser, bind(~keep), guidance_scale)
         diffusion = self.diffusion.respaced(spaced_timesteps(self.config.diffusion.num_timesteps, steps))
         x_T = draw_noise(generators, (num_candidates, self.config.embedding_dim), tokens.device)  # noqa: N806
-        x_start = self._run_sampler(sampler, denoiser, x_T, diffusion, generators)  # (B, N, D)
-        return best_candidate(F.normalize(x_start, dim=-1), text_embedding)
+        x_start = self._run_sampler(sampler, denoiser, x_T, diffusion, generators, clip_range)  # (B, N, D)
+        candidates = self.scaling.unscale(x_start)
+        if not self.config.raw_embeddings:
+            candidates = F.normalize(candidates, dim=-1)
+        return best_candidate(candidates, text_embedding)
 
     def _run_sampler(
         self,
@@ -228,26 +276,45 @@ class DiffusionPrior(Float32Buffers):
         x_T: Tensor,  # noqa: N803
         diffusion: GaussianDiffusion,
         generators: Sequence[torch.Generator],
+        clip_range: float | None,
     ) -> Tensor:
+        clip: Clip | None = None if clip_range is None else lambda x: x.clamp(-clip_range, clip_range)
         runs: dict[str, Callable[[], Tensor]] = {
-            "ddim": lambda: ddim_sample(denoiser, x_T, diffusion),
-            "ddpm": lambda: ddpm_sample(denoiser, x_T, diffusion, generators=generators),
-            "analytic": lambda: analytic_sample(denoiser, x_T, diffusion, gamma=self.gamma, generators=generators),
-            "dpm_solver": lambda: dpm_solver_2m(denoiser, x_T, diffusion),
+            "ddim": lambda: ddim_sample(denoiser, x_T, diffusion, clip=clip),
+            "ddpm": lambda: ddpm_sample(denoiser, x_T, diffusion, generators=generators, clip=clip),
+            "analytic": lambda: analytic_sample(
+                denoiser, x_T, diffusion, gamma=self.gamma, generators=generators, clip=clip
+            ),
+            "dpm_solver_2m": lambda: dpm_solver_2m(denoiser, x_T, diffusion, clip=clip),
         }
+        assert runs.keys() == set(get_args(PriorSampler))
         if sampler not in runs:
-            raise ValueError(f"prior sampling: sampler is {sampler!r}; use one of {', '.join(PRIOR_SAMPLERS)}")
+            raise ValueError(f"prior sampling: sampler is {sampler!r}; use one of {', '.join(runs)}")
         return runs[sampler]()
 
-    def _bind(self, tokens: Tensor, text_embedding: Tensor, drop: Tensor, num_candidates: int = 1) -> Denoiser:
-        """Read the condition into a cache; return the denoiser of N candidates per caption, ``(B, N, D)``."""
+    def bind(
+        self,
+        tokens: Tensor,
+        text_embedding: Tensor,
+        drop: Tensor,
+        *,
+        text_sequence: Tensor | None = None,
+        num_candidates: int = 1,
+    ) -> Denoiser:
+        """Read the condition into a KV cache; return the denoiser of N candidates per caption, ``(B, N, D)``.
+
+        For the arguments see :meth:`forward` and :meth:`sample`.
+        """
+        prefix, visible = self._prefix(tokens, text_embedding, drop, text_sequence)
         prefix_cache: KVCache = self.transformer.new_cache()
-        self.transformer(self._prefix(tokens, text_embedding, drop), prefix_cache)
+        self.transformer(prefix, prefix_cache, visible)
         prefix_cache = prefix_cache.repeated(num_candidates)
+        seen = _with_suffix(visible)
+        seen = None if seen is None else seen.repeat_interleave(num_candidates, dim=0)
 
         def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
             suffix = self._suffix(x_t.flatten(0, 1), t.repeat_interleave(num_candidates))  # (B * N, 3, width)
-            hidden = self.transformer(suffix, prefix_cache.fork())
+            hidden = self.transformer(suffix, prefix_cache.fork(), seen)
             prediction: Tensor = self.out_proj(self.final_norm(hidden[:, -1]))
             return prediction.reshape(-1, num_candidates, prediction.shape[-1])
 
@@ -265,10 +332,10 @@ class DiffusionPrior(Float32Buffers):
         Returns:
             Gamma ``(T,)``, float32.
         """
-        x_start = batch["image_embedding"].float()[:, None] * self.scale  # (B, 1, D)
+        x_start = self.scaling.scale(batch["image_embedding"])[:, None]  # (B, 1, D)
         keep = torch.zeros(x_start.shape[0], dtype=torch.bool, device=x_start.device)
         measured = measure_gamma(
-            self._bind(batch["tokens"], batch["text_embedding"], keep),
+            self.bind(batch["tokens"], batch["text_embedding"], keep, text_sequence=batch.get("text_sequence")),
             x_start,
             self.diffusion,
             noise_like=lambda t: random.normal(f"gamma/{t}", tuple(x_start.shape[1:])),
@@ -278,16 +345,22 @@ class DiffusionPrior(Float32Buffers):
         return self.gamma
 
 
+def _with_suffix(visible: Tensor | None) -> Tensor | None:
+    """Add timestep, noised embedding and query, which all may be attended to, behind the prefix."""
+    return None if visible is None else F.pad(visible, (0, 3), value=True)
+
+
 def best_candidate(candidates: Tensor, text_embedding: Tensor) -> Tensor:
-    """Choose each row's candidate with the largest dot product with its text embedding.
+    """Choose each row's candidate with the largest dot product, of unit vectors, with its text embedding.
 
     Args:
-        candidates: unit norm ``(B, N, D)``.
-        text_embedding: unit norm ``(B, D)``.
+        candidates: ``(B, N, D)``; of any norm, which the choice ignores.
+        text_embedding: ``(B, D)``.
 
     Returns:
-        float32 ``(B, D)``.
+        float32 ``(B, D)``: the chosen candidates as they were given.
     """
-    scores = torch.einsum("bnd,bd->bn", candidates, text_embedding.to(candidates.dtype))
+    directions = F.normalize(candidates, dim=-1)
+    scores = torch.einsum("bnd,bd->bn", directions, text_embedding.to(candidates.dtype))
     best = scores.argmax(dim=1)
     return candidates[torch.arange(candidates.shape[0], device=candidates.device), best]

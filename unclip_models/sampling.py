@@ -37,30 +37,52 @@ def draw_noise(
 
 
 def combine_guidance(
-    conditional: Tensor, unconditional: Tensor, scale: float, num_channels: int | None = None
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float,
+    num_channels: int | None = None,
+    *,
+    rescale: float = 0.0,
 ) -> Tensor:
     """Extrapolate from the unconditional to the conditional output (Ho and Salimans 2021; GLIDE, Eq. 7).
 
-    The output may be noise, x_start or v: at a fixed x_t they are affine in each other, so guidance agrees.
+    The output may be noise, x_start or v: at a fixed x_t they are affine in each other, so guidance agrees. Rescaling
+    does not: Lin et al. apply it to whatever the network predicts, and so does this.
 
     Args:
         conditional: model output given the condition ``(B, C, ...)``.
         unconditional: model output without it, same shape.
         scale: 1 returns ``conditional`` and 0 ``unconditional``, exactly.
         num_channels: guide only the first so many channels and keep the conditional rest (learned variances).
+        rescale: 0 to 1, how far the guided output takes back the standard deviation, over all but the batch, of the
+            conditional one, which large scales blow up (Lin et al. 2023, Eqs. 15, 16; they use 0.7).
+
+    Raises:
+        ValueError: if ``rescale`` is not between 0 and 1.
     """
+    if not 0.0 <= rescale <= 1.0:
+        raise ValueError(f"guidance rescale: {rescale} is not between 0 and 1; write for example 0.7")
     if scale == 1.0:
         return conditional
     if num_channels is not None and num_channels < conditional.shape[1]:
-        guided = combine_guidance(conditional[:, :num_channels], unconditional[:, :num_channels], scale)
+        guided = combine_guidance(
+            conditional[:, :num_channels], unconditional[:, :num_channels], scale, rescale=rescale
+        )
         return torch.cat([guided, conditional[:, num_channels:]], dim=1)
     if scale == 0.0:
         return unconditional
-    return unconditional + scale * (conditional - unconditional)
+    guided = unconditional + scale * (conditional - unconditional)
+    return guided if rescale == 0.0 else torch.lerp(guided, guided * _spread_ratio(conditional, guided), rescale)
 
 
-def guide(denoiser_cond: Denoiser, denoiser_uncond: Denoiser, scale: float) -> Denoiser:
-    """Return the classifier-free guided denoiser.
+def _spread_ratio(wanted: Tensor, given: Tensor) -> Tensor:
+    """Return the ratio of two standard deviations per sample, ``(B, 1, ...)``."""
+    spread, own = (x.flatten(1).std(dim=1).clamp(min=1e-12) for x in (wanted, given))
+    return (spread / own).reshape(-1, *[1] * (wanted.dim() - 1))
+
+
+def guide(denoiser_cond: Denoiser, denoiser_uncond: Denoiser, scale: float, *, rescale: float = 0.0) -> Denoiser:
+    """Return the classifier-free guided denoiser; for ``rescale`` see :func:`combine_guidance`.
 
     With scale 1 it is ``denoiser_cond`` itself, and the unconditional network is never run. Learned variance channels
     are taken from the conditional output.
@@ -69,9 +91,36 @@ def guide(denoiser_cond: Denoiser, denoiser_uncond: Denoiser, scale: float) -> D
         return denoiser_cond
 
     def guided(x_t: Tensor, t: Tensor) -> Tensor:
-        return combine_guidance(denoiser_cond(x_t, t), denoiser_uncond(x_t, t), scale, num_channels=x_t.shape[1])
+        conditional, unconditional = denoiser_cond(x_t, t), denoiser_uncond(x_t, t)
+        return combine_guidance(conditional, unconditional, scale, num_channels=x_t.shape[1], rescale=rescale)
 
     return guided
+
+
+def dynamic_threshold(percentile: float) -> Clip:
+    """Return dynamic thresholding (Imagen, section 2.3), in place of clipping to [-1, 1].
+
+    Each sample's predicted x_start is bounded by the given quantile s of its own absolute values, at least 1, and
+    divided by s, so that strong guidance does not saturate it.
+
+    Args:
+        percentile: in (0, 1]; Imagen's choice lies around 0.995.
+
+    Raises:
+        ValueError: if it is not in (0, 1].
+    """
+    if not 0.0 < percentile <= 1.0:
+        raise ValueError(f"dynamic thresholding: percentile {percentile} is not in (0, 1]; write for example 0.995")
+
+    def clip(x_start: Tensor) -> Tensor:
+        values = x_start.flatten(1).abs()
+        # The k-th value instead of torch.quantile, which refuses more than 16 million elements.
+        rank = max(1, math.ceil(percentile * values.shape[1]))
+        bound = values.kthvalue(rank, dim=1).values.clamp(min=1.0)
+        bound = bound.reshape(-1, *[1] * (x_start.dim() - 1))
+        return torch.minimum(torch.maximum(x_start, -bound), bound) / bound
+
+    return clip
 
 
 @torch.no_grad()

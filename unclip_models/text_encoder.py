@@ -6,6 +6,7 @@ model learns as "no caption".
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ class TextEncoderConfig:
     """Settings of a text encoder; the paper's is 256 / 2048 / 24 / 32 (Table 3).
 
     Attributes:
+        kind: always ``own``; tells it from the frozen CLIP's text (``clip_text.py``) in a config file.
         context_length: tokens per caption, padding included.
         width: channels.
         layers: transformer blocks; 0 leaves the embeddings and the final LayerNorm.
@@ -29,6 +31,7 @@ class TextEncoderConfig:
         checkpoint_activations: trade compute for memory in the backward pass.
     """
 
+    kind: Literal["own"] = "own"
     context_length: int = 77
     width: int = 512
     layers: int = 6

@@ -62,8 +62,8 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
-        """Attend within ``x`` ``(B, L, C)``, and to the cached positions before it."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0, visible: Tensor | None = None) -> Tensor:
+        """Attend within ``x`` ``(B, L, C)``, and to the cached positions before it; see ``Transformer``."""
         batch, length, width = x.shape
         qkv = self.qkv(x).view(batch, length, 3, self.heads, width // self.heads)
         query, keys, values = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, L, C / H)
@@ -72,10 +72,13 @@ class SelfAttention(nn.Module):
             keys, values = cache.extend(layer, keys, values)
             held = keys.shape[2] - length
         mask = None
-        if self.causal and held > 0 and length > 1:
+        square_causal = self.causal and held == 0 and length > 1 and visible is None
+        if self.causal and length > 1 and not square_causal:
             # Row i of this piece is position held + i of the whole sequence.
             mask = torch.ones(length, held + length, dtype=torch.bool, device=x.device).tril(held)
-        square_causal = self.causal and held == 0 and length > 1
+        if visible is not None:
+            keys_seen = visible[:, None, None, :]  # (B, 1, 1, held + L)
+            mask = keys_seen if mask is None else mask & keys_seen
         attended = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=square_causal)
         projected: Tensor = self.proj(attended.transpose(1, 2).reshape(batch, length, width))
         return projected
@@ -91,9 +94,9 @@ class Block(nn.Module):
         self.norm_2 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, layer: int = 0, visible: Tensor | None = None) -> Tensor:
         """Map ``(B, L, C)`` to ``(B, L, C)``."""
-        x = x + self.attention(self.norm_1(x), cache, layer)
+        x = x + self.attention(self.norm_1(x), cache, layer, visible)
         out: Tensor = x + self.mlp(self.norm_2(x))
         return out
 
@@ -144,11 +147,18 @@ class Transformer(nn.Module):
             raise ValueError("a KV cache needs causal attention; this transformer is not causal")
         return KVCache(len(self.blocks))
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Map ``(B, L, C)`` to ``(B, L, C)``; with a cache, ``x`` holds only the positions after the cached ones."""
+    def forward(self, x: Tensor, cache: KVCache | None = None, visible: Tensor | None = None) -> Tensor:
+        """Map ``(B, L, C)`` to ``(B, L, C)``.
+
+        Args:
+            x: the sequence; with a cache, only the positions after the cached ones.
+            cache: what was read before, extended by this call.
+            visible: bool ``(B, held + L)``, False for positions that nobody may attend to, such as padding; None shows
+                all. Every position must be left with one to attend to.
+        """
         for layer, block in enumerate(self.blocks):
             if self.checkpoint_activations and cache is None and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
+                x = checkpoint(block, x, None, layer, visible, use_reentrant=False)
             else:
-                x = block(x, cache, layer)
+                x = block(x, cache, layer, visible)
         return x

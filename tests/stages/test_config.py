@@ -12,6 +12,7 @@ from stages.base import identity_of
 from stages.config import Config, load_config, settings, to_values, to_yaml
 from stages.errors import ConfigError
 from unclip_models.ar_prior import ARPriorConfig
+from unclip_models.clip_text import ClipTextConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"
@@ -40,6 +41,17 @@ def test_extends_changes_only_what_it_names(tmp_path: Path) -> None:
     (tmp_path / "child.yaml").write_text("extends: base.yaml\ndecoder: {num_steps: 77}\n")
     base, child = load_config(tmp_path / "base.yaml"), load_config(tmp_path / "child.yaml")
     assert child == dataclasses.replace(base, decoder=dataclasses.replace(base.decoder, num_steps=77))
+
+
+def test_a_section_of_another_kind_takes_the_place_of_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(QUICKSTART.read_text())
+    text = "{kind: clip, context_length: 16, width: 64}"
+    (tmp_path / "child.yaml").write_text(f"extends: base.yaml\ndecoder: {{model: {{text: {text}}}}}\n")
+    child = load_config(tmp_path / "child.yaml")
+    assert child.decoder.model.text == ClipTextConfig(context_length=16, width=64)
+    assert child.decoder.model.image_size == load_config(tmp_path / "base.yaml").decoder.model.image_size
+    with pytest.raises(ConfigError, match=r"decoder\.model\.text\.layers: unknown key; it does not go with the `kind`"):
+        load_config(tmp_path / "child.yaml", ["decoder.model.text.layers=2"])
 
 
 @pytest.mark.parametrize(

@@ -81,10 +81,12 @@ def test_it_is_numpys_pca_of_the_selected_samples(root: str) -> None:
     wide = x.astype(np.float64)
     values, vectors = np.linalg.eigh(np.cov(wide.T, bias=True))
     np.testing.assert_allclose(pca["mean"], wide.mean(0), atol=1e-6)
+    np.testing.assert_allclose(pca["std"], wide.std(0), atol=1e-6)
     np.testing.assert_allclose(pca["eigenvalues"], values[::-1], atol=1e-7)
     np.testing.assert_allclose(np.abs(pca["axes"] @ vectors[:, ::-1][:, :4]), np.eye(4), atol=1e-3)
     assert {name: array.shape for name, array in pca.items()} == {
         "mean": (DIM,),
+        "std": (DIM,),
         "axes": (4, DIM),
         "eigenvalues": (DIM,),
         "edges": (4, 9),

@@ -31,8 +31,10 @@ from stages.train import (
 from tests.stages.training_data import DIM, manifests, put, write_dataset
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
 from unclip_models.checkpoint import load_model
+from unclip_models.clip import ClipModel, ClipModelConfig
+from unclip_models.clip_text import ClipTextConfig
 from unclip_models.decoder import DecoderConfig
-from unclip_models.prior import DiffusionPriorConfig
+from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
 from unclip_models.text_encoder import TextEncoderConfig
 from unclip_models.unet import UNetConfig
 from unclip_models.upsampler import UpsamplerConfig
@@ -55,8 +57,17 @@ DECODER = DecoderTraining(
 UPSAMPLER = UpsamplerTraining(
     model=UpsamplerConfig(image_size=16, input_size=8, crop_fraction=0.5, unet=UNET), **COMMON
 )
+CLIP_TEXT = ClipTextConfig(context_length=8, width=32)
+KARLO_PRIOR = dataclasses.replace(
+    PRIOR, model=dataclasses.replace(PRIOR.model, text=CLIP_TEXT, embedding_scaling="mean_std")
+)
+KARLO_DECODER = dataclasses.replace(DECODER, model=dataclasses.replace(DECODER.model, text=CLIP_TEXT, context_width=24))
+TEXT_DECODER = dataclasses.replace(DECODER, model=dataclasses.replace(DECODER.model, condition_on="text_embedding"))
 TRAININGS = {
     "prior": (Prior, PRIOR),
+    "karlo_prior": (Prior, KARLO_PRIOR),
+    "karlo_decoder": (Decoder, KARLO_DECODER),
+    "text_decoder": (Decoder, TEXT_DECODER),
     "ar_prior": (Prior, AR_PRIOR),
     "decoder": (Decoder, DECODER),
     "upsampler_256": (Upsampler256, UPSAMPLER),
@@ -72,6 +83,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
     k = 8
     arrays = {
         "mean": np.zeros(DIM, dtype=np.float32),
+        "std": np.full(DIM, 0.25, dtype=np.float32),
         "axes": np.eye(k, DIM, dtype=np.float32),
         "edges": np.tile(np.linspace(-1, 1, 5, dtype=np.float32), (k, 1)),
         "dot_edges": np.linspace(-1, 1, 4, dtype=np.float32),
@@ -80,6 +92,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Manifest]:
     found["pca"] = dataclasses.replace(
         found["clip"], stage="pca", fingerprint="a" * 16, files={"pca": file}, metrics={"num_components": k}
     )
+    clip = ClipModel.from_config(
+        ClipModelConfig(embedding_dim=DIM, context_length=8, vision_layers=1, text_width=32, text_layers=1)
+    )
+    path = tmp_path_factory.mktemp("clip") / "clip.safetensors"
+    clip.save(path)
+    metrics = {"embedding_dim": DIM, "context_length": 8, "text_width": 32}
+    weights = {"weights": put(root, "clip/clip.safetensors", path.read_bytes())}
+    found["clip"] = dataclasses.replace(found["clip"], files=weights, metrics=metrics)
     return found
 
 
@@ -106,6 +126,12 @@ def test_each_trains_and_publishes_its_weights(name: str, inputs: dict[str, Mani
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), fresh.parameters(), strict=True))
     if isinstance(model, ARPrior):
         assert torch.equal(model.pca_axes, torch.eye(6, DIM))
+    if isinstance(model, DiffusionPrior):
+        assert bool((model.gamma >= 0).all())  # measured, so that the paper's sampler works
+    if name == "karlo_prior":
+        assert torch.equal(model.scaling.std, torch.full((DIM,), 0.25))
+    if name.startswith("karlo"):
+        assert bool(model.text_encoder.null_tokens.any()) and bool(model.text_encoder.null_embedding.any())
 
 
 def test_the_plan_is_pure_and_ignores_where_it_runs(inputs: dict[str, Manifest]) -> None:
@@ -125,6 +151,14 @@ def test_a_model_that_does_not_fit_is_refused_before_training(inputs: dict[str, 
     wrong = dataclasses.replace(PRIOR, model=DiffusionPriorConfig(**(SMALL | {"embedding_dim": 32})))
     with pytest.raises(ConfigError, match=r"prior.model.embedding_dim: 32, but .* have 16 dimensions; write 16"):
         Prior(wrong, root=root).plan(inputs)
+    other = dataclasses.replace(KARLO_DECODER.model, text=ClipTextConfig(context_length=8, width=48))
+    with pytest.raises(
+        ConfigError, match=r"decoder.model.text.width: 48, but the text tower .* has width 32; write 32"
+    ):
+        Decoder(dataclasses.replace(KARLO_DECODER, model=other), root=root).plan(inputs)
+    raw = dataclasses.replace(PRIOR, model=dataclasses.replace(PRIOR.model, raw_embeddings=True))
+    with pytest.raises(ConfigError, match=r"prior.model.raw_embeddings: true, but the embed stage stores"):
+        Prior(raw, root=root).plan(inputs)
     many = dataclasses.replace(AR_PRIOR, model=dataclasses.replace(AR_PRIOR.model, num_codes=9))
     with pytest.raises(ConfigError, match=r"prior.model.num_codes: 9, but the pca stage kept 8 components"):
         Prior(many, root=root).plan(inputs)

@@ -1,56 +1,14 @@
 """The whole stack: an image depends on caption, seed and weights, and parts that do not fit are refused."""
 
-import math
-
 import pytest
 import torch
 
+from tests.unclip_models.small_stack import FAST, TEXT, UNET, small_stack
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.clip import ClipModel, ClipModelConfig
 from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.generate import (
-    DecoderSampling,
-    PriorSampling,
-    SamplingConfig,
-    UnCLIP,
-    UpsamplerSampling,
-    slerp,
-    to_uint8,
-)
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.generate import SamplingConfig, UnCLIP, to_uint8
 
 torch.set_num_threads(1)
-TEXT = TextEncoderConfig(context_length=8, width=16, layers=1, heads=2)
-UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_res_blocks=1)
-FAST = SamplingConfig(
-    prior=PriorSampling(steps=4),
-    decoder=DecoderSampling(steps=4, guidance_scale=2.0),
-    upsamplers=(UpsamplerSampling(steps=2), UpsamplerSampling(steps=2)),
-)
-
-
-def randomised(module: torch.nn.Module) -> torch.nn.Module:
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    return module
-
-
-@pytest.fixture(scope="module")
-def stack() -> UnCLIP:
-    torch.manual_seed(0)
-    clip = ClipModel.from_config(
-        ClipModelConfig(embedding_dim=12, image_size=16, vision_width=32, vision_layers=1, text_width=32, text_layers=1)
-    ).freeze()
-    prior = DiffusionPrior(DiffusionPriorConfig(embedding_dim=12, text=TEXT, width=16, layers=1, heads=2))
-    decoder = Decoder(DecoderConfig(image_size=8, embedding_dim=12, unet=UNET, text=TEXT))
-    ups = [Upsampler(UpsamplerConfig(image_size=2 * side, input_size=side, unet=UNET)) for side in (16, 8)][::-1]
-    for up in ups:
-        assert up.config.crop_px >= 4
-    return UnCLIP(clip, randomised(prior), randomised(decoder), [randomised(up) for up in ups])
 
 
 def test_every_resolution_comes_back_and_seeds_decide(stack: UnCLIP) -> None:
@@ -81,36 +39,24 @@ def test_without_a_prior_the_text_embedding_is_decoded(stack: UnCLIP) -> None:
     assert torch.equal(out.image_embeddings, expected) and list(out.images) == [8]
 
 
-def test_variations_keep_the_embedding(stack: UnCLIP) -> None:
-    image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    out = stack.vary(image.expand(2, -1, -1, -1), [0, 1], FAST)
-    torch.testing.assert_close(out.image_embeddings, stack.clip.encode_image(image).expand(2, -1))
-    assert not torch.equal(out.images[8][0], out.images[8][1])
+@pytest.mark.parametrize("raw_embeddings", [False, True])
+def test_a_stack_may_read_the_clips_text_and_raw_embeddings(raw_embeddings: bool) -> None:
+    karlo = small_stack(reads_clip_text=True, raw_embeddings=raw_embeddings)
+    captions, seeds = ["a red circle", "a blue square"], [5, 6]
+    whole = karlo.text_to_image(captions, seeds, FAST)
+    alone = karlo.text_to_image(captions[1:], seeds[1:], FAST)
+    torch.testing.assert_close(whole.image_embeddings[1:], alone.image_embeddings, atol=1e-4, rtol=1e-4)
+    assert (whole.final[1:].int() - alone.final.int()).abs().max() <= 1
+    has_unit_norm = torch.allclose(whole.image_embeddings.norm(dim=1), torch.ones(2), atol=1e-4)
+    assert has_unit_norm is not raw_embeddings
+    other = karlo.decode(whole.image_embeddings, seeds, FAST, captions=captions[::-1])
+    assert not torch.equal(other.images[8], whole.images[8])  # the caption reaches the decoder
 
 
-def test_text_diff_turns_by_the_fraction_of_the_angle(stack: UnCLIP) -> None:
-    image = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
-    z_i = stack.clip.encode_image(image)
-    torch.testing.assert_close(stack.text_diff(image, "a blue square", "a photo", 0.0), z_i)
-    z_t, z_0 = stack.clip.encode_text(stack.clip.tokenize(["a blue square", "a photo"]))
-    direction = torch.nn.functional.normalize(z_t - z_0, dim=-1)
-    whole = torch.acos(z_i @ direction)
-    part = torch.acos((stack.text_diff(image, "a blue square", "a photo", 0.3) * z_i).sum())
-    torch.testing.assert_close(part, 0.3 * whole[0], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="same embedding"):
-        stack.text_diff(image, "a photo", "a photo", 0.3)
-
-
-def test_slerp_keeps_the_norm_and_divides_the_angle() -> None:
-    a, b = torch.nn.functional.normalize(torch.randn(2, 5, 8), dim=-1)
-    whole = torch.acos((a * b).sum(-1))
-    for theta in (0.0, 0.25, 0.5, 1.0):
-        z = slerp(a, b, theta)
-        torch.testing.assert_close(z.norm(dim=-1), torch.ones(5))
-        torch.testing.assert_close(torch.acos((a * z).sum(-1).clamp(-1, 1)), theta * whole, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(slerp(a, a, 0.3), a)
-    x = slerp(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([1 / 3]))
-    torch.testing.assert_close(x, torch.tensor([[math.cos(math.pi / 6), math.sin(math.pi / 6)]]))
+def test_prior_and_decoder_must_agree_on_the_norm(stack: UnCLIP) -> None:
+    raw = small_stack(raw_embeddings=True)
+    with pytest.raises(ValueError, match="raw_embeddings is True in the prior and False in the decoder"):
+        UnCLIP(stack.clip, raw.prior, stack.decoder)
 
 
 def test_to_uint8_covers_the_range() -> None:

@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unclip_models.clip_text import ClipTextConfig
 from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import PRIOR_SAMPLERS, DiffusionPrior, DiffusionPriorConfig, best_candidate
+from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig, PriorSampler, best_candidate
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import seeded_generators
 from unclip_models.text_encoder import TextEncoderConfig
@@ -52,7 +54,7 @@ def test_loss_is_the_squared_error_of_the_scaled_embedding(prior: DiffusionPrior
     batch, random = _batch(), SampleRandom(0, 0, range(4))
     loss, terms = prior.loss(batch, random)
     t, noise = random.integers("timestep", 0, 100), random.normal("noise", (DIM,))
-    x_start = batch["image_embedding"] * prior.scale
+    x_start = batch["image_embedding"] * 17.2 * (DIM / 1024) ** 0.5
     x_t = prior.diffusion.q_sample(x_start, t, noise)
     drop = random.bernoulli("caption_dropout", 0.1)
     expected = (prior(x_t, t, batch["tokens"], batch["text_embedding"], drop) - x_start).square().mean(dim=1)
@@ -65,12 +67,6 @@ def test_loss_of_a_sample_does_not_depend_on_its_batch_mates(prior: DiffusionPri
     whole = prior.loss(batch, SampleRandom(0, 5, [8, 9, 10, 11]))[1]["loss"]
     half = {name: value[2:] for name, value in batch.items()}
     assert torch.allclose(prior.loss(half, SampleRandom(0, 5, [10, 11]))[1]["loss"], whole[2:], atol=1e-5)
-
-
-def test_embedding_scale_defaults_to_the_papers_standard_deviation() -> None:
-    assert DiffusionPriorConfig(embedding_dim=1024).resolved_embedding_scale == pytest.approx(17.2)
-    assert DiffusionPriorConfig(embedding_dim=768).resolved_embedding_scale == pytest.approx(14.9, abs=0.01)
-    assert DiffusionPriorConfig(embedding_scale=3.0).resolved_embedding_scale == 3.0
 
 
 def test_output_is_read_at_a_last_position_that_sees_everything(prior: DiffusionPrior) -> None:
@@ -116,7 +112,7 @@ def test_every_parameter_is_trained(prior: DiffusionPrior) -> None:
 def test_the_cached_denoiser_of_sampling_equals_forward(prior: DiffusionPrior) -> None:
     batch, t = _batch(2), torch.tensor([3, 70])
     x_t, drop = torch.randn(2, 3, DIM), torch.tensor([False, True])
-    denoiser = prior._bind(batch["tokens"], batch["text_embedding"], drop, num_candidates=3)
+    denoiser = prior.bind(batch["tokens"], batch["text_embedding"], drop, num_candidates=3)
     for _ in range(2):  # the second call must not see the first one's keys
         got = denoiser(x_t, t)
     for candidate in range(3):
@@ -124,7 +120,7 @@ def test_the_cached_denoiser_of_sampling_equals_forward(prior: DiffusionPrior) -
         assert torch.allclose(got[:, candidate], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", PRIOR_SAMPLERS)
+@pytest.mark.parametrize("sampler", get_args(PriorSampler))
 def test_samples_are_unit_norm_and_depend_on_their_seed_alone(prior: DiffusionPrior, sampler: str) -> None:
     batch = _batch(3)
     prior.measure_gamma(batch, SampleRandom(0, 0, range(3)), num_points=10)
@@ -208,13 +204,40 @@ def test_it_learns_a_caption_to_embedding_map(prior: DiffusionPrior) -> None:
     assert float((samples * pair["image_embedding"]).sum(-1).min()) > 0.9
 
 
-def test_paper_shape_has_a_billion_parameters() -> None:
-    """24 x 2048 over 256 + 4 positions at D = 1024 is 1.226B beside the token embeddings (101M)."""
-    text = TextEncoderConfig(context_length=256, width=2048, layers=0, heads=32)
-    with torch.device("meta"):
-        prior = DiffusionPrior(DiffusionPriorConfig(embedding_dim=1024, text=text, width=2048, layers=24, heads=32))
-    count = sum(p.numel() for p in prior.parameters()) - prior.text_encoder.token_embedding.weight.numel()
-    assert count == pytest.approx(1.226e9, rel=0.005)
+@pytest.mark.parametrize("scaling", ["paper", "sqrt_dim", "mean_std"])
+def test_every_scaling_trains_and_samples_embeddings_in_their_own_units(scaling: str) -> None:
+    torch.manual_seed(0)
+    prior = DiffusionPrior(dataclasses.replace(CONFIG, embedding_scaling=scaling))  # type: ignore[arg-type]
+    batch = _batch(2)
+    if scaling == "mean_std":
+        with pytest.raises(ValueError, match="call set_statistics first"):
+            prior.loss(batch, SampleRandom(0, 0, range(2)))
+        prior.scaling.set_statistics(torch.full((DIM,), 0.1), torch.linspace(0.2, 0.4, DIM))
+    assert torch.isfinite(prior.loss(batch, SampleRandom(0, 0, range(2)))[0])
+    samples = _sample(prior, batch, [1, 2], clip_range=3.0)
+    assert torch.allclose(samples.norm(dim=-1), torch.ones(2), atol=1e-5)
+
+
+CLIP_TEXT = dataclasses.replace(CONFIG, text=ClipTextConfig(context_length=CONTEXT, width=6))
+
+
+@torch.no_grad()
+def test_a_prior_that_reads_the_clips_text_ignores_its_padding_and_caches_alike() -> None:
+    torch.manual_seed(0)
+    prior, batch = DiffusionPrior(CLIP_TEXT).eval(), _batch(2)
+    assert "null_text_embedding" not in dict(prior.named_parameters())
+    prior.text_encoder.set_null_caption(torch.tensor([3, 4, 0, 0, 0]), torch.randn(CONTEXT, 6), torch.randn(DIM))
+    sequence, x_t, t = torch.randn(2, CONTEXT, 6), torch.randn(2, DIM), torch.tensor([3, 70])
+    no, some = torch.tensor([False, False]), torch.tensor([False, True])
+    base = prior(x_t, t, batch["tokens"], batch["text_embedding"], no, sequence)
+    padded = sequence.clone()
+    padded[:, 3:] = 9.0  # behind the captions' ends
+    assert torch.equal(prior(x_t, t, batch["tokens"], batch["text_embedding"], no, padded), base)
+    dropped = prior(x_t, t, batch["tokens"], batch["text_embedding"], some, sequence)
+    assert torch.equal(dropped[0], base[0]) and not torch.allclose(dropped[1], base[1])
+    bound = prior.bind(batch["tokens"], batch["text_embedding"], some, text_sequence=sequence, num_candidates=2)
+    cached = bound(x_t[:, None].expand(-1, 2, -1), t)
+    assert torch.allclose(cached, dropped[:, None].expand(-1, 2, -1), atol=1e-5)
 
 
 def test_bad_settings_are_refused(prior: DiffusionPrior) -> None:
@@ -222,6 +245,8 @@ def test_bad_settings_are_refused(prior: DiffusionPrior) -> None:
         DiffusionPriorConfig(diffusion=DiffusionConfig(variance="learned_range"))
     with pytest.raises(ValueError, match=r"prior\.caption_dropout is 1\.0"):
         DiffusionPriorConfig(caption_dropout=1.0)
+    with pytest.raises(ValueError, match=r"prior\.embedding_scale: mean_std measures"):
+        DiffusionPriorConfig(embedding_scaling="mean_std", embedding_scale=2.0)
     with pytest.raises(ValueError, match="sampler is 'euler'"):
         _sample(prior, _batch(1), [0], sampler="euler")
     with pytest.raises(ValueError, match="2 generators for 1 captions"):
