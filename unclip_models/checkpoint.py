@@ -11,7 +11,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,14 +72,17 @@ def save_model(model: nn.Module, path: str | Path, *, metadata: Mapping[str, str
         raise ValueError(f"save_model {path}: metadata keys {reserved} are written by save_model; rename yours")
     if wrong := sorted(key for key, value in extra.items() if not isinstance(value, str)):
         raise ValueError(f"save_model {path}: metadata {wrong} is not a string; encode it, e.g. as JSON")
+    write_weights(path, model.state_dict(), {**extra, **architecture_header(model)})
+
+
+def architecture_header(model: nn.Module) -> dict[str, str]:
+    """Return what a file says of its model: architecture, its version, and the config as JSON."""
     architecture = _architecture_of(model.config)
-    header = {
-        **extra,
+    return {
         "architecture": architecture.name,
         "architecture_version": str(architecture.version),
         "config": json.dumps(dataclasses.asdict(cast(Any, model.config)), sort_keys=True),
     }
-    write_weights(path, model.state_dict(), header)
 
 
 def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, str]]:
@@ -97,17 +100,42 @@ def load_model(path: str | Path, device: torch.device | str = "cpu") -> tuple[nn
     """
     path = Path(path)
     metadata, tensors = read_weights(path, device)
-    config = _config_from_metadata(metadata, path)
+    config = config_from_header(metadata, path)
     with torch.device("meta"):
         model = build(config)
+    return finish_loading(model, tensors, path), metadata
+
+
+def finish_loading(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    *,
+    may_lack: Callable[[str], bool] = lambda name: False,
+) -> nn.Module:
+    """Give a model that was built on the meta device its tensors; return it in eval mode.
+
+    Args:
+        model: on the meta device.
+        tensors: by name; they are taken over, not copied.
+        path: where they come from, for messages.
+        may_lack: says of a missing buffer whether it may keep the value of a new model.
+
+    Raises:
+        ValueError: if the tensors do not fit.
+    """
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    lacking = [name for name in wanted if name not in tensors and may_lack(name)]
+    if lacking:
+        fresh = build(model.config).state_dict()
+        tensors = {**tensors, **{name: fresh[name] for name in lacking}}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if wanted != found:
         raise ValueError(f"{path}: weights do not fit their config: {_mismatch(wanted, found)}; export the model again")
     model.load_state_dict(tensors, assign=True)
     left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     assert not left, f"models must not hold non-persistent buffers, which no file restores: {left}"
-    return model.eval(), metadata
+    return model.eval()
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
@@ -204,7 +232,12 @@ def _architecture_of(config: Any) -> Architecture:
     raise ValueError(f"{type(config).__name__} is no model config; known are {known}")
 
 
-def _config_from_metadata(metadata: Mapping[str, str], path: Path) -> Any:
+def config_from_header(metadata: Mapping[str, str], path: Path) -> Any:
+    """Read the config out of a file's header.
+
+    Raises:
+        ValueError: if the header lacks it, or is of an unknown architecture or version.
+    """
     if missing := [key for key in RESERVED_METADATA if key not in metadata]:
         raise ValueError(f"{path}: header lacks {missing}; it was not written by save_model, convert it first")
     by_name = {architecture.name: architecture for architecture in ARCHITECTURES}

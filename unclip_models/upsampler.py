@@ -2,25 +2,32 @@
 
 It sees no caption and has no attention, so it is trained on random crops of a quarter of the side and applied at full
 size. The low-resolution image, corrupted in training (``degradation.py``), is enlarged and joined to the noised image
-by channel, as in ADM's upsamplers.
+by channel, as in ADM's upsamplers. Two options go beyond the paper: noise-conditioning augmentation of Ho et al. 2022
+(cascaded diffusion, section 4), and sampling in overlapping tiles, which bounds the memory.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from unclip_models.decoder import IMAGE_CHANNELS, ImageSampler, run_image_sampler
 from unclip_models.degradation import Degradation, degrade, downsample
-from unclip_models.diffusion import DiffusionConfig, GaussianDiffusion, spaced_timesteps
+from unclip_models.diffusion import DiffusionConfig, GaussianDiffusion, spaced_timesteps, timestep_embedding
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import draw_noise
 from unclip_models.unet import UNet, UNetConfig
+
+# Noise levels in [0, 1) are embedded like the timesteps of a process of a thousand steps.
+_LEVEL_SCALE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +41,13 @@ class UpsamplerConfig:
         degradation: how the low-resolution image is corrupted in training.
         degradation_probability: fraction of the samples that are corrupted; the others are only shrunk. The paper
             names none; Ho et al. 2022 (cascaded diffusion) found one half best for blur.
-        enlarge_mode: interpolation of the low-resolution image to ``image_size`` (GLIDE: bilinear; Karlo: bicubic).
+        enlarge_mode: interpolation of the low-resolution image to ``image_size``. GLIDE: bilinear. Karlo: bicubic, with
+            torch's antialias. Enlarging aliases nothing, but torch's antialiased kernel is another one: the cubic with
+            a = -1/2 (Keys; that of Pillow and MATLAB), renormalised at the border, where its plain bicubic has
+            a = -3/4 and repeats the border. Bilinear is the same with and without.
+        max_noise_level: noise-conditioning augmentation (Ho et al. 2022, section 4): in training, the low-resolution
+            image is mixed with noise of a level s drawn uniformly from [0, max_noise_level) for each sample, as
+            sqrt(1 - s^2) x + s noise, and the network is told s. 0, as in the paper, switches it off.
         unet: the U-Net, without attention.
         diffusion: the process; the paper's second upsampler uses the linear schedule.
     """
@@ -45,6 +58,7 @@ class UpsamplerConfig:
     degradation: Degradation = "blur"
     degradation_probability: float = 1.0
     enlarge_mode: Literal["bilinear", "bicubic"] = "bilinear"
+    max_noise_level: float = 0.0
     unet: UNetConfig
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
 
@@ -60,6 +74,11 @@ class UpsamplerConfig:
             raise ValueError(f"upsampler.degradation: {self.degradation!r}; use none, blur, bsr_light or bsr")
         if self.enlarge_mode not in ("bilinear", "bicubic"):
             raise ValueError(f"upsampler.enlarge_mode: {self.enlarge_mode!r}; use bilinear or bicubic")
+        if not 0.0 <= self.max_noise_level < 1.0:
+            raise ValueError(
+                f"upsampler.max_noise_level: {self.max_noise_level}; use 0 (off) or more, below 1, where nothing but "
+                "noise is left"
+            )
         if not 0.0 <= self.degradation_probability <= 1.0:
             raise ValueError(f"upsampler.degradation_probability: {self.degradation_probability}; use 0 to 1")
         self._check_crop()
@@ -86,6 +105,137 @@ class UpsamplerConfig:
         return round(self.image_size * self.crop_fraction)
 
 
+def training_sample(config: UpsamplerConfig, image: NDArray[np.uint8], random: SampleRandom) -> dict[str, Tensor]:
+    """Make one sample's part of a batch ahead of the step, as a data loader's thread does.
+
+    The result is, bit for bit, the sample's row of :meth:`Upsampler.training_pair`.
+
+    Args:
+        config: the upsampler's.
+        image: uint8 ``(image_size, image_size, 3)``.
+        random: the step's randomness, of this one sample.
+
+    Returns:
+        ``image`` uint8 ``(3, crop_px, crop_px)``, ``low_res`` float32 ``(3, crop_px / factor, crop_px / factor)``.
+
+    Raises:
+        ValueError: for an image of another shape.
+    """
+    side, crop_px = config.image_size, config.crop_px
+    if image.shape != (side, side, IMAGE_CHANNELS):
+        raise ValueError(f"upsampler: image of shape {image.shape}; it takes ({side}, {side}, 3)")
+    (top, left), *_ = _crop_corners(config, random)
+    pixels = image[top : top + crop_px, left : left + crop_px].copy()  # the whole image may be read-only, and is large
+    crop = torch.from_numpy(pixels).permute(2, 0, 1).contiguous()  # (3, crop_px, crop_px)
+    return {"image": crop, "low_res": _low_resolution(config, crop[None], random)[0]}
+
+
+def _crop_corners(config: UpsamplerConfig, random: SampleRandom) -> list[tuple[int, int]]:
+    """Draw top and left of every sample's crop."""
+    num_places = config.image_size - config.crop_px + 1
+    tops, lefts = (random.integers(tag, 0, num_places).tolist() for tag in ("crop_top", "crop_left"))
+    return list(zip(tops, lefts, strict=True))
+
+
+def _low_resolution(config: UpsamplerConfig, crops: Tensor, random: SampleRandom) -> Tensor:
+    """Make the corrupted low-resolution versions of crops ``(B, 3, P, P)``, uint8 or in [-1, 1]; float32."""
+    if crops.dtype == torch.uint8:
+        crops = crops.float().div_(127.5).sub_(1.0)
+    small_px = config.crop_px // config.factor
+    generators = random.generator("degradation") if config.degradation in ("bsr", "bsr_light") else []
+    low_res = degrade(config.degradation, crops, small_px, generators)
+    if config.degradation_probability == 1.0:
+        return low_res
+    corrupted = random.bernoulli("degradation_coin", config.degradation_probability).to(low_res.device)
+    return torch.where(corrupted[:, None, None, None], low_res, downsample(crops, small_px))
+
+
+def add_noise(low_res: Tensor, level: Tensor, noise: Tensor) -> Tensor:
+    """Mix images with noise at constant variance: sqrt(1 - s^2) x + s noise; level 0 returns the images exactly.
+
+    Args:
+        low_res: ``(B, C, h, w)``.
+        level: s in [0, 1), ``(B,)``.
+        noise: standard normal, shape of ``low_res``.
+    """
+    s = level[:, None, None, None]
+    return (1 - s**2).sqrt() * low_res + s * noise
+
+
+class Tile(NamedTuple):
+    """One tile's place in the image, and the weight of its pixels ``(tile_px, tile_px)``."""
+
+    top: int
+    left: int
+    weight: Tensor
+
+
+class Tiling:
+    """Square tiles that overlap and cover a square image, with smooth weights that sum to 1 in every pixel.
+
+    Towards a neighbour, a tile's weight is 0 in the outer quarter of the overlap, where the network saw the zeros
+    around the tile, then rises as a raised cosine and is 1 from the inner quarter on.
+
+    Args:
+        side_px: of the image.
+        tile_px: side of a tile; a multiple of ``multiple_px``. One as large as the image makes a single tile.
+        overlap_px: of neighbours, at least; a multiple of ``multiple_px`` and at most half a tile. None: a quarter of
+            a tile, rounded up to a multiple.
+        multiple_px: of the U-Net, whose levels then halve a tile where they halve the image.
+        device: of the weights.
+
+    Raises:
+        ValueError: if the numbers do not fit.
+    """
+
+    def __init__(
+        self,
+        side_px: int,
+        tile_px: int,
+        overlap_px: int | None,
+        multiple_px: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if tile_px < 1 or tile_px % multiple_px:
+            raise ValueError(f"tile_px: {tile_px}; it must be a multiple of {multiple_px} (levels of the U-Net)")
+        self.tile_px = min(tile_px, side_px)
+        if overlap_px is None:
+            overlap_px = multiple_px * math.ceil(tile_px / 4 / multiple_px)
+        if self.tile_px < side_px and (overlap_px < 0 or overlap_px % multiple_px or 2 * overlap_px > tile_px):
+            raise ValueError(
+                f"tile_overlap_px: {overlap_px} with tile_px {tile_px}; it must be a multiple of {multiple_px} (levels "
+                "of the U-Net), from 0 to half a tile"
+            )
+        last = side_px - self.tile_px
+        starts = [*range(0, last, max(1, self.tile_px - overlap_px)), last]
+        profiles = [self._profile(overlap_px, start > 0, start < last) for start in starts]
+        total = torch.zeros(side_px)
+        for start, profile in zip(starts, profiles, strict=True):
+            total[start : start + self.tile_px] += profile
+        parts = [profile / total[start : start + self.tile_px] for start, profile in zip(starts, profiles, strict=True)]
+        self.tiles = [
+            Tile(top, left, torch.outer(rows, columns).to(device))
+            for top, rows in zip(starts, parts, strict=True)
+            for left, columns in zip(starts, parts, strict=True)
+        ]
+
+    def _profile(self, overlap_px: int, before: bool, after: bool) -> Tensor:
+        """Weigh a tile's pixels along one axis, before they are made to sum to 1; ``(tile_px,)``."""
+        position = (torch.arange(overlap_px) + 0.5) / max(1, overlap_px)
+        ramp = torch.sin((2 * position - 0.5).clamp(0, 1) * (math.pi / 2)) ** 2
+        profile = torch.ones(self.tile_px)
+        if before:
+            profile[:overlap_px] *= ramp
+        if after:
+            profile[self.tile_px - overlap_px :] *= ramp.flip(0)
+        return profile
+
+    def cut(self, images: Tensor, places: Sequence[tuple[int, Tile]]) -> Tensor:
+        """Cut (row, tile) places out of ``(B, C, S, S)``: ``(len(places), C, tile_px, tile_px)``."""
+        px = self.tile_px
+        return torch.stack([images[i, :, tile.top : tile.top + px, tile.left : tile.left + px] for i, tile in places])
+
+
 class Upsampler(nn.Module):
     """The upsampler P(x_large | x_small)."""
 
@@ -100,66 +250,99 @@ class Upsampler(nn.Module):
             in_channels=2 * IMAGE_CHANNELS,
             out_channels=IMAGE_CHANNELS * (2 if learned else 1),
         )
+        if config.max_noise_level > 0:
+            width = config.unet.embedding_channels
+            self.noise_level_embed = nn.Sequential(
+                nn.Linear(config.unet.model_channels, width), nn.SiLU(), nn.Linear(width, width)
+            )
 
-    def forward(self, x_t: Tensor, t: Tensor, low_res: Tensor) -> Tensor:
+    def forward(self, x_t: Tensor, t: Tensor, low_res: Tensor, noise_level: Tensor | None = None) -> Tensor:
         """Predict from a noised image and its low-resolution version.
 
         Args:
             x_t: ``(B, 3, H, W)``.
             t: original timesteps ``(B,)``.
-            low_res: ``(B, 3, h, w)`` in [-1, 1], enlarged here to H x W.
+            low_res: ``(B, 3, h, w)`` in [-1, 1], enlarged here to H x W; already noised, if at all.
+            noise_level: s of the noise in ``low_res``, ``(B,)``; None is 0.
 
         Returns:
             ``(B, 3, H, W)``, or ``(B, 6, H, W)`` with learned variance.
         """
-        return self._predict(x_t, t, self._enlarged(low_res, x_t))
+        return self._predict(x_t, t, self._enlarged(low_res, x_t), self._level_embedding(noise_level, len(x_t)))
 
     def _enlarged(self, low_res: Tensor, x_t: Tensor) -> Tensor:
-        size, mode = x_t.shape[-2:], self.config.enlarge_mode
-        return F.interpolate(low_res.to(x_t.dtype), size=size, mode=mode, align_corners=False)  # (B, 3, H, W)
+        mode = self.config.enlarge_mode
+        return F.interpolate(  # (B, 3, H, W)
+            low_res.to(x_t.dtype), size=x_t.shape[-2:], mode=mode, align_corners=False, antialias=mode == "bicubic"
+        )
 
-    def _predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor) -> Tensor:
-        return cast(Tensor, self.unet(torch.cat([x_t, enlarged], dim=1), t))
+    def _level_embedding(self, noise_level: Tensor | None, num_images: int) -> Tensor | None:
+        """Embed noise levels: ``(B, 4 * model_channels)``, or None for a model that knows no noise."""
+        if self.config.max_noise_level == 0:
+            return None
+        if noise_level is None:
+            noise_level = torch.zeros(num_images, device=self.unet.time_embed[0].weight.device)
+        features = timestep_embedding(noise_level * _LEVEL_SCALE, self.config.unet.model_channels)
+        return cast(Tensor, self.noise_level_embed(features.to(self.unet.dtype)))
+
+    def _predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None) -> Tensor:
+        return cast(Tensor, self.unet(torch.cat([x_t, enlarged], dim=1), t, embedding=embedding))
+
+    def _predict_tiled(
+        self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None, tiling: Tiling, batch_size: int
+    ) -> Tensor:
+        """Predict tile by tile, ``batch_size`` tiles at a time, and blend; image by image, so batches do not matter."""
+        places = [(row, tile) for row in range(len(x_t)) for tile in tiling.tiles]
+        channels, px = self.unet.out[2].out_channels, tiling.tile_px
+        blended = x_t.new_zeros(len(x_t), channels, *x_t.shape[-2:])
+        for first in range(0, len(places), batch_size):
+            part = places[first : first + batch_size]
+            rows = torch.tensor([row for row, _ in part], device=t.device)
+            output = self._predict(
+                tiling.cut(x_t, part),
+                t[rows],
+                tiling.cut(enlarged, part),
+                None if embedding is None else embedding[rows],
+            )
+            for (row, tile), prediction in zip(part, output, strict=True):
+                blended[row, :, tile.top : tile.top + px, tile.left : tile.left + px] += prediction * tile.weight
+        return blended
 
     def training_pair(self, images: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor]:
         """Cut a random crop of every image and make its corrupted low-resolution version.
 
-        A data loader may call this ahead of the step (BSR runs on the CPU) and pass both on to :meth:`loss`.
+        A data loader may call :func:`training_sample` ahead of the step instead (BSR runs on the CPU).
 
         Args:
-            images: ``(B, 3, image_size, image_size)`` in [-1, 1].
+            images: ``(B, 3, image_size, image_size)``, uint8 or in [-1, 1].
             random: the step's randomness, of the same B samples.
 
         Returns:
-            ``(B, 3, crop_px, crop_px)``, and float32 ``(B, 3, crop_px / factor, crop_px / factor)`` in [-1, 1].
+            ``(B, 3, crop_px, crop_px)`` in the dtype of ``images``, and float32
+            ``(B, 3, crop_px / factor, crop_px / factor)`` in [-1, 1].
+
+        Raises:
+            ValueError: if the images have another shape.
         """
-        config = self.config
-        side = config.image_size
+        side, crop_px = self.config.image_size, self.config.crop_px
         if images.dim() != 4 or tuple(images.shape[1:]) != (IMAGE_CHANNELS, side, side):
             raise ValueError(f"upsampler: images of shape {tuple(images.shape)}; it takes (B, 3, {side}, {side})")
-        tops = random.integers("crop_top", 0, side - config.crop_px + 1).tolist()
-        lefts = random.integers("crop_left", 0, side - config.crop_px + 1).tolist()
+        corners = _crop_corners(self.config, random)
         crops = torch.stack(
             [
-                image[:, top : top + config.crop_px, left : left + config.crop_px]
-                for image, top, left in zip(images, tops, lefts, strict=True)
+                image[:, top : top + crop_px, left : left + crop_px]
+                for image, (top, left) in zip(images, corners, strict=True)
             ]
         )
-        small_px = config.crop_px // config.factor
-        needs_generators = config.degradation in ("bsr", "bsr_light")
-        generators = random.generator("degradation") if needs_generators else []
-        low_res = degrade(config.degradation, crops, small_px, generators)
-        if config.degradation_probability < 1.0:
-            corrupted = random.bernoulli("degradation_coin", config.degradation_probability).to(low_res.device)
-            low_res = torch.where(corrupted[:, None, None, None], low_res, downsample(crops, small_px))
-        return crops, low_res
+        return crops, _low_resolution(self.config, crops, random)
 
     def loss(self, batch: Mapping[str, Tensor], random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the training loss of a batch.
 
         Args:
             batch: ``image`` ``(B, 3, image_size, image_size)`` in [-1, 1]; or, already made by
-                :meth:`training_pair`, ``image`` holds the crops and ``low_res`` their low-resolution versions.
+                :meth:`training_pair` or :func:`training_sample`, ``image`` holds the crops, in [-1, 1] too, and
+                ``low_res`` their low-resolution versions.
             random: the step's randomness, of the same B samples.
 
         Returns:
@@ -169,12 +352,20 @@ class Upsampler(nn.Module):
         x_start, low_res = batch["image"].float(), batch.get("low_res")
         if low_res is None:
             x_start, low_res = self.training_pair(x_start, random)
+        low_res, level = self._augmented(low_res, random)
         t = random.integers("timestep", 0, self.diffusion.num_timesteps)
         noise = random.normal("noise", tuple(x_start.shape[1:]))
         loss, terms = self.diffusion.training_loss(
-            lambda x_t, timesteps: self(x_t, timesteps, low_res), x_start, t, noise
+            lambda x_t, timesteps: self(x_t, timesteps, low_res, level), x_start, t, noise
         )
         return loss.mean(), {**terms, "timestep": t}
+
+    def _augmented(self, low_res: Tensor, random: SampleRandom) -> tuple[Tensor, Tensor | None]:
+        """Add noise of a random level to the conditioning, if the model is told such levels; else leave it alone."""
+        if self.config.max_noise_level == 0:
+            return low_res, None
+        level = random.uniform("noise_level") * self.config.max_noise_level
+        return add_noise(low_res, level, random.normal("low_res_noise", tuple(low_res.shape[1:]))), level
 
     @torch.no_grad()
     def sample(
@@ -186,8 +377,18 @@ class Upsampler(nn.Module):
         eta: float = 0.0,
         generators: Sequence[torch.Generator],
         noise_temperature: float = 1.0,
+        noise_level: float = 0.0,
+        tile_px: int | None = None,
+        tile_overlap_px: int | None = None,
+        tile_batch_size: int = 1,
     ) -> Tensor:
-        """Enlarge images at full size.
+        """Enlarge images at full size, whole or in tiles.
+
+        With ``tile_px`` the network runs, at every step, on overlapping tiles of the full-size x_t, and its predictions
+        are blended (as in MultiDiffusion, Bar-Tal et al. 2023); memory is that of ``tile_batch_size`` tiles. The noise
+        is the same as for whole images, but the result is not quite: each tile's group norms see the tile alone,
+        and zeros stand around it where the network would have seen the image. The difference is small where tiles are
+        as large as the training crops or larger, since it is what the network was trained on.
 
         Args:
             low_res: ``(B, 3, input_size, input_size)`` in [-1, 1]; rounded to 8 bits first, as GLIDE does, because the
@@ -197,28 +398,49 @@ class Upsampler(nn.Module):
             eta: noise of DDIM.
             generators: one per image.
             noise_temperature: factor on the starting noise (GLIDE: 0.997).
+            noise_level: s of the noise added to ``low_res``, 0 to the model's ``max_noise_level``; more hides more of
+                its faults, and of its details.
+            tile_px: side of a tile; None runs the network on whole images.
+            tile_overlap_px: see :class:`Tiling`.
+            tile_batch_size: tiles that run through the network together.
 
         Returns:
-            ``(B, 3, image_size, image_size)`` float32 in [-1, 1].
+            ``(B, 3, image_size, image_size)`` float32 in [-1, 1]; image i depends on row i and generator i alone.
 
         Raises:
-            ValueError: if the input has another side, or the model is in training mode.
+            ValueError: if the input has another side, the model is in training mode, the noise level is not one the
+                model knows, or the tiles do not fit.
         """
+        self._check_sampling(low_res, noise_level, tile_batch_size)
+        side, device = self.config.image_size, low_res.device
+        x_T = noise_temperature * draw_noise(generators, (IMAGE_CHANNELS, side, side), device)  # noqa: N806
+        rounded = ((low_res.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
+        level = torch.full((len(low_res),), noise_level, device=device)
+        if noise_level > 0:
+            rounded = add_noise(rounded, level, draw_noise(generators, tuple(low_res.shape[1:]), device))
+        enlarged, embedding = self._enlarged(rounded, x_T), self._level_embedding(level, len(x_T))  # not at every step
+        tiling = None
+        if tile_px is not None:
+            tiling = Tiling(side, tile_px, tile_overlap_px, self.config.unet.min_multiple_px, device)
+
+        def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+            if tiling is None:
+                return self._predict(x_t, t, enlarged, embedding)
+            return self._predict_tiled(x_t, t, enlarged, embedding, tiling, tile_batch_size)
+
+        process = self.diffusion.respaced(spaced_timesteps(self.diffusion.num_timesteps, steps))
+        return run_image_sampler(denoiser, x_T, process, sampler=sampler, eta=eta, generators=generators)
+
+    def _check_sampling(self, low_res: Tensor, noise_level: float, tile_batch_size: int) -> None:
         if self.training:
             raise ValueError("Upsampler: sampling in training mode; call .eval() first")
-        side = self.config.input_size
+        side, highest = self.config.input_size, self.config.max_noise_level
         if low_res.dim() != 4 or tuple(low_res.shape[1:]) != (IMAGE_CHANNELS, side, side):
             raise ValueError(f"upsampler: input of shape {tuple(low_res.shape)}; it takes (B, 3, {side}, {side})")
-        out_shape = (IMAGE_CHANNELS, self.config.image_size, self.config.image_size)
-        x_T = noise_temperature * draw_noise(generators, out_shape, low_res.device)  # noqa: N806
-        rounded = ((low_res.float() + 1) * 127.5).round().clamp(0, 255) / 127.5 - 1
-        enlarged = self._enlarged(rounded, x_T)  # once, not at every step
-        process = self.diffusion.respaced(spaced_timesteps(self.diffusion.num_timesteps, steps))
-        return run_image_sampler(
-            lambda x_t, t: self._predict(x_t, t, enlarged),
-            x_T,
-            process,
-            sampler=sampler,
-            eta=eta,
-            generators=generators,
-        )
+        if not 0.0 <= noise_level <= highest:
+            raise ValueError(
+                f"upsampler: noise_level {noise_level}; this model was trained with levels from 0 to {highest} "
+                "(max_noise_level)"
+            )
+        if tile_batch_size < 1:
+            raise ValueError(f"upsampler: tile_batch_size {tile_batch_size}; it must be at least 1")
