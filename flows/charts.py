@@ -25,11 +25,13 @@ class Series:
         name: for the legend.
         points: ``(x, y)`` in order of x.
         style: ``faint`` (raw data), ``strong`` (what to look at) or ``other`` (a second quantity).
+        bounds: the low and the high end of an interval at every point, or nothing.
     """
 
     name: str
     points: Sequence[Point]
     style: str = "strong"
+    bounds: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,8 @@ def line_chart(
     if not points:
         raise ValueError(f"chart '{label}' has no points")
     x_axis = _axis([x for x, _ in points], _LEFT, width - _RIGHT)
-    y_axis = _axis([y for _, y in points], height - _BOTTOM, _TOP, log=log_y, pad=0.05)
+    ends = [end for one in series for bounds in one.bounds for end in bounds]
+    y_axis = _axis([*(y for _, y in points), *ends], height - _BOTTOM, _TOP, log=log_y, pad=0.05)
     body = [_frame(x_axis, y_axis, x_label, width, height)]
     for one in series:
         path = " ".join(f"{x_axis.at(x):.1f},{y_axis.at(y):.1f}" for x, y in thin(one.points))
@@ -166,6 +169,11 @@ def line_chart(
             x, y = path.split(",")
             body.append(f'<circle class="dot {one.style}" cx="{x}" cy="{y}" r="3"/>')
         body.append(f'<polyline class="line {one.style}" points="{path}"/>')
+        for point, (low, high) in zip(one.points, one.bounds, strict=False):
+            at, top, bottom = x_axis.at(point[0]), y_axis.at(high), y_axis.at(low)
+            body.append(
+                f'<line class="line {one.style}" x1="{at:.1f}" y1="{top:.1f}" x2="{at:.1f}" y2="{bottom:.1f}"/>'
+            )
     if rule is not None:
         body.append(_rule(x_axis.at(rule[0]), rule[1], width, height))
     return _svg(body, label, width, height)

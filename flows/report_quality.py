@@ -33,6 +33,9 @@ METRICS = (
     Metric("density", "Density", "higher", "real neighbourhoods a generated image lies in"),
     Metric("coverage", "Coverage", "higher", "real images with a generated one nearby"),
     Metric("diversity", "Diversity", "near real", "mean of 1 - cosine over pairs of images"),
+    Metric(
+        "diversity_within_captions", "Diversity within captions", "near real", "over pairs of images of one caption"
+    ),
     Metric("effective_number", "Effective number", "near real", "how many entirely different images the set is worth"),
 )
 QUESTIONS = {

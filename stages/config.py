@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from stages.ablation import AblationConfig, Trial
 from stages.base import setting
 from stages.clip import ClipConfig
 from stages.curate import CurateConfig
@@ -86,22 +87,62 @@ def check_config(values: Mapping[str, Any], *, place: str = "config") -> Config:
     Raises:
         ConfigError: lists every mistake.
     """
-    try:
-        # Strict JSON mode: no `true` for 1, no "3" for 3; lists become tuples and integers may stand for floats.
-        text = json.dumps(values, allow_nan=False)
-        config = TypeAdapter(Config).validate_json(text, strict=True)
-    except ValidationError as error:
-        lines = _explain(error, values)
-        raise ConfigError(
-            f"{place}: " + "\n".join(lines) if len(lines) == 1 else "\n  ".join([f"{place}:", *lines])
-        ) from None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{place}: {error}; only plain YAML values are allowed") from None
+    config: Config = _checked(Config, values, place)
     try:
         is_local(config.root)
     except StorageError as error:
         raise ConfigError(f"{place}: root: {error}") from None
     return config
+
+
+def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[AblationConfig, list[Trial]]:
+    """Read a file of variants and write out its trials.
+
+    Args:
+        path: a YAML file; see ``stages/ablation.py``.
+        overrides: ``dotted.key=value`` for the base config of every trial, from ``-s``.
+
+    Raises:
+        ConfigError: names the dotted path, the value and the remedy of every mistake, also those of the variants.
+    """
+    path = Path(path)
+    ablation: AblationConfig = _checked(AblationConfig, _read_yaml(path), str(path))
+    base = path.parent / ablation.base
+    trials = []
+    for scale in (None, *(ablation.guidance.scales if ablation.guidance else ())):
+        for variant, changes in ablation.variants.items():
+            if scale is not None and ablation.guidance is not None and variant not in ablation.guidance.variants:
+                continue
+            sweep: Mapping[str, Any] = {}
+            if scale is not None and ablation.guidance is not None:
+                sweep = {**ablation.guidance.set, "generate.decoder.guidance_scale": float(scale)}
+            for seed in ablation.seeds:
+                # Image i has the seed of the stage plus i: far apart, so that no two trials share images.
+                seeds = {"prior.seed": seed, "decoder.seed": seed, "generate.seed": seed * 1_000_000}
+                values = {**ablation.set, **changes, **sweep, **seeds}
+                lines = (*(f"{key}={json.dumps(value)}" for key, value in values.items()), *overrides)
+                trials.append(Trial(variant=variant, seed=seed, guidance_scale=scale, overrides=lines))
+    for trial in trials:
+        try:
+            load_config(base, trial.overrides)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: variants.{trial.variant}: {error}") from None
+    return ablation, trials
+
+
+def _checked(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
+    """Check plain values against a dataclass and build it."""
+    try:
+        # Strict JSON mode: no `true` for 1, no "3" for 3; lists become tuples and integers may stand for floats.
+        text = json.dumps(values, allow_nan=False)
+        return TypeAdapter(kind).validate_json(text, strict=True)
+    except ValidationError as error:
+        lines = _explain(error, values, kind)
+        raise ConfigError(
+            f"{place}: " + "\n".join(lines) if len(lines) == 1 else "\n  ".join([f"{place}:", *lines])
+        ) from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{place}: {error}; only plain YAML values are allowed") from None
 
 
 def to_values(config: Any) -> dict[str, Any]:
@@ -211,13 +252,13 @@ def _apply(values: dict[str, Any], override: str) -> None:
 # ---- explaining ---------------------------------------------------------------------------------------------------
 
 
-def _explain(error: ValidationError, values: Any) -> list[str]:
+def _explain(error: ValidationError, values: Any, kind: type[Any]) -> list[str]:
     lines: list[str] = []
     for item in _of_chosen_members(error.errors(include_url=False)):
         path = _clean_path(item["loc"], values)
         dotted = ".".join(path)
         if item["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            line = f"{dotted}: unknown key{_did_you_mean(path, values)}"
+            line = f"{dotted}: unknown key{_did_you_mean(path, kind)}"
         elif item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
             line = f"{dotted}: required, but not given"
         elif item["type"] == "value_error":  # from a __post_init__; its message begins with the setting's name
@@ -276,9 +317,9 @@ def _clean_path(location: Sequence[int | str], values: Any) -> list[str]:
     return path
 
 
-def _did_you_mean(path: Sequence[str], values: Any) -> str:
+def _did_you_mean(path: Sequence[str], kind: type[Any]) -> str:
     """Suggest the nearest key of the same section, else the same key in another section."""
-    known = [info.path for info in settings()]
+    known = [info.path for info in settings(kind)]
     parent, key = ".".join(path[:-1]), path[-1]
     siblings = [name.rsplit(".", 1)[-1] for name in known if name.rpartition(".")[0] == parent]
     if key in siblings:  # of another class of the union

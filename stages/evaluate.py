@@ -285,8 +285,22 @@ def measure(reference: ImageSet, control: ImageSet, generated: ImageSet, *, num_
             "diversity": mean_pairwise_distance(images.features),
             "effective_number": effective_number(images.features),
         }
+        if (spread := diversity_within_captions(images)) is not None:
+            values["diversity_within_captions"] = spread
         metrics |= {f"{prefix}{name}": value for name, value in values.items()}
     return metrics
+
+
+def diversity_within_captions(images: ImageSet) -> float | None:
+    """Return the mean of 1 - cosine over pairs of images of one caption; None where no caption has two.
+
+    It falls where guidance makes all images of a caption alike (unCLIP, Figure 9), which diversity over captions hides.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, caption in enumerate(images.captions):
+        groups.setdefault(caption, []).append(row)
+    spreads = [mean_pairwise_distance(images.features[rows]) for rows in groups.values() if len(rows) > 1]
+    return float(np.mean(spreads)) if spreads else None
 
 
 def read_all(images: ImageSet, pixels: Mapping[str, npt.NDArray[np.uint8]]) -> dict[str, PixelReading]:

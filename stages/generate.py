@@ -41,6 +41,7 @@ class GenerateConfig:
     captions_uri: str | None = setting(
         None, "text file, one caption per line, used in turn; null: captions of the curated data", affects="nothing"
     )
+    images_per_caption: int = setting(1, "images made of every caption, one after another", affects="stage")
     seed: int | None = setting(None, "seed of the first image; null: the run's", affects="nothing")  # identity has it
     until: Until = setting("upsampler_1024", "the last model to run; its images are published")
     use_prior: bool = setting(
@@ -65,7 +66,7 @@ class GenerateConfig:
     num_gpus: float = setting(0.0, "GPUs per worker; fractions share one", affects="nothing")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "samples_per_shard", "batch_size"):
+        for name in ("num_samples", "images_per_caption", "samples_per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 1; write 1 or more")
         if self.prior.num_candidates < 1:
@@ -149,14 +150,16 @@ class Generate(Stage[GenerateConfig]):
         total, step = self.config.num_samples, self.config.samples_per_shard
         runs = [range(start, min(start + step, total)) for start in range(0, total, step)]
         if self.config.captions_uri:
-            lines = self._captions_in_file()
-            chosen = [[lines[i % len(lines)] for i in run] for run in runs]
+            lines, times = self._captions_in_file(), self.config.images_per_caption
+            chosen = [[lines[i // times % len(lines)] for i in run] for run in runs]
             return [
                 self.shard(index, inputs=weights, first=run.start, captions=captions)
                 for index, (run, captions) in enumerate(zip(runs, chosen, strict=True))
             ]
         records = inputs["curate"].records
-        rows = draw_rows([record.num_kept for record in records], total, self.seed)
+        times = self.config.images_per_caption
+        rows = draw_rows([record.num_kept for record in records], -(-total // times), self.seed)
+        rows = np.repeat(rows, times, axis=0)[:total]
         return [self._shard_of_rows(index, run.start, rows[run], records, weights) for index, run in enumerate(runs)]
 
     def _shard_of_rows(

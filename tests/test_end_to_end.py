@@ -22,12 +22,16 @@ import psutil
 import pytest
 from PIL import Image
 
+from flows.cli import main
 from stages import storage
 from stages.config import load_config
 from stages.graph import STAGE_NAMES, build_stages, fingerprints
 from stages.manifest import Manifest
 from stages.samples import read_tar
 from tests.conftest import free_port, s3_environment
+from unclip_models.checkpoint import load_model
+from unclip_models.decoder import Decoder
+from unclip_models.upsampler import Upsampler
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
@@ -128,6 +132,69 @@ def test_generate_writes_a_picture(undisturbed: Place, tmp_path: Path) -> None:
     finished = undisturbed.execute(words)
     assert finished.returncode == 0, finished.stderr
     assert list(tmp_path.glob("out*.png"))
+
+
+def test_every_manipulation_and_exchange_of_weights(
+    undisturbed: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: only the command is under test here, not how it starts."""
+    config = [*undisturbed.command()[2:]]
+    monkeypatch.chdir(undisturbed.watched.parent)
+
+    def unclip(command: str, *words: str) -> str:
+        assert main([command, *config, *words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    record = undisturbed.manifests()["download"].records[0]
+    pictures = [tmp_path / "a.png", tmp_path / "b.png"]
+    for path, sample in zip(pictures, read_tar(record.files["images"].read(undisturbed.root)), strict=False):
+        path.write_bytes(sample.image)
+    first, second = map(str, pictures)
+    mask = Image.new("L", Image.open(first).size, 255)
+    mask.paste(0, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+
+    assert unclip("vary", first, "-n", "2", "-o", f"{tmp_path}/v.png").splitlines() == [
+        f"{tmp_path}/v-1.png",
+        f"{tmp_path}/v-2.png",
+    ]
+    assert Image.open(tmp_path / "v-2.png").text["seed"] == "1"  # type: ignore[attr-defined]
+    unclip("interpolate", first, second, "-n", "3", "-o", f"{tmp_path}/i.gif")
+    assert Image.open(tmp_path / "i.gif").n_frames == 3  # type: ignore[attr-defined]
+    unclip("edit", first, "--to", "a red circle", "-n", "2", "--grid", "-o", f"{tmp_path}/e.png")
+    assert Image.open(tmp_path / "e.png").size == (130, 64)
+    unclip("edit", first, "--mask", f"{tmp_path}/mask.png", "--to", "a red circle", "-o", f"{tmp_path}/m.png")
+    unclip("edit", first, "--zoom", "2", "-o", f"{tmp_path}/z.png")
+    unclip("probe", first, "--components", "1,2", "-o", f"{tmp_path}/p.png")
+    latents = tmp_path / "latents.safetensors"
+    said = unclip("invert", first, "--latents", str(latents), "-o", f"{tmp_path}/r.png")
+    assert "reconstruction error: 0." in said and latents.stat().st_size > 16 * 16 * 3 * 4
+
+    exported = tmp_path / "exported"
+    unclip("export", "--format", "safetensors", "-o", str(exported))
+    for name, kind in (("decoder", Decoder), ("upsampler_1024", Upsampler)):
+        assert isinstance(load_model(exported / f"{name}.safetensors")[0], kind)
+    assert main(["export", *config, "--format", "diffusers", "--only", "decoder", "-o", str(exported)]) == 2
+    assert "diffusers has one number for all" in capsys.readouterr().err  # 8 channels: too narrow for it
+
+
+def test_an_ablation_trains_its_variants_and_judges_the_claims(
+    undisturbed: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], prefect_state: Path
+) -> None:
+    monkeypatch.chdir(undisturbed.watched.parent)
+    monkeypatch.setenv("XDG_STATE_HOME", str(prefect_state))
+    file = TINY.with_name("tiny_ablation.yaml")
+    command = ["ablate", str(file), *undisturbed.command()[3:], "-s", "cluster.executor=local"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["trials"]) == 2 * (2 + 2)
+    outcomes = {"holds", "does not hold", "not resolved"}
+    assert len(found["verdicts"]) == 2 and {verdict["outcome"] for verdict in found["verdicts"]} <= outcomes
+    assert main(command) == 0  # from what is there, in a moment
+    said = capsys.readouterr()
+    assert "| text_only |" in said.out and "done in" not in said.err
+    page = undisturbed.watched / "ablation" / "tiny_ablation" / "index.html"
+    assert "<svg" in page.read_text()
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from stages.base import identity_of
-from stages.config import Config, load_config, settings, to_values, to_yaml
+from stages.config import Config, load_ablation, load_config, settings, to_values, to_yaml
 from stages.errors import ConfigError
 from unclip_models.ar_prior import ARPriorConfig
 from unclip_models.clip_text import ClipTextConfig
@@ -20,7 +20,10 @@ QUICKSTART = CONFIGS / "quickstart.yaml"
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_loads(path: Path) -> None:
-    assert isinstance(load_config(path), Config)
+    if path.name == "ablation.yaml":
+        assert len(load_ablation(path)[1]) == 3 * (5 + 2 * 4)
+    else:
+        assert isinstance(load_config(path), Config)
 
 
 def test_written_out_it_is_the_same_config(tmp_path: Path) -> None:
@@ -137,3 +140,45 @@ def test_moving_to_another_cluster_changes_no_identity() -> None:
     )
     assert identity_of(base, ("shard", "stage")) == identity_of(moved, ("shard", "stage"))
     assert to_values(base) != to_values(moved)
+
+
+ABLATION = """
+base: {base}
+seeds: [0, 1]
+set: {{generate.until: decoder}}
+variants: {{full: {{}}, bare: {{generate.use_prior: false}}}}
+claims: [{{better: full, worse: bare}}]
+guidance: {{scales: [1, 3], variants: [bare], set: {{generate.images_per_caption: 2}}}}
+"""
+
+
+def test_an_ablation_is_written_out_into_trials(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(ABLATION.format(base=QUICKSTART))
+    config, trials = load_ablation(tmp_path / "a.yaml", ["root=elsewhere"])
+    assert [(t.variant, t.seed, t.guidance_scale) for t in trials] == [
+        *[(variant, seed, None) for variant in ("full", "bare") for seed in (0, 1)],
+        *[("bare", seed, scale) for scale in (1.0, 3.0) for seed in (0, 1)],
+    ]
+    last = load_config(QUICKSTART, trials[-1].overrides)
+    assert (last.root, last.decoder.seed, last.generate.seed) == ("elsewhere", 1, 1_000_000)
+    assert last.generate.decoder.guidance_scale == 3.0 and last.generate.images_per_caption == 2
+    assert not last.generate.use_prior and config.guidance is not None
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("seeds: [0, 1]", "seeds: [0]", "seeds: \\[0\\]; give two different seeds or more"),
+        ("worse: bare", "worse: bear", "variants: 'bear' is compared but not among full, bare"),
+        (
+            "generate.use_prior: false",
+            "generate.use_priro: false",
+            "variants.bare: .*did you mean 'generate.use_prior'",
+        ),
+        ("claims:", "claim:", "claim: unknown key; did you mean 'claims'"),
+    ],
+)
+def test_mistakes_in_an_ablation_are_explained(tmp_path: Path, old: str, new: str, message: str) -> None:
+    (tmp_path / "a.yaml").write_text(ABLATION.format(base=QUICKSTART).replace(old, new))
+    with pytest.raises(ConfigError, match=message):
+        load_ablation(tmp_path / "a.yaml")
