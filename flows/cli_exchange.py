@@ -77,6 +77,8 @@ def import_(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix != ".safetensors":
         raise ConfigError(f"-o {output}: give a name that ends in .safetensors")
+    if not output.parent.is_dir():
+        raise ConfigError(f"-o {output}: there is no folder {output.parent}; create it")
     try:
         model = _read(args)
         if args.clip:

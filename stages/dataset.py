@@ -2,7 +2,8 @@
 
 ``SampleOrder`` says which samples make the batch of step k; this module fetches them. A shard's tar stays on disk and
 single images are read out of it, so memory holds indices, embeddings and the images cached within ``cache_gib``. One
-thread works ahead of the training by a few batches; opening the shard a stream needs next and decoding run beside it.
+thread works ahead of the training by a few batches; opening the shard a stream needs next and decoding run beside it,
+and so does what a training makes of a decoded image before the step, such as an upsampler's crop and degradation.
 """
 
 from __future__ import annotations
@@ -24,8 +25,11 @@ from torch import Tensor
 from stages.errors import IntegrityError
 from stages.open_shard import OpenShard, TrainingShard
 from stages.sample_order import SampleOrder
+from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
+# (image uint8 (S, S, 3), the sample's randomness of the step) -> the sample's tensors, by name
+PrepareSample = Callable[[np.ndarray, SampleRandom], Mapping[str, Tensor]]
 
 _GIB = 1 << 30
 _MEMO_CAPTIONS = 100_000
@@ -40,8 +44,8 @@ class Batch:
     Attributes:
         step: optimizer step, from 0.
         indices: global sample index of every row.
-        tensors: ``image`` uint8 ``(B, 3, S, S)``; ``image_embedding`` and ``text_embedding`` float32 ``(B, D)``;
-            ``tokens`` int64 ``(B, ctx)``; those that were asked for.
+        tensors: ``image`` uint8 ``(B, 3, S, S)``, or what the training prepares of it; ``image_embedding`` and
+            ``text_embedding`` float32 ``(B, D)``; ``tokens`` int64 ``(B, ctx)``; those that were asked for.
     """
 
     step: int
@@ -75,11 +79,14 @@ class TrainingStream:
         root: the store.
         num_streams: see ``SampleOrder``.
         global_batch_size: samples per optimizer step over all ranks.
-        seed: of the order.
+        seed: of the order, and of what ``prepare`` draws.
         image_size_px: side of the images; needed where the shards have images.
         tokenize: captions -> int64 ``(n, ctx)``, to have ``tokens``.
         embeddings: whether to have ``image_embedding`` and ``text_embedding``.
-        num_decode_threads: threads that decode images, beside the one that assembles batches; 0 decodes in that one.
+        prepare: makes a sample's tensors of its image in the threads that decode; None takes the image as it is.
+            Its randomness is that of (seed, step, sample index), the very one the training step has.
+        num_decode_threads: threads that decode and prepare images, beside the one that assembles batches; 0 does so in
+            that one.
         prefetch_batches: batches made ahead of the training.
         cache_gib: open shards and decoded images kept per rank (and tars in scratch, if the store is remote); what the
             present batch and the next shards need is kept in any case.
@@ -96,6 +103,7 @@ class TrainingStream:
         image_size_px: int | None = None,
         tokenize: Callable[[Sequence[str]], Tensor] | None = None,
         embeddings: bool = False,
+        prepare: PrepareSample | None = None,
         num_decode_threads: int = 0,
         prefetch_batches: int = 4,
         cache_gib: float = 1.0,
@@ -111,6 +119,8 @@ class TrainingStream:
         )
         self._shards = shards
         self._root = root
+        self._seed = seed
+        self._prepare = prepare
         self._image_size_px = image_size_px
         self._tokenize = _Memo(tokenize) if tokenize is not None else None
         self._embeddings = embeddings
@@ -139,9 +149,10 @@ class TrainingStream:
         rows = [(cache.get(draw.place.shard), draw.place.row) for draw in draws]
         for draw in draws:
             cache.prepare(draw.upcoming)
+        indices = [draw.sample_index for draw in draws]
         tensors: dict[str, Tensor] = {}
         if self._image_size_px is not None:
-            tensors["image"] = self._images(rows, cache, pool)
+            tensors |= self._images(step, indices, rows, cache, pool)
         if self._embeddings:
             for name in ("image_embedding", "text_embedding"):
                 vectors = np.stack([shard.vectors[name][row] for shard, row in rows])
@@ -149,17 +160,31 @@ class TrainingStream:
         if self._tokenize is not None:
             tensors["tokens"] = self._tokenize([shard.caption(row) for shard, row in rows])  # (B, ctx)
         cache.trim()
-        return Batch(step, [draw.sample_index for draw in draws], tensors)
+        return Batch(step, indices, tensors)
 
-    def _images(self, rows: Sequence[tuple[OpenShard, int]], cache: _ShardCache, pool: ThreadPoolExecutor) -> Tensor:
-        keep = cache.has_room()
+    def _images(
+        self,
+        step: int,
+        indices: Sequence[int],
+        rows: Sequence[tuple[OpenShard, int]],
+        cache: _ShardCache,
+        pool: ThreadPoolExecutor,
+    ) -> dict[str, Tensor]:
+        keep, prepare = cache.has_room(), self._prepare
+        run = pool.map if self._num_decode_threads > 1 else map
 
-        def fetch(item: tuple[OpenShard, int]) -> np.ndarray:
-            return item[0].image(item[1], keep=keep)
+        def decode(row: tuple[OpenShard, int]) -> np.ndarray:
+            return row[0].image(row[1], keep=keep)
 
-        decode = pool.map if self._num_decode_threads > 1 else map
-        images = torch.from_numpy(np.stack(list(decode(fetch, rows))))  # (B, S, S, 3)
-        return images.permute(0, 3, 1, 2).contiguous()  # (B, 3, S, S)
+        if prepare is None:
+            images = torch.from_numpy(np.stack(list(run(decode, rows))))  # (B, S, S, 3)
+            return {"image": images.permute(0, 3, 1, 2).contiguous()}  # (B, 3, S, S)
+
+        def decode_and_prepare(index: int, row: tuple[OpenShard, int]) -> Mapping[str, Tensor]:
+            return prepare(decode(row), SampleRandom(self._seed, step, [index]))
+
+        samples = list(run(decode_and_prepare, indices, rows))
+        return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
     def _open(self, index: int) -> OpenShard:
         return OpenShard(

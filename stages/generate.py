@@ -54,12 +54,15 @@ class GenerateConfig:
         factory=DecoderSampling, help="sampling of the decoder: steps, guidance_scale, sampler, eta"
     )
     upsampler_256: UpsamplerSampling = setting(
-        factory=UpsamplerSampling, help="sampling of the first upsampler: steps, sampler, eta, noise_temperature"
+        factory=UpsamplerSampling,
+        help="sampling of the first upsampler: steps, sampler, eta, noise_temperature, tile_px",
     )
     upsampler_1024: UpsamplerSampling = setting(
         factory=lambda: UpsamplerSampling(steps=15), help="sampling of the second upsampler, as of the first"
     )
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; `bf16` is faster on GPUs")
+    compile: bool = setting(False, "compile the networks with torch.compile; pays over many batches", affects="nothing")
+    channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with bf16", affects="nothing")
     samples_per_shard: int = setting(64, "images in one unit of work", affects="stage")
     batch_size: int = setting(32, "images sampled at once; memory, not result", affects="nothing")
     num_cpus: float = setting(1.0, "CPU cores per worker", affects="nothing")
@@ -275,6 +278,7 @@ class Generate(Stage[GenerateConfig]):
 
         from unclip_models.checkpoint import load_model
         from unclip_models.clip import ClipModel
+        from unclip_models.efficiency import make_efficient
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         models: dict[str, Any] = {}
@@ -282,6 +286,8 @@ class Generate(Stage[GenerateConfig]):
             for name, file in weights.items():
                 with checked_copy(self.root, file) as path:
                     models[name] = ClipModel.load(path, device) if name == "clip" else load_model(path, device)[0]
+            for model in models.values():
+                make_efficient(model, compile=self.config.compile, channels_last=self.config.channels_last)
             return UnCLIP(
                 models["clip"],
                 models.get("prior"),

@@ -34,9 +34,10 @@ from unclip_models.checkpoint import build, save_model
 from unclip_models.clip import ClipModel, tokenize
 from unclip_models.clip_text import ClipText
 from unclip_models.decoder import DecoderConfig
+from unclip_models.efficiency import make_efficient
 from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
 from unclip_models.randomness import SampleRandom
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.upsampler import UpsamplerConfig, training_sample
 
 _GAMMA_SAMPLES = 512
 
@@ -172,8 +173,10 @@ class Training(Stage[TrainingC]):
         """
         started_at = time.monotonic()
         clip = self._clip(shard)
+        model = self.build_model(shard, clip)
+        make_efficient(model, compile=self.config.compile, channels_last=self.config.channels_last)
         trained = train(
-            self.build_model(shard, clip),
+            model,
             self._stream(shard, clip),
             self.config,
             make_engine=make_engine,
@@ -242,6 +245,7 @@ class Training(Stage[TrainingC]):
             image_size_px=getattr(config.model, "image_size", None) if self.needs_images else None,
             tokenize=self._tokenizer(clip) if self.needs_embeddings else None,
             embeddings=self.needs_embeddings,
+            prepare=partial(training_sample, config.model) if isinstance(config.model, UpsamplerConfig) else None,
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,

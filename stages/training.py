@@ -54,6 +54,8 @@ class TrainingConfig:
     num_streams: int = setting(8, "canonical data streams; the number of ranks must divide it")
 
     engine: Literal["deepspeed", "torch"] = setting("deepspeed", "what drives the optimizer on Ray", affects="nothing")
+    compile: bool = setting(False, "compile the network with torch.compile; needs a C++ compiler", affects="nothing")
+    channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with bf16", affects="nothing")
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "states DeepSpeed partitions over the ranks", affects="nothing")
     num_ranks: int = setting(1, "processes that train together", affects="nothing")
     cpus_per_rank: float = setting(1.0, "CPU cores of each", affects="nothing")

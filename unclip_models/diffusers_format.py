@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -33,20 +34,18 @@ from unclip_models.checkpoint import (
     read_weights,
     write_weights,
 )
-from unclip_models.clip_text import ClipTextConfig
 from unclip_models.decoder import Decoder, DecoderConfig
+from unclip_models.diffusers_config import BETAS, PREDICTIONS, infer_config
 from unclip_models.diffusers_names import attention_levels, prior_rules, text_proj_rules, unet_rules
 from unclip_models.diffusion import DiffusionConfig
 from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
 from unclip_models.unet import GroupNorm, UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.upsampler import Upsampler
 from unclip_models.weight_rules import Rule, to_ours, to_theirs
 
 OWN_FILE = "unclip.safetensors"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 _NULL = "learned_classifier_free_guidance_embeddings"
-_BETAS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}
-_PREDICTIONS = {"epsilon": "epsilon", "x_start": "sample", "v": "v_prediction"}
 _VARIANCES = {"fixed_small": "fixed_small_log", "fixed_large": "fixed_large", "learned_range": "learned_range"}
 
 
@@ -126,6 +125,10 @@ def _prior_part(config: DiffusionPriorConfig, text_scale: float) -> Part:
 
 def _decoder_part(model: Decoder) -> Part:
     config = model.config
+    if not config.unet.attention_resolutions:
+        raise ValueError(
+            "decoder.unet.attention_resolutions: empty; UNet2DConditionModel needs attention in the middle"
+        )
     attention = attention_levels(config.unet, config.image_size)
     down = ["SimpleCrossAttnDownBlock2D" if has else "ResnetDownsampleBlock2D" for has in attention]
     up = ["SimpleCrossAttnUpBlock2D" if has else "ResnetUpsampleBlock2D" for has in reversed(attention)]
@@ -135,14 +138,10 @@ def _decoder_part(model: Decoder) -> Part:
         "down_block_types": down,
         "up_block_types": up,
         "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-        "attention_head_dim": config.unet.head_channels,
+        "attention_head_dim": _head_channels(config.unet, attention),
         "cross_attention_dim": config.context_width or config.text.width,
         "class_embed_type": "identity",
     }
-    if not config.unet.attention_resolutions:
-        raise ValueError(
-            "decoder.unet.attention_resolutions: empty; UNet2DConditionModel needs attention in the middle"
-        )
     return Part("decoder", values, unet_rules(config.unet, config.image_size))
 
 
@@ -160,6 +159,10 @@ def _text_proj_part(config: DecoderConfig) -> Part:
 
 def _upsampler_part(model: Upsampler) -> Part:
     config = model.config
+    if config.max_noise_level > 0:
+        raise ValueError(
+            f"upsampler.max_noise_level: {config.max_noise_level}; UNet2DModel is not told the noise level of its input"
+        )
     num_levels = len(config.unet.channel_mult)
     values = {
         "_class_name": "UNet2DModel",
@@ -175,6 +178,11 @@ def _unet_values(unet: nn.Module, image_size: int, in_channels: int) -> dict[str
     config = cast(UNetConfig, unet.config)
     if not config.resblock_updown:
         raise ValueError("unet.resblock_updown: false; diffusers resamples these blocks inside residual blocks only")
+    if config.channel_mult[0] != 1:
+        raise ValueError(
+            f"unet.channel_mult: {config.channel_mult}; diffusers embeds timesteps as wide as the first level, so the "
+            "first must be 1"
+        )
     groups = sorted({norm.num_groups for norm in unet.modules() if isinstance(norm, GroupNorm)})
     if len(groups) != 1:
         raise ValueError(
@@ -193,6 +201,22 @@ def _unet_values(unet: nn.Module, image_size: int, in_channels: int) -> dict[str
     }
 
 
+def _head_channels(config: UNetConfig, attention: list[bool]) -> int:
+    """Return diffusers' ``attention_head_dim``.
+
+    A level narrower than a head has one head of its own width. diffusers takes a list of one entry per level, but reads
+    it in the same order on the way down and up, so a U-Net can have one number only.
+    """
+    levels = [*zip(config.channel_mult, attention, strict=True), (config.channel_mult[-1], True)]  # the middle has it
+    found = sorted({min(config.head_channels, config.model_channels * mult) for mult, has in levels if has})
+    if len(found) != 1:
+        raise ValueError(
+            f"unet.head_channels: {config.head_channels}; heads are {found} channels wide at these levels, diffusers "
+            f"has one width for all; train with {math.gcd(*found)}"
+        )
+    return found[0]
+
+
 def _require_captions_of_embedding_dim(model: str, width: int, dim: int) -> None:
     if width != dim:
         raise ValueError(
@@ -207,8 +231,8 @@ def _scheduler(name: str, diffusion: DiffusionConfig, clip_range: float) -> tupl
         "num_train_timesteps": diffusion.num_timesteps,
         "beta_start": 1e-4 * 1000 / diffusion.num_timesteps,
         "beta_end": 2e-2 * 1000 / diffusion.num_timesteps,
-        "beta_schedule": _BETAS[diffusion.schedule],
-        "prediction_type": _PREDICTIONS[diffusion.prediction],
+        "beta_schedule": BETAS[diffusion.schedule],
+        "prediction_type": PREDICTIONS[diffusion.prediction],
         "variance_type": _VARIANCES[diffusion.variance],
         "clip_sample": True,
         "clip_sample_range": clip_range,
@@ -284,88 +308,3 @@ def _require_kind(model: nn.Module, kind: str, folder: Path) -> None:
         raise ValueError(f"kind {kind!r}: choose from {', '.join(kinds)}")
     if not isinstance(model, kinds[kind]):
         raise ValueError(f"{folder}: holds a {type(model).__name__}, not a {kind}")
-
-
-def infer_config(folder: Path, kind: str) -> Any:
-    """Infer our config from diffusers' own, for a pipeline in the manner of Karlo.
-
-    Raises:
-        ValueError: if a config is missing, or asks for what our models do not do.
-    """
-    if kind == "prior":
-        return _infer_prior(_read_config(folder / "prior"))
-    if kind == "decoder":
-        return _infer_decoder(_read_config(folder / "decoder"), _read_config(folder / "text_proj"))
-    if kind == "upsampler":
-        return _infer_upsampler(_read_config(folder / "super_res_first"))
-    raise ValueError(f"kind {kind!r}: choose from prior, decoder, upsampler")
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({error}); give a folder that diffusers' save_pretrained made"
-        ) from None
-
-
-def _infer_prior(values: Mapping[str, Any]) -> DiffusionPriorConfig:
-    width = values["num_attention_heads"] * values["attention_head_dim"]
-    return DiffusionPriorConfig(
-        embedding_dim=values["embedding_dim"],
-        text=ClipTextConfig(context_length=values["num_embeddings"], width=values["embedding_dim"]),
-        width=width,
-        layers=values["num_layers"],
-        heads=values["num_attention_heads"],
-        embedding_scaling="mean_std",
-        raw_embeddings=True,
-    )
-
-
-def _infer_decoder(unet: Mapping[str, Any], text: Mapping[str, Any]) -> DecoderConfig:
-    return DecoderConfig(
-        image_size=unet["sample_size"],
-        embedding_dim=text["clip_embeddings_dim"],
-        num_image_tokens=text["clip_extra_context_tokens"],
-        unet=_infer_unet(unet),
-        text=ClipTextConfig(width=text["clip_embeddings_dim"]),
-        context_width=unet["cross_attention_dim"],
-        null_embedding="learned",
-        embedding_scale=1.0,
-        raw_embeddings=True,
-        diffusion=DiffusionConfig(variance=_infer_variance(unet, 3)),
-    )
-
-
-def _infer_upsampler(unet: Mapping[str, Any]) -> UpsamplerConfig:
-    side = unet["sample_size"]
-    return UpsamplerConfig(
-        image_size=side,
-        input_size=side // 4,
-        enlarge_mode="bicubic",
-        unet=_infer_unet(unet),
-        diffusion=DiffusionConfig(variance=_infer_variance(unet, 3)),
-    )
-
-
-def _infer_variance(unet: Mapping[str, Any], channels: int) -> Any:
-    return "learned_range" if unet["out_channels"] == 2 * channels else "fixed_small"
-
-
-def _infer_unet(values: Mapping[str, Any]) -> UNetConfig:
-    widths = values["block_out_channels"]
-    side = values["sample_size"]
-    attention = [side // 2**level for level, name in enumerate(values["down_block_types"]) if "Attn" in name]
-    return UNetConfig(
-        model_channels=widths[0],
-        channel_mult=tuple(width // widths[0] for width in widths),
-        num_res_blocks=values["layers_per_block"],
-        attention_resolutions=tuple(attention),
-        head_channels=values["attention_head_dim"] or 64,
-        dropout=values.get("dropout", 0.0),
-        use_scale_shift_norm=values["resnet_time_scale_shift"] == "scale_shift",
-        norm_groups=values["norm_num_groups"],
-        norm_group_min_channels=1,
-    )

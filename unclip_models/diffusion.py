@@ -22,6 +22,8 @@ Clip = Callable[[Tensor], Tensor]
 """Moves a predicted x_start back into the data's range, e.g. ``lambda x: x.clamp(-1, 1)`` for images."""
 
 _MAX_BETA = 0.999
+# A learned log variance may leave its two bounds by this much before its growth is slowed; see _slow_outside.
+_FREE_LOG_VARIANCE = 10.0
 # GLIDE's hand-tuned 27 steps: strided as "10,10,3,2,2", then 999 replaced by 997.
 _FAST27_SECTIONS = (10, 10, 3, 2, 2)
 
@@ -312,13 +314,18 @@ class GaussianDiffusion:
         return Prediction(mean, log_variance.exp(), log_variance, x_start)
 
     def _log_variance(self, learned: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
-        """Return log variance of p, shape of ``x_t``; learned channels in [-1, 1] interpolate between both bounds."""
+        """Return log variance of p, shape of ``x_t``; learned channels in [-1, 1] interpolate between both bounds.
+
+        Beyond they extrapolate, as in ADM, but far beyond no faster than a logarithm: any finite channel gives a finite
+        variance, loss and gradient, and a gradient that leads back.
+        """
         if learned is None:
             table = "posterior_log_variance" if self.config.variance == "fixed_small" else "fixed_large_log_variance"
             return self.gather(table, t, x_t).expand(x_t.shape)
         fraction = (learned + 1) / 2
-        upper = self.gather("log_betas", t, x_t)
-        return fraction * upper + (1 - fraction) * self.gather("posterior_log_variance", t, x_t)
+        upper, lower = self.gather("log_betas", t, x_t), self.gather("posterior_log_variance", t, x_t)
+        log_variance = fraction * upper + (1 - fraction) * lower
+        return _slow_outside(log_variance, lower - _FREE_LOG_VARIANCE, upper + _FREE_LOG_VARIANCE)
 
     # the loss
 
@@ -383,12 +390,30 @@ def gaussian_kl(mean_a: Tensor, log_variance_a: Tensor, mean_b: Tensor, log_vari
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
     """Return log P(x) in nats of 8-bit data in [-1, 1] under a Gaussian binned to its 256 levels (DDPM, Eq. 13)."""
     inverse = torch.exp(-log_scale)
-    upper = torch.special.ndtr((x - mean + 1 / 255) * inverse)
-    lower = torch.special.ndtr((x - mean - 1 / 255) * inverse)
+    distance = x - mean
+    # Both edges of the bin are taken to the lower tail, where small probabilities keep their digits: as a difference of
+    # numbers near 1, float32 would call everything beyond five standard deviations impossible, without a gradient.
+    upper = _normal_cdf((1 / 255 - distance.abs()) * inverse)
+    lower = _normal_cdf((-1 / 255 - distance.abs()) * inverse)
     # The outermost levels own the tails, so that the 256 probabilities sum to one.
-    upper = torch.where(x > 0.999, torch.ones_like(upper), upper)
-    lower = torch.where(x < -0.999, torch.zeros_like(lower), lower)
-    return (upper - lower).clamp(min=1e-12).log()
+    probability = torch.where(x > 0.999, _normal_cdf((1 / 255 - distance) * inverse), upper - lower)
+    probability = torch.where(x < -0.999, _normal_cdf((1 / 255 + distance) * inverse), probability)
+    return probability.clamp(min=1e-12).log()
+
+
+def _normal_cdf(z: Tensor) -> Tensor:
+    """Return the standard normal's distribution function; unlike ``torch.special.ndtr``, exact in the lower tail."""
+    return 0.5 * torch.erfc(-math.sqrt(0.5) * z)
+
+
+def _slow_outside(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Return values within [low, high] as they are, and let those outside grow by the logarithm of their excess.
+
+    The exponential of the result then grows linearly in the values instead of overflowing, and its gradient stays
+    bounded without ever vanishing, as that of a clamp would.
+    """
+    above, below = (values - high).clamp(min=0), (low - values).clamp(min=0)
+    return torch.minimum(torch.maximum(values, low), high) + torch.log1p(above) - torch.log1p(below)
 
 
 def _mean_flat(values: Tensor) -> Tensor:

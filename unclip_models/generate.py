@@ -52,12 +52,17 @@ class DecoderSampling:
 
 @dataclass(frozen=True, kw_only=True)
 class UpsamplerSampling:
-    """How an upsampler is sampled; the paper: 27 (64 -> 256) and 15 (256 -> 1024) DDIM steps, no guidance."""
+    """How an upsampler is sampled; the paper: 27 (64 -> 256) and 15 (256 -> 1024) DDIM steps, no guidance.
+
+    Attributes are those of ``Upsampler.sample``.
+    """
 
     steps: int | str = 27
     sampler: ImageSampler = "ddim"
     eta: float = 0.0
     noise_temperature: float = 1.0
+    noise_level: float = 0.0
+    tile_px: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +285,8 @@ class UnCLIP:
                 eta=up.eta,
                 generators=seeded_generators(seeds, f"upsampler_{index}"),
                 noise_temperature=up.noise_temperature,
+                noise_level=up.noise_level,
+                tile_px=up.tile_px,
             )
             images[upsampler.config.image_size] = to_uint8(x)
         return images

@@ -72,7 +72,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         raise ValueError(f"{path}: no such file; give a .safetensors, .ckpt, .pt or .pth file")
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
             f"{path}: cannot be read as plain weights ({first_line}); a file that needs code to be executed is "
@@ -111,19 +119,35 @@ def import_karlo(
     if kind not in KINDS:
         raise ValueError(f"kind {kind!r}: choose from {', '.join(KINDS)}")
     options = options or ImportOptions()
-    if kind == "prior":
-        if statistics is None:
-            raise ValueError(f"{where}: a prior needs the mean and standard deviation of its image embeddings")
-        own = _of_prefix(state, _PRIOR_PREFIXES, "clip_img_proj.weight", where)
-        config: Any = infer_prior(own, options)
-        own = {**own, "clip_mean": statistics[0], "clip_std": statistics[1]}
-    else:
-        own = _of_prefix(state, _UNET_PREFIXES, "input_blocks.0.0.weight", where)
-        config = infer_decoder(own, options) if kind == "decoder" else infer_upsampler(own, options)
+    if options.head_channels < 1:
+        raise ValueError(f"head_channels: {options.head_channels}; use 1 or more")
+    try:
+        config, own = _read_shapes(state, kind, options, statistics, where)
+    except KeyError as error:
+        raise ValueError(f"{where}: lacks {error}; it is not a {kind}, or of another architecture") from None
     with torch.device("meta"):
         model = build(config)
     tensors = to_ours(own, karlo_rules(model), where)
     return finish_loading(model, tensors, Path(where), may_lack=_not_in_karlo)
+
+
+def _read_shapes(
+    state: Mapping[str, Tensor],
+    kind: str,
+    options: ImportOptions,
+    statistics: tuple[Tensor, Tensor] | None,
+    where: str,
+) -> tuple[Any, dict[str, Tensor]]:
+    """Find the network's tensors, and the config that they show."""
+    if kind == "prior":
+        if statistics is None:
+            raise ValueError(f"{where}: a prior needs the mean and standard deviation of its image embeddings")
+        if not bool((statistics[1] > 0).all()):
+            raise ValueError(f"{where}: a standard deviation of its image embeddings is not positive")
+        own = _of_prefix(state, _PRIOR_PREFIXES, "clip_img_proj.weight", where)
+        return infer_prior(own, options), {**own, "clip_mean": statistics[0], "clip_std": statistics[1]}
+    own = _of_prefix(state, _UNET_PREFIXES, "input_blocks.0.0.weight", where)
+    return (infer_decoder if kind == "decoder" else infer_upsampler)(own, options), own
 
 
 def export_karlo(model: nn.Module) -> dict[str, Tensor]:

@@ -3,8 +3,8 @@
 An image is held as two latents (section 3): its CLIP embedding z_i, and the noise x_T from which DDIM decodes it back.
 Keeping one and changing the other gives variations, interpolations and text diffs; rebuilding z_i from fewer principal
 components shows what each of them means. Inverted noise is decoded without guidance, as it was found: guided, the
-steps of DDIM no longer contract, and no noise leads back to the image (measured on the quickstart's decoder: an error of
-0.007 at scale 1, of 0.6 at scale 3). All functions take images as uint8 ``(B, 3, H, W)``, or floating point in
+steps of DDIM no longer contract, and no noise leads back to the image (measured on the quickstart's decoder: an error
+of 0.007 at scale 1, of 0.6 at scale 3). All functions take images as uint8 ``(B, 3, H, W)``, or floating point in
 [-1, 1]; they are cut to a square around their centre and shrunk to the decoder's side.
 """
 

@@ -47,12 +47,13 @@ def combine_guidance(
     """Extrapolate from the unconditional to the conditional output (Ho and Salimans 2021; GLIDE, Eq. 7).
 
     The output may be noise, x_start or v: at a fixed x_t they are affine in each other, so guidance agrees. Rescaling
-    does not: Lin et al. apply it to whatever the network predicts, and so does this.
+    does not agree: like Lin et al., whose networks predict v, it treats whatever output it is given, so the same
+    ``rescale`` means something else for noise than for x_start.
 
     Args:
         conditional: model output given the condition ``(B, C, ...)``.
         unconditional: model output without it, same shape.
-        scale: 1 returns ``conditional`` and 0 ``unconditional``, exactly.
+        scale: 1 returns ``conditional`` and 0 ``unconditional``, exactly and never rescaled.
         num_channels: guide only the first so many channels and keep the conditional rest (learned variances).
         rescale: 0 to 1, how far the guided output takes back the standard deviation, over all but the batch, of the
             conditional one, which large scales blow up (Lin et al. 2023, Eqs. 15, 16; they use 0.7).
@@ -76,9 +77,11 @@ def combine_guidance(
 
 
 def _spread_ratio(wanted: Tensor, given: Tensor) -> Tensor:
-    """Return the ratio of two standard deviations per sample, ``(B, 1, ...)``."""
-    spread, own = (x.flatten(1).std(dim=1).clamp(min=1e-12) for x in (wanted, given))
-    return (spread / own).reshape(-1, *[1] * (wanted.dim() - 1))
+    """Return the ratio of two standard deviations per sample, ``(B, 1, ...)``; 1 where there is nothing to rescale."""
+    # In float32, because half precision would round the sums, and over the population, because one value has no sample.
+    spread, own = (x.float().flatten(1).std(dim=1, correction=0) for x in (wanted, given))
+    ratio = torch.where(own > 0, spread / own, torch.ones_like(own))
+    return ratio.reshape(-1, *[1] * (wanted.dim() - 1)).to(given.dtype)
 
 
 def guide(denoiser_cond: Denoiser, denoiser_uncond: Denoiser, scale: float, *, rescale: float = 0.0) -> Denoiser:
@@ -114,7 +117,7 @@ def dynamic_threshold(percentile: float) -> Clip:
 
     def clip(x_start: Tensor) -> Tensor:
         values = x_start.flatten(1).abs()
-        # The k-th value instead of torch.quantile, which refuses more than 16 million elements.
+        # The k-th value instead of torch.quantile, which in some versions refuses more than 16 million elements.
         rank = max(1, math.ceil(percentile * values.shape[1]))
         bound = values.kthvalue(rank, dim=1).values.clamp(min=1.0)
         bound = bound.reshape(-1, *[1] * (x_start.dim() - 1))
@@ -189,11 +192,12 @@ def ddim_sample(
         model_output = denoiser(x, diffusion.original(t))
         x_start = diffusion.predict_x_start(model_output, x, t, clip=clip)
         noise = diffusion.noise_from_x_start(x_start, x, t)
-        alpha_bar_prev = diffusion.gather("alphas_cumprod_prev", t, x)
-        variance = eta**2 * diffusion.gather("posterior_variance", t, x)
-        x = alpha_bar_prev.sqrt() * x_start + (1 - alpha_bar_prev - variance).clamp(min=0).sqrt() * noise
+        # Float64 scalars: near the clean end, float32 would leave three digits of 1 - alpha_bar.
+        alpha_bar_prev = float(diffusion.alphas_cumprod_prev[index])
+        variance = eta**2 * float(diffusion.posterior_variance[index])
+        x = math.sqrt(alpha_bar_prev) * x_start + math.sqrt(max(0.0, 1 - alpha_bar_prev - variance)) * noise
         if eta > 0 and generators is not None and index > 0:
-            x = x + variance.sqrt() * draw_noise(generators, tuple(x.shape[1:]), x.device)
+            x = x + math.sqrt(variance) * draw_noise(generators, tuple(x.shape[1:]), x.device)
     return x
 
 
@@ -206,6 +210,11 @@ def ddim_invert(
     Each level is first guessed from the one below (ADM, Appendix F), then refined as the fixed point of the
     sampler's own step, so that even a coarse process is inverted closely. Use the conditioning and guidance of the
     sampler, and no clipping: a clipped step has no inverse.
+
+    What decoding the result misses of ``x_start`` falls with the number of steps N as N^-(1 + num_refinements), down to
+    float32's rounding. On Gaussian data with the perfect denoiser the root mean square is 0.16, 0.034 and 0.007 at 10,
+    50 and 250 steps without refinement, and 4e-3, 3e-6 and 1e-6 with three. A network whose output changes fast with
+    x_t, as under strong guidance, contracts less: refine more, or take more steps.
 
     Args:
         denoiser: the network.

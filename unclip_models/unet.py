@@ -277,6 +277,8 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """The ADM U-Net: predicts noise (and, with twice the output channels, a variance) from a noised image.
 
+    The attribute ``channels_last`` chooses the memory format of the activations; it changes no result.
+
     Args:
         config: shape of the network.
         image_size: training side in px; it fixes which levels carry attention.
@@ -297,6 +299,7 @@ class UNet(nn.Module):
         super().__init__()
         _check_sizes(config, image_size)
         self.config = config
+        self.channels_last = False
         self.context_dim = context_dim
         width = config.model_channels
         self.time_embed = nn.Sequential(
@@ -398,6 +401,8 @@ class UNet(nn.Module):
             emb = emb + embedding.to(emb.dtype)
         context = context.to(self.dtype) if context is not None else None
         h, skips = x.to(self.dtype), []
+        if self.channels_last:
+            h = h.contiguous(memory_format=torch.channels_last)
         for block in self.input_blocks:
             h = block(h, emb, context, context_mask)
             skips.append(h)

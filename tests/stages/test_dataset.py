@@ -7,6 +7,7 @@ import io
 import itertools
 import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from stages.errors import IntegrityError, StorageError
 from stages.open_shard import TrainingShard, decode_image
 from stages.samples import selection_table, table_to_bytes
 from tests.stages.training_data import DIM, put, unit_vector, write_dataset
+from unclip_models.randomness import SampleRandom
+from unclip_models.unet import UNetConfig
+from unclip_models.upsampler import Upsampler, UpsamplerConfig, training_sample
 
 SIZES = (7, 12, 5)
 
@@ -76,6 +80,47 @@ def test_resume_and_world_size_do_not_change_the_samples(tmp_path: Path) -> None
     for whole, left, right in zip(straight, *halves, strict=True):
         assert [*left.indices, *right.indices] == list(whole.indices)
         assert numbers(left) + numbers(right) == numbers(whole)
+
+
+def test_pairs_prepared_by_the_stream_are_those_of_the_step(tmp_path: Path) -> None:
+    """Bit for bit, whatever the threads, the restart and the number of ranks."""
+    root = str(tmp_path)
+    shards = write_dataset(root, SIZES)
+    config = UpsamplerConfig(
+        image_size=16,
+        input_size=4,
+        crop_fraction=0.5,
+        degradation="bsr",
+        degradation_probability=0.8,
+        unet=UNetConfig(model_channels=8, channel_mult=(1,), num_res_blocks=1),
+    )
+    model, expected = Upsampler(config), []
+    for batch in take(stream_of(shards, root, image_size_px=16), 6):
+        images = batch.part(0, 4, torch.device("cpu"))["image"]
+        expected.append(model.training_pair(images, SampleRandom(0, batch.step, batch.indices)))
+
+    def check(batches: Sequence[Batch], first_step: int = 0, rows: slice = slice(None)) -> None:
+        for batch, (crops, low_res) in zip(batches, expected[first_step:], strict=True):
+            assert numbers(batch) and batch.tensors["image"].dtype == torch.uint8
+            assert torch.equal(batch.part(0, 4, torch.device("cpu"))["image"], crops[rows])
+            assert torch.equal(batch.tensors["low_res"], low_res[rows])
+
+    prepare = partial(training_sample, config)
+    for num_threads in (0, 3):
+        stream = stream_of(shards, root, image_size_px=16, prepare=prepare, num_decode_threads=num_threads)
+        check(take(stream, 6))
+    check(take(stream, 2, first_step=4), first_step=4)
+    for rank in range(2):
+        check(take(stream, 6, rank=rank, world_size=2), rows=slice(2 * rank, 2 * rank + 2))
+
+
+def test_an_error_of_the_preparation_is_raised_where_the_batch_is_awaited(tmp_path: Path) -> None:
+    def prepare(image: np.ndarray, random: SampleRandom) -> dict[str, torch.Tensor]:
+        raise ValueError(f"sample {random.indices[0]} of {image.shape}")
+
+    stream = stream_of(write_dataset(str(tmp_path), SIZES), str(tmp_path), prepare=prepare, num_decode_threads=2)
+    with pytest.raises(ValueError, match=r"sample \d of \(8, 8, 3\)"):
+        take(stream, 1)
 
 
 def test_a_tiny_cache_changes_nothing_but_the_work(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -35,6 +36,7 @@ from unclip_models.clip import ClipModel, ClipModelConfig
 from unclip_models.clip_text import ClipTextConfig
 from unclip_models.decoder import DecoderConfig
 from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.randomness import SampleRandom
 from unclip_models.text_encoder import TextEncoderConfig
 from unclip_models.unet import UNetConfig
 from unclip_models.upsampler import UpsamplerConfig
@@ -132,6 +134,24 @@ def test_each_trains_and_publishes_its_weights(name: str, inputs: dict[str, Mani
         assert torch.equal(model.scaling.std, torch.full((DIM,), 0.25))
     if name.startswith("karlo"):
         assert bool(model.text_encoder.null_tokens.any()) and bool(model.text_encoder.null_embedding.any())
+
+
+@pytest.mark.parametrize("degradation", ["blur", "bsr_light"])
+def test_an_upsampler_gets_its_pairs_from_the_stream(degradation: Any, inputs: dict[str, Manifest]) -> None:
+    """The loss is that of pairs made within the step, to the last bit."""
+    config = dataclasses.replace(UPSAMPLER, model=dataclasses.replace(UPSAMPLER.model, degradation=degradation))
+    stage = Upsampler1024(config, root=inputs["curate"].root, seed=3)
+    shard = stage.plan(needed(stage, inputs))[0]
+    model, losses = stage.build_model(shard, None), []
+    stream = stage._stream(shard, None)
+    for prepare in (stream._prepare, None):
+        stream._prepare = prepare
+        with contextlib.closing(stream.batches(2)) as batches:
+            batch = next(batches)
+        assert ("low_res" in batch.tensors) == (prepare is not None)
+        part = batch.part(0, 8, torch.device("cpu"))
+        losses.append(model.loss(part, SampleRandom(3, 2, batch.indices))[0])  # type: ignore[operator]
+    assert torch.equal(*losses)
 
 
 def test_the_plan_is_pure_and_ignores_where_it_runs(inputs: dict[str, Manifest]) -> None:

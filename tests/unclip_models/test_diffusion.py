@@ -24,6 +24,31 @@ FAST27 = [
 ]  # fmt: skip
 
 
+STRIDED = {
+    7: [0, 166, 333, 500, 666, 832, 999],
+    15: [0, 71, 143, 214, 285, 357, 428, 500, 571, 642, 714, 785, 856, 928, 999],
+    25: [
+        0, 42, 83, 125, 166, 208, 250, 291, 333, 375, 416, 458, 500, 541, 583, 624, 666, 708, 749, 791, 832,
+        874, 916, 957, 999,
+    ],
+    27: [
+        0, 38, 77, 115, 154, 192, 231, 269, 307, 346, 384, 423, 461, 499, 538, 576, 615, 653, 692, 730, 768,
+        807, 845, 884, 922, 961, 999,
+    ],
+    50: [
+        0, 20, 41, 61, 82, 102, 122, 143, 163, 183, 204, 224, 245, 265, 285, 306, 326, 347, 367, 387, 408,
+        428, 449, 469, 489, 510, 530, 550, 571, 591, 612, 632, 652, 673, 693, 714, 734, 754, 775, 795, 816,
+        836, 856, 877, 897, 917, 938, 958, 979, 999,
+    ],
+    64: [
+        0, 16, 32, 48, 63, 79, 95, 111, 127, 143, 159, 174, 190, 206, 222, 238, 254, 270, 285, 301, 317, 333,
+        349, 365, 381, 396, 412, 428, 444, 460, 476, 492, 507, 523, 539, 555, 571, 587, 603, 618, 634, 650,
+        666, 682, 698, 714, 729, 745, 761, 777, 793, 809, 825, 840, 856, 872, 888, 904, 920, 936, 951, 967,
+        983, 999,
+    ],
+}  # fmt: skip
+
+
 def test_linear_schedule_table() -> None:
     betas = beta_schedule("linear", 1000)
     assert betas[0] == 1e-4 and betas[-1] == pytest.approx(2e-2)
@@ -53,6 +78,18 @@ def test_fast27_and_strided_timesteps() -> None:
         spaced_timesteps(500, "fast27")
 
 
+@pytest.mark.parametrize("count", STRIDED)
+def test_strided_timesteps_are_the_golden_lists(count: int) -> None:
+    """The step counts of the paper's Table 3 and of Karlo; ADM's and diffusers' code give the same lists."""
+    assert spaced_timesteps(1000, count) == STRIDED[count]
+
+
+def test_two_hundred_and_fifty_strided_timesteps() -> None:
+    timesteps = spaced_timesteps(1000, 250)
+    assert timesteps[:4] == [0, 4, 8, 12] and timesteps[-4:] == [987, 991, 995, 999]
+    assert sum(timesteps) == 124_875 and set(np.diff(timesteps)) == {4, 5}
+
+
 @settings(deadline=None, max_examples=50)
 @given(total=st.integers(2, 2000), data=st.data())
 def test_strided_timesteps_increase_and_reach_both_ends(total: int, data: st.DataObject) -> None:
@@ -77,6 +114,26 @@ def test_posterior_is_bayes_rule(schedule: str) -> None:
         assert float(mean) == pytest.approx(expected, rel=1e-5)
         assert float(variance) == pytest.approx(1 / precision, rel=1e-5)
         assert float(log_variance) == pytest.approx(-math.log(precision), rel=1e-4)
+
+
+@pytest.mark.parametrize("spec", ["4", "27", "fast27"])
+def test_the_posterior_of_a_respaced_process_by_numerical_integration(spec: str) -> None:
+    """Bayes' rule on a grid: q(x_t | x_s) q(x_s | x_0), normalised, for neighbouring kept timesteps s < t."""
+    whole = GaussianDiffusion(DiffusionConfig())
+    spaced = whole.respaced(spaced_timesteps(1000, spec))
+    x_0, x_t = 0.7, -0.4
+    for i in (1, 2, spaced.num_timesteps - 1):
+        # From the whole process's table alone: the respaced one derives its betas from it.
+        s_bar, t_bar = whole.alphas_cumprod[list(spaced.timesteps[i - 1 : i + 1])]
+        mean, variance, _ = spaced.q_posterior(torch.tensor([[x_0]]), torch.tensor([[x_t]]), torch.tensor([i]))
+        x_s = float(mean) + np.linspace(-12, 12, 20_001) * math.sqrt(float(variance))
+        log_density = -((x_t - math.sqrt(t_bar / s_bar) * x_s) ** 2) / (2 * (1 - t_bar / s_bar))
+        log_density -= (x_s - math.sqrt(s_bar) * x_0) ** 2 / (2 * (1 - s_bar))
+        weights = np.exp(log_density - log_density.max())
+        weights /= weights.sum()
+        expected = float(weights @ x_s)
+        assert float(mean) == pytest.approx(expected, abs=1e-4)
+        assert float(variance) == pytest.approx(float(weights @ (x_s - expected) ** 2), rel=1e-3)
 
 
 def test_q_sample_has_the_marginal_of_repeated_noising() -> None:

@@ -18,6 +18,7 @@ from unclip_models.sampling import (
     ddpm_sample,
     dpm_solver_2m,
     draw_noise,
+    dynamic_threshold,
     guide,
     measure_gamma,
     seeded_generators,
@@ -111,11 +112,14 @@ def test_learned_variance_channels_drive_ddpm() -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "x_start"])
 @pytest.mark.parametrize("steps", [10, 50])
 def test_ddim_inversion_reconstructs(prediction: str, steps: int) -> None:
+    """Without refinement (ADM's inversion), by default, and with many refinements; test_convergence has the orders."""
     denoiser, diffusion = _process(prediction, steps)
     x_start = torch.linspace(-1, 1.5, 11)[None]
     plain = ddim_sample(denoiser, ddim_invert(denoiser, x_start, diffusion, num_refinements=0), diffusion)
+    default = ddim_sample(denoiser, ddim_invert(denoiser, x_start, diffusion), diffusion)
     refined = ddim_sample(denoiser, ddim_invert(denoiser, x_start, diffusion, num_refinements=8), diffusion)
     assert float((refined - x_start).abs().max()) < 1e-4
+    assert float((default - x_start).abs().max()) < float((plain - x_start).abs().max()) / 10
     assert float((refined - x_start).abs().max()) < float((plain - x_start).abs().max())
 
 
@@ -214,6 +218,87 @@ def test_guidance_agrees_between_prediction_types() -> None:
         expected = combine_guidance(whole.predict_x_start(denoiser(x_t, t), x_t, t), model_x_start(x_t, t), 3.0)
         results.append(torch.allclose(whole.predict_x_start(guided, x_t, t), expected, atol=1e-5))
     assert all(results)
+
+
+def _outputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Return a conditional and an unconditional output whose samples have very different spreads."""
+    rng = torch.Generator().manual_seed(0)
+    spread = torch.tensor([0.1, 1.0, 7.0])[:, None, None, None]
+    outputs = (spread * torch.randn(3, 4, 5, 5, generator=rng) for _ in range(2))
+    conditional, unconditional = (output.to(dtype) for output in outputs)
+    return conditional, unconditional
+
+
+def test_rescaled_guidance_has_the_spread_of_the_conditional_output() -> None:
+    cond, uncond = _outputs()
+    spread = lambda x: x.flatten(1).std(dim=1)  # noqa: E731
+    plain = combine_guidance(cond, uncond, 6.0)
+    whole = combine_guidance(cond, uncond, 6.0, rescale=1.0)
+    assert bool((spread(plain) > 5 * spread(cond)).all())
+    assert torch.allclose(spread(whole), spread(cond), rtol=1e-5)
+    ratio = spread(cond) / spread(plain)
+    assert torch.allclose(whole, plain * ratio[:, None, None, None], rtol=1e-5)  # Eq. 15: a factor, no shift
+    partly = combine_guidance(cond, uncond, 6.0, rescale=0.7)
+    assert torch.allclose(partly, 0.7 * whole + 0.3 * plain, rtol=1e-4, atol=1e-6)  # Eq. 16
+    assert torch.equal(combine_guidance(cond, uncond, 6.0, rescale=0.0), plain)
+
+
+def test_rescaling_leaves_scale_one_and_the_variance_alone_and_samples_apart() -> None:
+    cond, uncond = _outputs()
+    assert combine_guidance(cond, uncond, 1.0, rescale=0.7) is cond
+    guided = combine_guidance(cond, uncond, 6.0, num_channels=2, rescale=1.0)
+    assert torch.equal(guided[:, 2:], cond[:, 2:])
+    expected = combine_guidance(cond[:, :2], uncond[:, :2], 6.0, rescale=1.0)
+    assert torch.equal(guided[:, :2], expected)
+    x, t = torch.zeros(3, 2, 5, 5), torch.zeros(3, dtype=torch.int64)
+    assert torch.equal(guide(lambda *_: cond, lambda *_: uncond, 6.0, rescale=1.0)(x, t), guided)
+    alone = combine_guidance(cond[1:2], uncond[1:2], 6.0, rescale=0.7)
+    assert torch.allclose(combine_guidance(cond, uncond, 6.0, rescale=0.7)[1:2], alone, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"guidance rescale: 1\.5 is not between 0 and 1"):
+        combine_guidance(cond, uncond, 6.0, rescale=1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rescaling_keeps_half_precision_and_survives_outputs_without_spread(dtype: torch.dtype) -> None:
+    cond, uncond = _outputs(dtype)
+    guided = combine_guidance(cond, uncond, 4.0, rescale=0.7)
+    expected = combine_guidance(cond.float(), uncond.float(), 4.0, rescale=0.7)
+    assert guided.dtype == dtype and torch.allclose(guided.float(), expected, rtol=0.03, atol=0.1)
+    flat = torch.full((2, 3, 4), 0.5, dtype=dtype)
+    assert torch.equal(combine_guidance(flat, torch.zeros_like(flat), 4.0, rescale=1.0), 4 * flat)
+    single = torch.ones(2, 1, dtype=dtype)  # one value has no spread to take back
+    assert torch.equal(combine_guidance(single, torch.zeros_like(single), 4.0, rescale=1.0), 4 * single)
+
+
+@pytest.mark.parametrize("percentile", [0.1, 0.5, 0.95, 1.0])
+def test_dynamic_thresholding_divides_by_each_samples_own_percentile(percentile: float) -> None:
+    x = torch.randn(3, 3, 9, 7, generator=torch.Generator().manual_seed(0))
+    x *= torch.tensor([0.2, 2.0, 9.0])[:, None, None, None]
+    out = dynamic_threshold(percentile)(x)
+    for row, got in zip(x, out, strict=True):
+        ordered = row.abs().flatten().sort().values
+        s = max(1.0, float(ordered[math.ceil(percentile * len(ordered)) - 1]))
+        assert torch.allclose(got, row.clamp(-s, s) / s)
+    assert float(out.abs().max()) <= 1.0
+    assert torch.equal(dynamic_threshold(0.9)(x[:1]), x[:1].clamp(-1, 1))  # s is never below 1
+    for wrong in (0.0, 1.5, -1.0, math.nan):
+        with pytest.raises(ValueError, match=r"is not in \(0, 1\]; write for example 0.995"):
+            dynamic_threshold(wrong)
+
+
+def test_dynamic_thresholding_takes_images_of_more_than_sixteen_million_values() -> None:
+    """As many as some versions of ``torch.quantile`` refuse."""
+    x = torch.linspace(0, 4, 2**24 + 100)[None]
+    assert float(dynamic_threshold(0.75)(x)[0, 2**22]) == pytest.approx(1 / 3, abs=1e-5)  # 1 of s = 3
+
+
+def test_samplers_threshold_every_prediction() -> None:
+    """A denoiser that overshoots: clipping saturates everything, thresholding keeps the ratios."""
+    _, diffusion = _process(steps=5)
+    wanted = torch.tensor([[3.0, -1.5, 0.6, -3.0]])
+    for sample in (ddim_sample, dpm_solver_2m):
+        out = sample(lambda x, t: wanted, torch.zeros(1, 4), diffusion, clip=dynamic_threshold(1.0))
+        assert torch.allclose(out, wanted / 3, atol=1e-6)
 
 
 def test_a_sample_depends_on_its_own_generator_only() -> None:
