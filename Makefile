@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 DRILL ?= tests
+WORKERS ?= 2
+# Whole files go to a worker, the longest first (tests/conftest.py).
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 SOURCES := flows stages unclip_models cluster tests
 
 .DEFAULT_GOAL := help
@@ -25,10 +28,10 @@ quickstart: setup ## the whole pipeline, small and real, then open runs/quicksta
 	$(BIN)/unclip run $(CONFIG)
 
 test: setup ## all tests but the kill drill
-	$(BIN)/pytest -m "not chaos"
+	$(BIN)/pytest $(PARALLEL) -m "not chaos"
 
 test-fast: setup ## the tests that take seconds
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
 chaos: setup ## the kill drill: SIGKILL in the middle of every kind of stage, Ray included, on S3
 	$(BIN)/pytest -m chaos $(DRILL)

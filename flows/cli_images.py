@@ -9,9 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
-
 from flows.project import Project, open_project
 from stages.errors import ConfigError, InputError, UnclipError
 
@@ -19,9 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.generate import Generate
+    from stages.pictures import Pixels
     from unclip_models.generate import GeneratedImages, SamplingConfig, UnCLIP
 
-Pixels = npt.NDArray[np.uint8]
 SUFFIXES = (".png", ".gif")
 
 

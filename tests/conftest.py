@@ -23,9 +23,17 @@ os.environ |= {
     "WANDB_MODE": "disabled",
 }
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
+
 import pytest
 
 S3_ACCESS_KEY, S3_SECRET_KEY = "test-access-key", "test-secret-key"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest file, so that parallel workers end together."""
+    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
 
 
 def free_port() -> int:

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
+from unclip_models.clip_text import ClipTextConfig, ClipTextFeatures
 from unclip_models.decoder import Decoder, DecoderConfig
 from unclip_models.diffusion import DiffusionConfig
 from unclip_models.randomness import SampleRandom
-from unclip_models.sampling import seeded_generators
+from unclip_models.sampling import combine_guidance, seeded_generators
 from unclip_models.text_encoder import TextEncoderConfig
 from unclip_models.unet import UNetConfig
 
@@ -134,6 +135,65 @@ def test_guidance_of_one_is_the_conditional_model_and_zero_the_unconditional() -
             noise = unconditional + scale * (conditional - unconditional)
             torch.testing.assert_close(guided[:, :3], noise[:, :3], atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(guided[:, 3:], conditional[:, 3:], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_guidance_runs_both_branches_as_one_batch_and_scale_one_runs_the_conditional_alone() -> None:
+    decoder, batch = tiny_decoder(), tiny_batch(2)
+    x, t = batch["image"], torch.tensor([10, 600])
+    no, yes = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    z, tokens = batch["image_embedding"], batch["tokens"]
+    sizes: list[int] = []
+    decoder.unet.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
+    unguided = decoder.guided_denoiser(z, tokens, 1.0)(x, t)
+    assert sizes == [2] and torch.equal(unguided, decoder(x, t, z, tokens, no, no))
+    sizes.clear()
+    guided = decoder.guided_denoiser(z, tokens, 3.0)(x, t)
+    assert sizes == [4]
+    two_calls = [decoder(x, t, z, tokens, drop, drop) for drop in (no, yes)]
+    expected = combine_guidance(*two_calls, 3.0, num_channels=3)
+    torch.testing.assert_close(guided, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_what_was_never_shown_in_training_is_not_shown_in_sampling() -> None:
+    """The text-only baseline knows no embedding, and a decoder without captions none of them."""
+    batch, t = tiny_batch(2), torch.tensor([10, 600])
+    x, z, tokens = batch["image"], batch["image_embedding"], batch["tokens"]
+    blind = tiny_decoder(embedding_dropout=1.0)
+    assert torch.equal(blind.guided_denoiser(z, tokens, 1.0)(x, t), blind.guided_denoiser(-z, tokens, 1.0)(x, t))
+    mute = tiny_decoder(caption_dropout=1.0)
+    other = tokens.flip(0)
+    assert torch.equal(mute.guided_denoiser(z, tokens, 1.0)(x, t), mute.guided_denoiser(z, other, 1.0)(x, t))
+
+
+def test_a_text_embedding_decoder_is_trained_on_text_embeddings() -> None:
+    decoder, batch = tiny_decoder(condition_on="text_embedding", embedding_dropout=0.0), tiny_batch(2)
+    batch["text_embedding"] = batch["image_embedding"].flip(0)
+    random = SampleRandom(0, 0, range(2))
+    loss = decoder.loss(batch, random)[0]
+    assert torch.equal(decoder.loss({**batch, "image_embedding": torch.zeros(2, 12)}, random)[0], loss)
+    assert not torch.equal(decoder.loss({**batch, "text_embedding": batch["image_embedding"]}, random)[0], loss)
+
+
+@torch.no_grad()
+def test_a_decoder_that_reads_the_clips_text_hides_its_padding() -> None:
+    decoder, batch = tiny_decoder(text=ClipTextConfig(context_length=6, width=10), context_width=16), tiny_batch(2)
+    decoder.text_encoder.set_null_caption(torch.tensor([1, 2, 0, 0, 0, 0]), torch.randn(6, 10), torch.randn(12))
+    x, t, z = batch["image"], torch.tensor([10, 600]), batch["image_embedding"]
+    tokens = torch.tensor([[1, 5, 2, 0, 0, 0], [1, 5, 6, 7, 8, 2]])
+    sequence, embedding = torch.randn(2, 6, 10), torch.randn(2, 12)
+    no, yes = torch.zeros(2, dtype=torch.bool), torch.ones(2, dtype=torch.bool)
+    base = decoder(x, t, z, tokens, no, no, ClipTextFeatures(sequence, embedding))
+    padded = sequence.clone()
+    padded[0, 3:] = 9.0
+    hidden = decoder(x, t, z, tokens, no, no, ClipTextFeatures(padded, embedding))
+    torch.testing.assert_close(hidden, base, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(decoder(x, t, z, tokens, no, no, ClipTextFeatures(sequence, -embedding)), base)
+    dropped = decoder(x, t, z, tokens, no, yes, ClipTextFeatures(sequence, embedding))
+    assert torch.equal(dropped, decoder(x, t, z, tokens.flip(0), no, yes, ClipTextFeatures(-sequence, -embedding)))
+    with pytest.raises(ValueError, match="no features are given"):
+        decoder(x, t, z, tokens, no, no)
 
 
 def test_no_caption_is_a_dropped_caption() -> None:
