@@ -98,8 +98,7 @@ class AblationRun:
             node.stage, node.fingerprint, inputs, self.executor, self.cluster, on_progress=self._on_progress
         )
         logger.info(
-            "%s done in %s (%d of %d), for %s",
-            node.stage.name,
+            "done in %s (%d of %d), for %s",
             format_duration(time.monotonic() - started_at),
             len(self.manifests) + 1,
             len(self.nodes),
