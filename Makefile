@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 CONFIG ?= configs/quickstart.yaml
 DRILL ?= tests
 WORKERS ?= 2
-# Whole files go to a worker, the longest first (tests/conftest.py).
-PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# Quick tests share the cores, file by file. Slow ones start clusters and servers, which would fight for them.
+PARALLEL := -n $(WORKERS) --dist loadfile
 SOURCES := flows stages unclip_models cluster tests
 
 .DEFAULT_GOAL := help
@@ -28,7 +28,8 @@ quickstart: setup ## the whole pipeline, small and real, then open runs/quicksta
 	$(BIN)/unclip run $(CONFIG)
 
 test: setup ## all tests but the kill drill
-	$(BIN)/pytest $(PARALLEL) -m "not chaos"
+	$(BIN)/pytest $(PARALLEL) -m "not slow and not chaos"
+	$(BIN)/pytest -m "slow and not chaos"
 
 test-fast: setup ## the tests that take seconds
 	$(BIN)/pytest $(PARALLEL) -m "not slow"

@@ -7,12 +7,16 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from flows.interrupt import Interrupt
 from flows.prefect_server import PrivateServer
+
+if TYPE_CHECKING:
+    from flows.ablation import AblationRun
+    from stages.ablation import AblationConfig
 
 
 def ablate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +55,7 @@ def ablate(args: argparse.Namespace) -> int:
     return _publish(args, config, run, root)
 
 
-def _run(run: Any, name: str) -> None:
+def _run(run: AblationRun, name: str) -> None:
     from stages.storage import check_writable
 
     check_writable(next(iter(run.nodes.values())).stage.root)
@@ -69,7 +73,7 @@ def _run(run: Any, name: str) -> None:
             run.executor.close()
 
 
-def _publish(args: argparse.Namespace, config: Any, run: Any, root: str) -> int:
+def _publish(args: argparse.Namespace, config: AblationConfig, run: AblationRun, root: str) -> int:
     from flows.ablation_report import Findings, findings_json
     from stages import storage
 

@@ -31,11 +31,6 @@ import pytest
 S3_ACCESS_KEY, S3_SECRET_KEY = "test-access-key", "test-secret-key"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest file, so that parallel workers end together."""
-    items.sort(key=lambda item: item.path.name != "test_end_to_end.py")
-
-
 def free_port() -> int:
     """Return a loopback port nobody listens on."""
     with socket.socket() as probe:
