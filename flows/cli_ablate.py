@@ -60,9 +60,7 @@ def _run(run: AblationRun, name: str) -> None:
 
     check_writable(next(iter(run.nodes.values())).stage.root)
     server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
-    with contextlib.redirect_stdout(sys.stderr):
-        if server is not None:
-            server.start()
+    with contextlib.redirect_stdout(sys.stderr), server or contextlib.nullcontext():
         from flows.ablation import run_ablation
         from flows.pipeline import open_executor
 

@@ -150,7 +150,7 @@ def test_every_manipulation_and_exchange_of_weights(
     for path, sample in zip(pictures, read_tar(record.files["images"].read(undisturbed.root)), strict=False):
         path.write_bytes(sample.image)
     first, second = map(str, pictures)
-    mask = Image.new("L", Image.open(first).size, 255)
+    mask = Image.new("L", (64, 64), 255)
     mask.paste(0, (0, 0, 32, 64))
     mask.save(tmp_path / "mask.png")
 
@@ -158,11 +158,14 @@ def test_every_manipulation_and_exchange_of_weights(
         f"{tmp_path}/v-1.png",
         f"{tmp_path}/v-2.png",
     ]
-    assert Image.open(tmp_path / "v-2.png").text["seed"] == "1"  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "v-2.png") as image:
+        assert image.text["seed"] == "1"  # type: ignore[attr-defined]
     unclip("interpolate", first, second, "-n", "3", "-o", f"{tmp_path}/i.gif")
-    assert Image.open(tmp_path / "i.gif").n_frames == 3  # type: ignore[attr-defined]
+    with Image.open(tmp_path / "i.gif") as image:
+        assert image.n_frames == 3  # type: ignore[attr-defined]
     unclip("edit", first, "--to", "a red circle", "-n", "2", "--grid", "-o", f"{tmp_path}/e.png")
-    assert Image.open(tmp_path / "e.png").size == (130, 64)
+    with Image.open(tmp_path / "e.png") as image:
+        assert image.size == (130, 64)
     unclip("edit", first, "--mask", f"{tmp_path}/mask.png", "--to", "a red circle", "-o", f"{tmp_path}/m.png")
     unclip("edit", first, "--zoom", "2", "-o", f"{tmp_path}/z.png")
     unclip("probe", first, "--components", "1,2", "-o", f"{tmp_path}/p.png")
