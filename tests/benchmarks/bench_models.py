@@ -242,8 +242,8 @@ def conditions(rows: Sequence[Row]) -> str:
         f"Ratios are theirs over ours: above 1, ours is faster or leaner. Times: median (least-most) of "
         f"{len(rows[0].ours.wall_s)} alternating repetitions; the ratio is the median of the pairs'. Memory: the "
         f"weights and whatever the process's peak added to them. {device}, {task.num_threads} thread(s); "
-        f"torch {rows[0].ours.torch} (ours), {', '.join(versions.values())}; {datetime.date.today().isoformat()}. Prior: width "
-        f"{sizes.embedding_dim}, {sizes.prior_layers} layers, {sizes.context_length} tokens. U-Nets: "
+        f"torch {rows[0].ours.torch} (ours), {', '.join(versions.values())}; {datetime.date.today().isoformat()}. "
+        f"Prior: width {sizes.embedding_dim}, {sizes.prior_layers} layers, {sizes.context_length} tokens. U-Nets: "
         f"{sizes.channels} x {sizes.channel_mult} channels, {sizes.num_res_blocks} blocks per level; decoder "
         f"{sizes.decoder_px} px with attention at {sizes.attention_px} px, upsampler {sizes.upsampler_px} px."
     )
