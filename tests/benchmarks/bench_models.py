@@ -42,6 +42,8 @@ COMPARISONS = (
     ("upsampler", "diffusers", ("forward", "train")),
     ("prior", "dalle2", ("forward", "train", "sample")),
     ("decoder", "dalle2", ("forward", "train", "sample")),
+    ("prior", "ours", ("forward",)),
+    ("decoder", "ours", ("forward",)),
 )
 NAMES = {
     ("prior", "diffusers"): ("DiffusionPrior", "diffusers PriorTransformer"),
@@ -49,6 +51,8 @@ NAMES = {
     ("upsampler", "diffusers"): ("upsampler's UNet", "diffusers UNet2DModel"),
     ("prior", "dalle2"): ("DiffusionPrior", "dalle2-pytorch DiffusionPrior"),
     ("decoder", "dalle2"): ("Decoder", "dalle2-pytorch Decoder"),
+    ("prior", "ours"): ("DiffusionPrior", "control: itself"),
+    ("decoder", "ours"): ("decoder's UNet", "control: itself"),
 }
 
 
@@ -142,14 +146,15 @@ class Worker:
         self._process.stdout.close()
 
 
-def measure(task: Task, workers: Sequence[Worker], num_repetitions: int) -> Row:
-    """Run one operation on both sides, in turns, each of which begins with the other side."""
-    for side, worker in zip(("ours", "theirs"), workers, strict=True):
-        worker.ask(replace(task, side=side).to_json())
-    facts = [worker.answer() for worker in workers]
+def measure(task: Task, workers: Sequence[Worker], num_repetitions: int, first: int = 0) -> Row:
+    """Run one operation on both sides, in turns, each of which begins with the other side; ``first`` is built first."""
+    facts: list[dict[str, Any]] = [{}, {}]
+    for turn in (first, 1 - first):
+        workers[turn].ask(replace(task, side=("ours", "theirs")[turn]).to_json())
+        facts[turn] = workers[turn].answer()
     times: list[dict[str, list[float]]] = [{"wall_s": [], "cpu_s": []} for _ in workers]
     for repetition in range(num_repetitions):
-        for turn in (0, 1) if repetition % 2 else (1, 0):
+        for turn in (0, 1) if (repetition + first) % 2 else (1, 0):
             workers[turn].ask("again")
             for clock, seconds in workers[turn].answer().items():
                 times[turn][clock].append(seconds)
@@ -162,29 +167,54 @@ def measure(task: Task, workers: Sequence[Worker], num_repetitions: int) -> Row:
     return row
 
 
+def merged(rows: Sequence[Row]) -> Row:
+    """Join the rounds of one operation: all repetitions, and the median of the peaks."""
+
+    def joined(sides: Sequence[Side]) -> Side:
+        return replace(
+            sides[0],
+            wall_s=[seconds for side in sides for seconds in side.wall_s],
+            cpu_s=[seconds for side in sides for seconds in side.cpu_s],
+            peak_mib=statistics.median(side.peak_mib for side in sides),
+        )
+
+    return Row(task=rows[0].task, ours=joined([row.ours for row in rows]), theirs=joined([row.theirs for row in rows]))
+
+
 def _check_same_output(row: Row) -> None:
     ours, theirs = row.ours.output, row.theirs.output
     if abs(ours - theirs) > SAME_OUTPUT_FRACTION[row.task.device] * abs(ours):
         raise RuntimeError(f"{row.task.model}, {row.task.operation}: mean output {ours} here, {theirs} in diffusers")
 
 
-def run(template: Task, dalle2_python: str | None, num_repetitions: int) -> Iterator[Row]:
-    """Measure all comparisons, those with dalle2-pytorch only if its interpreter is given."""
+def run(template: Task, dalle2_python: str | None, num_repetitions: int, num_rounds: int) -> Iterator[Row]:
+    """Measure all comparisons, those with dalle2-pytorch only if its interpreter is given.
+
+    A process keeps the speed that its memory's layout gives it; so every round has processes of its own.
+    """
     with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder, contextlib.ExitStack() as stack:
-        pythons = {"our": sys.executable, "diffusers": sys.executable, "dalle2": dalle2_python}
-        workers = {}
-        for name, python in pythons.items():
-            if python is not None:
-                log = Path(folder) / f"{name}.log"
-                workers[name] = Worker(f"{name}_worker", python, template.num_threads, log)
-                stack.callback(workers[name].close)
         template = replace(template, folder=folder)
         export = [sys.executable, "-m", "tests.benchmarks.our_worker", template.to_json()]
         subprocess.run(export, cwd=REPOSITORY, check=True)
+        workers = {}
+        for name, (module, python) in _programs(dalle2_python).items():
+            workers[name] = Worker(module, python, template.num_threads, Path(folder) / f"{name}.log")
+            stack.callback(workers[name].close)
         for model, rival, operations in COMPARISONS:
             for operation in operations if rival in workers else ():
                 task = replace(template, model=model, rival=rival, operation=operation)
-                yield measure(task, (workers["our"], workers[rival]), num_repetitions)
+                both = (workers["first"], workers[rival])
+                yield merged([measure(task, both, num_repetitions, number % 2) for number in range(num_rounds)])
+
+
+def _programs(dalle2_python: str | None) -> dict[str, tuple[str, str]]:
+    """Name module and interpreter of our side, ``first``, and of every rival."""
+    programs = {
+        "first": ("our_worker", sys.executable),
+        "ours": ("our_worker", sys.executable),
+        "diffusers": ("diffusers_worker", sys.executable),
+    }
+    return programs | ({} if dalle2_python is None else {"dalle2": ("dalle2_worker", dalle2_python)})
 
 
 # ---- report ---------------------------------------------------------------------------------------------------------
@@ -236,16 +266,18 @@ def _operation(task: Task) -> str:
 def conditions(rows: Sequence[Row]) -> str:
     """Say on what, when and how it was measured, and what the numbers mean."""
     task, sizes = rows[0].task, rows[0].task.sizes
-    versions = {row.task.rival: f"torch {row.theirs.torch} ({row.task.rival})" for row in rows}
+    rivals = {row.task.rival: row.theirs.torch for row in rows if row.task.rival != "ours"}
+    torch_versions = ", ".join(f"{version} ({rival})" for rival, version in rivals.items())
     device = cpu_model() if task.device == "cpu" else f"{rows[0].ours.device}, bfloat16 autocast"
     return (
-        f"Ratios are theirs over ours: above 1, ours is faster or leaner. Times: median (least-most) of "
-        f"{len(rows[0].ours.wall_s)} alternating repetitions; the ratio is the median of the pairs'. Memory: the "
-        f"weights and whatever the process's peak added to them. {device}, {task.num_threads} thread(s); "
-        f"torch {rows[0].ours.torch} (ours), {', '.join(versions.values())}; {datetime.date.today().isoformat()}. "
-        f"Prior: width {sizes.embedding_dim}, {sizes.prior_layers} layers, {sizes.context_length} tokens. U-Nets: "
-        f"{sizes.channels} x {sizes.channel_mult} channels, {sizes.num_res_blocks} blocks per level; decoder "
-        f"{sizes.decoder_px} px with attention at {sizes.attention_px} px, upsampler {sizes.upsampler_px} px."
+        f"Ratios are theirs over ours: above 1, ours is faster or leaner; the control rows show how far chance moves "
+        f"them. Times: median (least-most) of {len(rows[0].ours.wall_s)} alternating repetitions; the ratio is the "
+        f"median of the pairs'. Memory: the weights and whatever the process's peak added to them. Training steps: "
+        f"forward, backward, fused AdamW. {device}, {task.num_threads} thread(s); torch {rows[0].ours.torch} (ours), "
+        f"{torch_versions}; {datetime.date.today().isoformat()}. Prior: width {sizes.embedding_dim}, "
+        f"{sizes.prior_layers} layers, {sizes.context_length} tokens. U-Nets: {sizes.channels} x "
+        f"{sizes.channel_mult} channels, {sizes.num_res_blocks} blocks per level; decoder {sizes.decoder_px} px with "
+        f"attention at {sizes.attention_px} px, upsampler {sizes.upsampler_px} px."
     )
 
 
@@ -260,7 +292,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dalle2-python", help="interpreter of an environment with dalle2-pytorch")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of torch, on both sides")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=int, default=3, help="of each round")
+    parser.add_argument("--rounds", type=int, default=2, help="each in new processes")
     parser.add_argument("--gpu", action="store_true", help="measure on CUDA, at larger sizes")
     parser.add_argument("--peak-tflops", type=float, help="dense bfloat16 peak of the GPU, for the MFU (H100 SXM: 989)")
     parser.add_argument("--sizes", choices=sorted(SIZES), help="default: gpu with --gpu, else cpu")
@@ -277,7 +310,7 @@ def main() -> None:
         device="cuda" if args.gpu else "cpu",
     )
     rows = []
-    for row in run(template, args.dalle2_python, args.repetitions):
+    for row in run(template, args.dalle2_python, args.repetitions, args.rounds):
         rows.append(row)
         if args.json is not None:
             args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")

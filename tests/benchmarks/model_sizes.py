@@ -41,8 +41,8 @@ class Sizes:
     decoder_px: int = 64
     attention_px: tuple[int, ...] = (32, 16, 8)
     upsampler_px: int = 64
-    batch: dict[str, int] = field(default_factory=lambda: {"prior": 4, "decoder": 2, "upsampler": 2})
-    sample_batch: dict[str, int] = field(default_factory=lambda: {"prior": 4, "decoder": 1})
+    batch: dict[str, int] = field(default_factory=lambda: {"prior": 4, "decoder": 1, "upsampler": 1})
+    sample_batch: dict[str, int] = field(default_factory=lambda: {"prior": 2, "decoder": 1})
     steps: dict[str, int] = field(default_factory=lambda: {"prior": 10, "decoder": 2})
 
     @property
@@ -83,7 +83,7 @@ class Task:
 
     Attributes:
         model: ``prior``, ``decoder`` or ``upsampler``.
-        rival: ``diffusers`` or ``dalle2``, whom our model is compared with.
+        rival: ``diffusers``, ``dalle2`` or, as a control, ``ours`` once more: whom our model is compared with.
         operation: ``forward``, ``train`` or ``sample``.
         side: ``ours`` or ``theirs``.
         folder: where the exported weights lie.
