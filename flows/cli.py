@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from flows import cli_ablate, cli_exchange, cli_images
+from flows import cli_ablate, cli_exchange, cli_images, cli_ledger, cli_takedown
+from flows.console import PLAIN, open_console
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
 from flows.overview import overview, plan_table, status_table
@@ -23,8 +24,6 @@ from flows.project import Project, open_project
 from flows.selection import Selection, check_upstream, select
 from stages.errors import ConfigError, UnclipError
 
-_WIDE = 240  # columns where there is no terminal: nothing is wrapped
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code.
@@ -32,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: without the program's name; those of the process if not given.
     """
-    errors = _console(sys.stderr)
+    errors = open_console(sys.stderr)
     try:
         args = build_parser().parse_args(arguments)
     except ConfigError as error:
@@ -122,16 +121,8 @@ def _selection(args: argparse.Namespace) -> Selection:
     return select(STAGE_NAMES, start=args.start, until=args.until, only=args.only, force=args.force)
 
 
-def _console(stream: Any) -> Console:
-    console = Console(file=stream)
-    return console if console.is_terminal else Console(file=stream, width=_WIDE)
-
-
 def _show_error(console: Console, message: str) -> None:
-    console.print(f"unclip: {message}", style="red" if console.is_terminal else None, soft_wrap=True, **_PLAIN)
-
-
-_PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "emoji": False}
+    console.print(f"unclip: {message}", style="red" if console.is_terminal else None, soft_wrap=True, **PLAIN)
 
 
 def _print_json(value: Any) -> None:
@@ -152,7 +143,20 @@ def _run(args: argparse.Namespace) -> int:
     pending = [name for name in selection.stages if project.states[name].status != "done"]
     if not pending and not selection.forced:
         return _say_nothing_to_do(args, project, selection)
+    _say_list_changes(project)
     return _run_stages(args, project, selection)
+
+
+def _say_list_changes(project: Project) -> None:
+    """Say what has changed in the URL lists since the store last read them."""
+    source = project.stages["source"]
+    if project.states["source"].status == "done":
+        return
+    from stages.source import Source
+
+    console = open_console(sys.stderr)
+    for change in source.changes() if isinstance(source, Source) else []:
+        console.print(f"list {change}", soft_wrap=True, **PLAIN)
 
 
 def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Selection) -> int:
@@ -164,7 +168,7 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
     outcomes = [
         Outcome(stage=name, status="cached", manifest=project.states[name].manifest) for name in selection.stages
     ]
-    with open_display(_console(sys.stderr)) as display:
+    with open_display(open_console(sys.stderr)) as display:
         for outcome in outcomes:
             display.end(outcome)
     report = report_uri(project.config.root)
@@ -182,7 +186,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
 
     config = project.config
     check_writable(config.root)
-    console = _console(sys.stderr)
+    console = open_console(sys.stderr)
     server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
 
     def say_stopping() -> None:
@@ -239,11 +243,12 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
 def _plan(args: argparse.Namespace) -> int:
     selection = _selection(args)
     project = open_project(args.config, args.set)
+    _say_list_changes(project)
     rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
     if args.json:
         _print_json([row.to_json() for row in rows])
     else:
-        _console(sys.stdout).print(plan_table(rows))
+        open_console(sys.stdout).print(plan_table(rows))
     return 0
 
 
@@ -253,8 +258,8 @@ def _status(args: argparse.Namespace) -> int:
     if args.json:
         _print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
     else:
-        console = _console(sys.stdout)
-        console.print(f"store: {project.config.root}", **_PLAIN)
+        console = open_console(sys.stdout)
+        console.print(f"store: {project.config.root}", **PLAIN)
         console.print(status_table(rows))
     return 0
 
@@ -277,7 +282,7 @@ def _models(args: argparse.Namespace) -> int:
         count = size.num_parameters
         known = (f"{count:,}", f"{count * 4 / 2**20:,.1f} MiB") if count is not None else ("not fetched yet", "")
         table.add_row(size.model, size.kind, *known)
-    _console(sys.stdout).print(table)
+    open_console(sys.stdout).print(table)
     return 0
 
 
@@ -300,7 +305,7 @@ def _doctor(args: argparse.Namespace) -> int:
     if args.json:
         _print_json([finding.to_json() for finding in findings])
     else:
-        _console(sys.stdout).print(findings_table(findings))
+        open_console(sys.stdout).print(findings_table(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0
 
 
@@ -308,6 +313,13 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "run": (_run, _selection_arguments, "bring the pipeline to its end; done stages are not repeated"),
     "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
     "status": (_status, _json_arguments, "show what the store holds"),
+    "funnel": (cli_ledger.funnel, cli_ledger.funnel_arguments, "show what every stage dropped, and why"),
+    "explain": (cli_ledger.explain, cli_ledger.explain_arguments, "tell what became of one sample, and why"),
+    "takedown": (
+        cli_takedown.takedown,
+        cli_takedown.takedown_arguments,
+        "remove samples from everything and keep them out",
+    ),
     "generate": (
         cli_images.generate,
         cli_images.generate_arguments,

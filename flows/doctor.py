@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -64,6 +65,7 @@ def examine(config: Config | None = None) -> list[Finding]:
     checks: list[Callable[[], Iterator[Finding]]] = [
         check_python,
         check_packages,
+        check_bytecode,
         lambda: check_hardware(config),
         check_gpus,
         check_loopback,
@@ -148,6 +150,21 @@ def check_packages() -> Iterator[Finding]:
         what="packages",
         found="the ancient backport `dataclasses` is installed and breaks Prefect's server",
         remedy="pip uninstall dataclasses",
+    )
+
+
+def check_bytecode(package: str = "torch") -> Iterator[Finding]:
+    """Look whether a large package is compiled: where it cannot be, every worker compiles it at every start."""
+    spec = importlib.util.find_spec(package)
+    source = spec.origin if spec is not None else None
+    if source is None or Path(importlib.util.cache_from_source(source)).exists():
+        yield Finding(level="ok", what="bytecode", found="compiled")
+        return
+    yield Finding(
+        level="advice",
+        what="bytecode",
+        found=f"{package} is not compiled; every process that imports it takes seconds longer",
+        remedy=f"{sys.executable} -m compileall -q {Path(source).parents[1]}",
     )
 
 

@@ -5,6 +5,7 @@
     source -> download -> filter -+-> embed -> curate -+-> pca --> prior ---------+
                           clip ---+                    +-> decoder ---------------+-> generate -> evaluate
                                                        +-> upsampler_256, _1024 --+
+                                                       +-> ledger
 """
 
 from __future__ import annotations

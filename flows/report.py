@@ -16,12 +16,12 @@ from typing import Any
 
 from flows import report_quality, report_samples, report_training
 from flows.report_html import bar, duration, link_list, note, number, soft, table, tile, tiles
-from flows.report_samples import DATA_STAGES
 from flows.report_style import STYLE
 from stages import storage
 from stages.config import Config, to_values
 from stages.errors import UnclipError
 from stages.graph import STAGE_NAMES
+from stages.ledger import DATA_STAGES
 from stages.manifest import Manifest
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

@@ -9,9 +9,9 @@ from html import escape
 from flows.charts import Series, histogram, line_chart
 from flows.report_data import Probe, bins, clip_scores, distributions, probe_clip, spectrum
 from flows.report_html import bar, card, cards, legend, number, soft, table
+from stages.ledger import DATA_STAGES
 from stages.manifest import Manifest
 
-DATA_STAGES = ("source", "download", "filter", "embed", "curate")
 NARROW_PX = 330  # of charts in three columns
 CLIP_FACTS = {
     "origin": "weights",

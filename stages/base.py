@@ -256,7 +256,7 @@ class Stage(ABC, Generic[C]):
         num_in: int = 0,
         num_kept: int = 0,
         dropped: Mapping[str, int] | None = None,
-        metrics: Mapping[str, float] | None = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> ShardRecord:
         """Publish the files of a shard, then its record.
 
@@ -269,7 +269,7 @@ class Stage(ABC, Generic[C]):
             num_in: samples in.
             num_kept: samples out.
             dropped: reason -> samples.
-            metrics: plain numbers to keep.
+            metrics: plain numbers and short texts to keep.
         """
         published = {
             role: item

@@ -31,6 +31,7 @@ from stages.evaluate import EvaluateConfig
 from stages.executor import ClusterConfig
 from stages.filter import FilterConfig
 from stages.generate import GenerateConfig
+from stages.ledger import LedgerConfig
 from stages.pca import PcaConfig
 from stages.source import SourceConfig
 from stages.storage import is_local
@@ -52,6 +53,7 @@ class Config:
     clip: ClipConfig = setting(help="the frozen CLIP: pretrained or trained here")
     embed: EmbedConfig = setting(factory=EmbedConfig, help="CLIP embeddings of images and captions")
     curate: CurateConfig = setting(factory=CurateConfig, help="the final selection")
+    ledger: LedgerConfig = setting(factory=LedgerConfig, help="the fate of every row, as Parquet")
     pca: PcaConfig = setting(factory=PcaConfig, help="principal axes of the image embeddings")
     prior: PriorTraining = setting(help="caption -> image embedding")
     decoder: DecoderTraining = setting(help="image embedding and caption -> image")

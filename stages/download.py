@@ -38,7 +38,7 @@ from stages.base import Progress, Resources, Result, Shard, Stage, setting
 from stages.errors import InputError, ShardError, StageError
 from stages.fetch import FetchError, FetchLimits, fetch_image, is_transient
 from stages.manifest import Manifest, ShardRecord
-from stages.samples import Sample, read_tar, table_from_bytes, table_to_bytes, write_tar
+from stages.samples import Sample, read_tar, row_keys, table_from_bytes, table_to_bytes, write_tar
 
 logger = logging.getLogger(__name__)
 
@@ -227,11 +227,6 @@ class Download(Stage[DownloadConfig]):
                 f"download.max_transient_fraction: {self.config.max_transient_fraction:g} allows; {_hint(transient)}",
                 retryable=True,
             )
-
-
-def row_keys(urls_sha256: str, num_rows: int) -> list[str]:
-    """Return the keys of a shard's samples: they name the rows by content and sort in row order."""
-    return [f"{urls_sha256[:10]}{position:06d}" for position in range(num_rows)]
 
 
 def _served_shapes(source: Manifest) -> shapes.ShapesConfig | None:

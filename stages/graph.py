@@ -13,6 +13,7 @@ from stages.embed import Embed
 from stages.evaluate import Evaluate
 from stages.filter import Filter
 from stages.generate import Generate
+from stages.ledger import Ledger
 from stages.manifest import Manifest
 from stages.pca import Pca
 from stages.runner import StageState, inspect_stage
@@ -27,6 +28,7 @@ STAGES: tuple[type[Stage[Any]], ...] = (
     Clip,
     Embed,
     Curate,
+    Ledger,
     Pca,
     Prior,
     Decoder,

@@ -75,7 +75,7 @@ class ShardRecord:
         num_in: samples that came in.
         num_kept: samples that went out.
         dropped: reason code -> samples; ``num_in == num_kept + sum(dropped.values())`` always.
-        metrics: plain numbers worth keeping (not part of the identity).
+        metrics: plain numbers and short texts worth keeping (not part of the identity).
         wall_time_s: seconds the shard took.
     """
 
@@ -85,7 +85,7 @@ class ShardRecord:
     num_in: int = 0
     num_kept: int = 0
     dropped: Mapping[str, int] = field(default_factory=dict)
-    metrics: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
     wall_time_s: float = 0.0
 
     def __post_init__(self) -> None:

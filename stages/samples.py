@@ -41,6 +41,11 @@ class Sample:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
+def row_keys(urls_sha256: str, num_rows: int) -> list[str]:
+    """Return the keys of the samples of a source shard: they name its rows by content and sort in row order."""
+    return [f"{urls_sha256[:10]}{position:06d}" for position in range(num_rows)]
+
+
 def write_tar(samples: Iterable[Sample]) -> bytes:
     """Write samples as a webdataset tar, sorted by key; equal samples give equal bytes."""
     sink = io.BytesIO()

@@ -27,7 +27,8 @@ import pyarrow.parquet as pq
 from stages import shapes, storage
 from stages.base import Result, Shard, Stage, setting
 from stages.errors import InputError, StorageError
-from stages.manifest import Manifest, ShardRecord
+from stages.list_changes import KnownRange, ListChange, compare_lists, known_lists, remember_lists
+from stages.manifest import Manifest, ShardRecord, digest_of
 from stages.samples import table_to_bytes
 from stages.shapes import ShapesConfig
 
@@ -51,6 +52,9 @@ class SourceConfig:
     caption_column: str | None = setting("caption", "column of the captions; null: none")
     extra_columns: tuple[str, ...] = setting((), "further columns to keep beside every row")
     rows_per_shard: int = setting(1000, "rows of one shard, the unit of work of all later stages")
+    changed_rows: Literal["refuse", "accept"] = setting(
+        "refuse", "what to do when rows of a list that was read before are different now", affects="nothing"
+    )
     shapes: ShapesConfig = setting(factory=ShapesConfig, help="the procedural pictures of `kind: shapes`")
 
     def __post_init__(self) -> None:
@@ -76,6 +80,7 @@ class Source(Stage[SourceConfig]):
     """Cuts the lists into shards; see the module's docstring."""
 
     name: ClassVar[str] = "source"
+    version: ClassVar[int] = 2
 
     def __init__(self, config: SourceConfig, *, root: str, seed: int = 0) -> None:
         super().__init__(config, root=root, seed=seed)
@@ -103,13 +108,15 @@ class Source(Stage[SourceConfig]):
         """Cut every list into ranges of ``rows_per_shard`` rows.
 
         Raises:
-            InputError: if a list is missing, unreadable, empty or lacks a column.
+            InputError: if a list is missing, unreadable, empty, lacks a column, or has changed rows.
         """
         if self.config.kind == "shapes":
             ranges = _ranges(self.config.shapes.num_images, self.config.rows_per_shard)
             return [self.shard(index, start=start, stop=stop) for index, (start, stop) in enumerate(ranges)]
         shards: list[Shard] = []
-        for item in self._lists():
+        lists = self._lists()
+        self._refuse_changed_rows(lists)
+        for item in lists:
             for start, stop in _ranges(self._table(item).num_rows, self.config.rows_per_shard):
                 # The content of the list stands for its place.
                 shard = self.shard(len(shards), list=item.name, list_sha256=item.sha256, start=start, stop=stop)
@@ -132,13 +139,42 @@ class Source(Stage[SourceConfig]):
             table = _with_origin(rows, item.name, start)
         files = {"urls": ("parquet", table_to_bytes(table))}
         count = table.num_rows
-        return self.commit(shard, output, files, started_at=started_at, num_in=count, num_kept=count)
+        # Where the rows are from, for a later comparison with changed lists.
+        return self.commit(
+            shard, output, files, started_at=started_at, num_in=count, num_kept=count, metrics=shard.params
+        )
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
         """Note in the manifest what the download has to serve."""
         if self.config.kind == "shapes":
             return Result(records=records, metrics={"shapes": dataclasses.asdict(self.config.shapes)})
-        return Result(records=records, metrics={"num_lists": len(self._lists())})
+        ranges = [KnownRange(**record.metrics, rows=record.files["urls"]) for record in records]
+        remember_lists(self.root, self._reading(), ranges)
+        return Result(records=records, metrics={"num_lists": len({known.list for known in ranges})})
+
+    def changes(self) -> list[ListChange]:
+        """Tell what has changed in the lists since the store last read them."""
+        return self._changes(self._lists()) if self.config.kind == "urls" else []
+
+    def _changes(self, lists: Sequence[_UrlList]) -> list[ListChange]:
+        by_name = {item.name: item for item in lists}
+        present = {item.name: item.sha256 for item in lists}
+        known = known_lists(self.root, self._reading())
+        return compare_lists(self.root, known, present, lambda name: self._table(by_name[name]))
+
+    def _refuse_changed_rows(self, lists: Sequence[_UrlList]) -> None:
+        if self.config.changed_rows == "accept":
+            return
+        if changed := [change for change in self._changes(lists) if change.num_changed]:
+            raise InputError(
+                "source.lists: rows that were read before have changed:\n  "
+                + "\n  ".join(map(str, changed))
+                + "\nadd changed rows as a new list, or set source.changed_rows: accept to replace what they made"
+            )
+
+    def _reading(self) -> str:
+        """Identify how rows are read and cut."""
+        return digest_of(self._work(("shard", "stage")))
 
     # ---- shapes -----------------------------------------------------------------------------------------------------
 

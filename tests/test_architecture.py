@@ -29,7 +29,7 @@ CONFINED = {
     "open_clip": {"unclip_models/clip.py"},
 }
 # Files of stages/ that are steps of the pipeline: they meet through manifests only.
-STEPS = {"source", "download", "filter", "clip", "embed", "curate", "pca", "train", "generate", "evaluate"}
+STEPS = {"source", "download", "filter", "clip", "embed", "curate", "ledger", "pca", "train", "generate", "evaluate"}
 FILES = sorted(path for package in MAY_IMPORT for path in (TOP / package).rglob("*.py"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import py_compile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def test_a_healthy_machine_has_no_problems() -> None:
         assert found and all(finding.level != "problem" for finding in found), found
     names = {finding.what for finding in doctor.check_hardware(None)}
     assert {"cores", "memory", "disk, temporary files"} <= names
+
+
+def test_a_package_that_every_worker_would_compile(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "large_package.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    found = only(doctor.check_bytecode("large_package"))
+    assert found.level == "advice" and "-m compileall" in found.remedy
+    py_compile.compile(str(tmp_path / "large_package.py"))
+    assert only(doctor.check_bytecode("large_package")).level == "ok"
 
 
 def test_every_finding_that_is_not_ok_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

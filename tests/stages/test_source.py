@@ -239,3 +239,65 @@ def test_shapes_are_a_source(tmp_path: Path) -> None:
     assert more_ids[:2] == ids[:2] and more.fingerprint({}) != stage.fingerprint({})
     reseeded = Source(stage.config, root=str(tmp_path), seed=1)
     assert reseeded.fingerprint({}) == stage.fingerprint({})
+
+
+def changed(path: Path, tmp_path: Path, rows: list[dict[str, Any]], **settings: Any) -> Source:
+    """Write a list anew and return a source that has not read it yet."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return make(tmp_path, path.parent, rows_per_shard=3, **settings)
+
+
+def test_changed_rows_are_refused_with_a_diff_unless_accepted(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "pairs.jsonl"
+    before = run(changed(path, tmp_path, ROWS))
+    rows = [dict(row) for row in ROWS]
+    rows[1]["caption"], rows[4]["url"] = "another caption", "http://elsewhere/4.jpg"
+    stage = changed(path, tmp_path, [*rows, ROWS[0]])
+    (change,) = stage.changes()
+    assert (change.num_before, change.num_after, change.num_changed) == (len(ROWS), len(ROWS) + 1, 2)
+    with pytest.raises(
+        InputError, match=r"(?s)pairs.jsonl: 2 of 7 rows changed.*row 1: caption .* -> 'another"
+    ) as caught:
+        stage.plan({})
+    assert "row 4: url" in str(caught.value) and "source.changed_rows: accept" in str(caught.value)
+    accepted = changed(path, tmp_path, rows, changed_rows="accept")
+    after = run(accepted)
+    # Only the shards of the changed rows are others.
+    same = [
+        old.files["urls"].sha256 == new.files["urls"].sha256
+        for old, new in zip(before.records, after.records, strict=True)
+    ]
+    assert same == [False, False, True]
+    assert changed(path, tmp_path, rows).changes() == []
+
+
+def test_lists_may_grow_come_and_go(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "pairs.jsonl"
+    assert changed(path, tmp_path, ROWS).changes() == []
+    run(changed(path, tmp_path, ROWS))
+    write_json(path.with_name("more.json"))
+    stage = changed(path, tmp_path, [*ROWS, ROWS[0], ROWS[1]])
+    assert [str(change) for change in stage.changes()] == [
+        "pairs.jsonl: 2 rows added to 7",
+        "more.json: new, 7 rows",
+    ]
+    run(stage)
+    path.unlink()
+    left = make(tmp_path, path.parent, rows_per_shard=3)
+    assert [str(change) for change in left.changes()] == ["pairs.jsonl: gone, 9 rows leave the data set"]
+    assert run(left).num_kept == len(ROWS)
+
+
+def test_a_shortened_list_has_changed_and_a_rewritten_one_has_not(tmp_path: Path) -> None:
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "pairs.jsonl"
+    run(changed(path, tmp_path, ROWS))
+    with pytest.raises(InputError, match=r"2 of 7 rows changed\n.*row 5: .* is gone"):
+        changed(path, tmp_path, ROWS[:5]).plan({})
+    reordered = [dict(reversed(row.items())) for row in ROWS]
+    assert changed(path, tmp_path, reordered).changes() == []
+    # Cut otherwise, nothing can be compared and nothing is kept.
+    other = make(tmp_path, path.parent, rows_per_shard=4)
+    assert other.changes() == [] and len(other.plan({})) == 2

@@ -1,0 +1,82 @@
+"""``unclip takedown``: remove samples from everything a store holds, and keep them out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from flows.console import PLAIN, open_console
+from flows.project import open_project
+from stages.errors import ConfigError, InputError
+from stages.takedown import Affected, find_affected, take_down
+from stages.tombstones import Tombstones, add_tombstones, read_tombstones
+
+
+def takedown_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip takedown``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--url", action="append", default=[], metavar="URL", help="as the list has it; repeatable")
+    parser.add_argument("--key", action="append", default=[], metavar="KEY", help="of a sample; repeatable")
+    parser.add_argument("--sha256", action="append", default=[], metavar="HASH", help="of an image file; repeatable")
+    parser.add_argument("--file", metavar="FILE", help="one URL, key or hash per line")
+    parser.add_argument("--note", default="", metavar="TEXT", help="why; kept with the tombstones")
+    parser.add_argument("--apply", action="store_true", help="do it; without, only show what it would touch")
+    parser.add_argument("--json", action="store_true", help="print JSON to standard output")
+
+
+def takedown(args: argparse.Namespace) -> int:
+    """Show what a takedown touches, or do it."""
+    asked = Tombstones(urls=frozenset(args.url), keys=frozenset(args.key), sha256=frozenset(args.sha256))
+    if args.file is not None:
+        asked |= _from_file(Path(args.file))
+    root = open_project(args.config, args.set).config.root
+    if not asked and not args.apply:
+        raise ConfigError("takedown: name what is meant by --url, --key, --sha256 or --file")
+    if args.apply:
+        if asked:
+            add_tombstones(root, asked, args.note)
+        # All tombstones, so that a takedown which was interrupted is finished too.
+        affected = take_down(root, read_tombstones(root))
+    else:
+        affected = find_affected(root, asked)
+    if args.json:
+        print(json.dumps({"applied": args.apply, **affected.to_json()}, indent=1))
+    else:
+        _show(open_console(sys.stdout), affected, applied=args.apply)
+    return 0
+
+
+def _from_file(path: Path) -> Tombstones:
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--file: {path} cannot be read ({error})") from None
+    names: dict[str, set[str]] = {"urls": set(), "keys": set(), "sha256": set()}
+    for line in lines:
+        kind = "urls" if "://" in line else "sha256" if len(line) == 64 else "keys"
+        names[kind].add(line if kind == "urls" else line.lower())
+    return Tombstones(**{kind: frozenset(values) for kind, values in names.items()})
+
+
+def _show(console: Console, affected: Affected, *, applied: bool) -> None:
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, **PLAIN)
+
+    for sample in affected.samples:
+        say(f"sample  {sample['key']}  {sample['url']}  in {sample['shard']}")
+    for model in affected.models:
+        say(f"model   {model['stage']} {model['fingerprint']} was trained on them: {model['weights']}")
+    verb = "removed" if applied else "would be removed"
+    say(
+        f"{len(affected.samples)} samples of {len(affected.shards)} shards, and {len(affected.derived)} files made "
+        f"from these shards, {verb}; {len(affected.models)} models were trained on them"
+    )
+    if not applied and affected.samples:
+        say("add --apply to do it")
+    elif affected.samples:
+        say("`unclip run` makes the affected shards anew and trains anew; the models named above are yours to delete")

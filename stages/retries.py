@@ -1,0 +1,105 @@
+"""Second chances: rows whose download failed for reasons that pass, fetched again as shards of their own.
+
+The shards of a finished download are never rewritten. A request lies beside the shard whose rows it names
+(``<shard id>.retry``); the download's plan then has a further shard of exactly these rows, with the keys they had. In
+the final records a row counts where it was tried last, so that the numbers still balance. A retry can be retried.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pyarrow.compute as pc
+
+from stages import storage
+from stages.base import Shard
+from stages.manifest import Manifest, ShardRecord
+from stages.samples import table_from_bytes
+
+RETRIED = "retried"  # role, in the record of a shard, of the table of those of its rows that were tried again
+_IO_THREADS = 16
+_SUFFIX = ".retry"
+
+
+def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> dict[str, int]:
+    """Ask for another try of every row that failed for a reason that passes.
+
+    Args:
+        download: the finished download.
+        is_transient: tells which reasons pass.
+
+    Returns:
+        reason -> rows that will be tried again.
+    """
+    output = storage.join(download.root, download.stage, "shards")
+
+    def request(record: ShardRecord) -> Counter[str]:
+        if not any(is_transient(reason) for reason in record.dropped):
+            return Counter()
+        rows = _rows(download.root, record)
+        failed = {position: reason for position, reason in rows.items() if reason and is_transient(reason)}
+        storage.write_json(storage.join(output, record.shard_id + _SUFFIX), sorted(failed))
+        return Counter(failed.values())
+
+    # A record that names a retry has already handed these rows on.
+    with ThreadPoolExecutor(_IO_THREADS) as pool:
+        open_records = [record for record in download.records if RETRIED not in record.files]
+        return dict(sum(pool.map(request, open_records), Counter[str]()))
+
+
+def with_retries(shards: Sequence[Shard], output: str, again: Callable[[Shard, Sequence[int]], Shard]) -> list[Shard]:
+    """Add the shards that were asked for to a plan, behind all others, so that earlier samples stay earlier.
+
+    Args:
+        shards: the plan without them.
+        output: URI of the folder of the stage's shards.
+        again: builds the shard of some rows of another.
+    """
+    requested = {name.removesuffix(_SUFFIX) for name in storage.list_files(output) if name.endswith(_SUFFIX)}
+    found = list(shards)
+    for shard in found:  # grows meanwhile: a retry can be retried
+        if shard.id in requested:
+            positions = storage.read_json(storage.join(output, shard.id + _SUFFIX))
+            found.append(replace(again(shard, positions), index=len(found)))
+    return found
+
+
+def settled(root: str, records: Sequence[ShardRecord], retry_of: Mapping[str, str]) -> list[ShardRecord]:
+    """Count every row where it was tried last.
+
+    Args:
+        root: the store.
+        records: of all shards, retries included.
+        retry_of: id of a shard -> id of the shard that tries some of its rows again.
+
+    Returns:
+        The records; those with retries name the table of the rows they handed on, and no longer count them.
+    """
+    by_id = {record.shard_id: record for record in records}
+
+    def settle(record: ShardRecord) -> ShardRecord:
+        retry = by_id.get(retry_of.get(record.shard_id, ""))
+        if retry is None:
+            return record
+        own, handed_on = _rows(root, record), _rows(root, retry)
+        dropped = Counter(record.dropped)
+        dropped.subtract(Counter(reason for position in handed_on if (reason := own[position]) is not None))
+        return replace(
+            record,
+            files={**record.files, RETRIED: retry.files["table"]},
+            num_in=record.num_in - len(handed_on),
+            dropped={reason: count for reason, count in sorted(dropped.items()) if count},
+        )
+
+    with ThreadPoolExecutor(_IO_THREADS) as pool:
+        return list(pool.map(settle, records))
+
+
+def _rows(root: str, record: ShardRecord) -> dict[int, str | None]:
+    """Return position in the source shard -> reason, of the rows of a download shard."""
+    table = table_from_bytes(record.files["table"].read(root), ["key", "reason"])
+    positions = pc.utf8_slice_codeunits(table["key"], 10).cast("int64").to_pylist()
+    return dict(zip(positions, table["reason"].to_pylist(), strict=True))

@@ -1,0 +1,156 @@
+"""Takedowns on a real store: nothing of a sample is left, nothing else is lost, and it does not come back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import storage, takedown
+from stages.errors import ConfigError, IntegrityError
+from stages.life import find_lives
+from stages.manifest import Manifest
+from stages.samples import table_from_bytes
+from stages.takedown import find_affected, take_down
+from stages.tombstones import Tombstones, add_tombstones, read_tombstones
+from tests.stages.data_run import Pictures, picture, run_data, serving, write_list
+from tests.stages.small_store import Given
+
+NUM_ROWS = 20
+
+
+class Run:
+    """A data set of twenty pictures in three shards, run as often as a test wants."""
+
+    def __init__(self, folder: Path, server: Pictures) -> None:
+        self.root, self.server, self._lists = str(folder / "store"), server, folder / "lists"
+        write_list(self._lists / "pairs.jsonl", [(server.url(i), f"picture {i}") for i in range(NUM_ROWS)])
+
+    def __call__(self, **settings: Any) -> dict[str, Manifest]:
+        return run_data(self.root, self._lists, **settings)
+
+    def all_bytes(self) -> bytes:
+        """Return everything in the store, uncompressed where it is Parquet, but the lists themselves."""
+        found = b""
+        for name in storage.list_files(self.root):
+            if name.startswith(("source/", "takedown/")):
+                continue
+            data = storage.read_bytes(storage.join(self.root, name))
+            found += str(table_from_bytes(data).to_pylist()).encode() if name.endswith(".parquet") else data
+        return found
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    with serving() as server:
+        yield Run(tmp_path, server)
+
+
+def key_of(manifests: dict[str, Manifest], row: int) -> str:
+    (life,) = find_lives(manifests, f"pairs.jsonl:{row}")
+    return life.key
+
+
+def test_nothing_of_a_sample_is_left(run: Run) -> None:
+    before = run()
+    train(run.root, before["curate"])
+    key = key_of(before, 9)
+    assert picture(9) in run.all_bytes()
+    stones = Tombstones(urls=frozenset({run.server.url(9)}))
+    add_tombstones(run.root, stones, "asked for by its author")
+    expected = find_affected(run.root, read_tombstones(run.root))
+    assert [(s["key"], s["url"]) for s in expected.samples] == [(key, run.server.url(9))]
+    assert [model["stage"] for model in expected.models] == ["prior"]
+    affected = take_down(run.root, read_tombstones(run.root))
+    assert affected == expected
+    left = run.all_bytes()
+    assert picture(9) not in left and b"'picture 9'" not in left
+    assert picture(8) in left and picture(10) in left
+    # What was made of that shard is gone, what was made of others is not.
+    assert not any(storage.exists(storage.join(run.root, path)) for path in affected.derived)
+    num_requests = sum(run.server.num_requests.values())
+    after = run()
+    assert sum(run.server.num_requests.values()) == num_requests, "nothing is downloaded again"
+    (life,) = find_lives(after, "pairs.jsonl:9")
+    assert life.state == "dropped by download: takedown" and life.caption is None
+    assert after["curate"].num_kept == NUM_ROWS - 1 and after["ledger"].metrics["num_rows"] == NUM_ROWS
+    same = [old.files == new.files for old, new in zip(before["embed"].records, after["embed"].records, strict=True)]
+    assert same == [True, False, True]
+    assert take_down(run.root, read_tombstones(run.root)).samples == []
+
+
+def train(root: str, curate: Manifest) -> None:
+    """Publish a training that read a selection."""
+    stage = Given("prior", root)
+    record = stage.record(0, {"weights": ("safetensors", b"weights")}, {})
+    stage.manifest([record], [curate])
+
+
+@pytest.mark.parametrize("by", ["keys", "sha256"])
+def test_a_sample_is_named_by_its_key_or_its_image(run: Run, by: str) -> None:
+    manifests = run()
+    (life,) = find_lives(manifests, "pairs.jsonl:3")
+    value = life.key if by == "keys" else str(life.verdicts[0].scores["sha256"])
+    take_down(run.root, Tombstones(**{by: frozenset({value})}))
+    assert picture(3) not in run.all_bytes() and picture(4) in run.all_bytes()
+
+
+def test_it_does_not_come_back(run: Run) -> None:
+    (life,) = find_lives(run(), "pairs.jsonl:5")
+    image = str(life.verdicts[0].scores["sha256"])
+    add_tombstones(run.root, Tombstones(urls=frozenset({run.server.url(2)}), sha256=frozenset({image})), "")
+    take_down(run.root, read_tombstones(run.root))
+    storage.delete_tree(storage.join(run.root, "download"))
+    run.server.num_requests.clear()
+    again = run()
+    for row in (2, 5):
+        (life,) = find_lives(again, f"pairs.jsonl:{row}")
+        assert life.state == "dropped by download: takedown" and life.caption is None
+    assert picture(2) not in run.all_bytes() and picture(5) not in run.all_bytes()
+    assert "/2.png" not in run.server.num_requests, "a tombstone of a URL spares its server"
+
+
+@pytest.mark.parametrize("calls_until_death", [0, 1, 2, 3, 5, 8])
+def test_an_interrupted_takedown_is_finished_by_the_next(
+    run: Run, monkeypatch: pytest.MonkeyPatch, calls_until_death: int
+) -> None:
+    run()
+    stones = Tombstones(urls=frozenset({run.server.url(1), run.server.url(17)}))
+    num_calls = 0
+    with monkeypatch.context() as patch:
+        for name in ("delete", "write_json", "write_bytes"):
+            whole = getattr(storage, name)
+
+            def dying(*args: Any, _whole: Any = whole) -> Any:
+                nonlocal num_calls
+                num_calls += 1
+                if num_calls > calls_until_death:
+                    raise KeyboardInterrupt
+                return _whole(*args)
+
+            patch.setattr(takedown.storage, name, dying)
+        with pytest.raises(KeyboardInterrupt):
+            take_down(run.root, stones)
+    take_down(run.root, stones)
+    left = run.all_bytes()
+    assert picture(1) not in left and picture(17) not in left
+    assert run()["curate"].num_kept == NUM_ROWS - 2
+
+
+def test_batches_add_up_and_damage_stops(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    assert not read_tombstones(root)
+    add_tombstones(root, Tombstones(urls=frozenset({"http://a/1.jpg"})), "one")
+    add_tombstones(root, Tombstones(urls=frozenset({"http://a/2.jpg"}), sha256=frozenset({"0" * 64})), "two")
+    found = read_tombstones(root)
+    assert found.urls == {"http://a/1.jpg", "http://a/2.jpg"} and found.sha256 == {"0" * 64}
+    storage.write_json(f"{root}/takedown/x.json", {"urls": 1})
+    with pytest.raises(IntegrityError, match="not a batch of tombstones"):
+        read_tombstones(root)
+
+
+@pytest.mark.parametrize("wrong", [{"keys": frozenset({"x"})}, {"sha256": frozenset({"12ab"})}])
+def test_wrong_names_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="is not one of"):
+        Tombstones(**wrong)
