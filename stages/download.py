@@ -1,27 +1,21 @@
 """Download: URLs to webdataset shards, and a table of all rows with what became of each.
 
 img2dataset does the work - reading, threads, resizing, encoding, writing - in a scratch folder, one source shard at a
-time, in this process. Two of its parts are replaced: the fetch function, by the guarded one of ``stages/fetch.py``,
-and its printing, by logging. What it wrote is not trusted: the tar, the table and the statistics must agree, sample by
-sample. Then it is rewritten so that equal images give equal bytes: in row order, with keys derived from the rows, and
-published.
+time, in this process (``stages/img2dataset_unit.py``). The fetching is ours: guarded (``stages/fetch.py``) and polite
+(``stages/politeness.py``). What img2dataset wrote is verified, then rewritten so that equal images give equal bytes: in
+row order, with keys derived from the rows, and published. Why a row has no image is one of the codes of
+``stages/failure_codes.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import ipaddress
-import json
-import logging
-import os
 import tempfile
-import threading
 import time
 import types
-import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,21 +25,19 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages import shapes
-from stages.base import Progress, Resources, Result, Shard, Stage, setting
-from stages.errors import InputError, ShardError, StageError
-from stages.fetch import FetchError, FetchLimits, fetch_image, is_transient
+from stages.base import Resources, Result, Shard, Stage, setting
+from stages.errors import ConfigError, InputError, ShardError, StageError
+from stages.failure_codes import is_transient, remedy_of
+from stages.fetch import FetchLimits
+from stages.img2dataset_unit import FACTS, Resize, UnitRow, load_img2dataset, rebound, run_unit
 from stages.manifest import Manifest, ShardRecord
-from stages.samples import Sample, read_tar, row_keys, table_from_bytes, table_to_bytes, write_tar
+from stages.politeness import Courtesy
+from stages.row_fetcher import ExpectedHashes, RowFetcher
+from stages.samples import Sample, row_keys, table_from_bytes, table_to_bytes, write_tar
 
-logger = logging.getLogger(__name__)
-
-_REPORT_EVERY_S = 0.5
 _MAX_QUALITY = {"jpg": 100, "png": 9, "webp": 100}
-# What img2dataset's resizer says -> our reason code; anything else it says is about decoding.
-_RESIZE_REASONS = {"image too small": "too_small", "image area too large": "too_many_pixels"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +54,25 @@ class DownloadConfig:
     keep_encoded: bool = setting(
         False, "store images of `image_format` that need no resizing as served (camera rotation not applied)"
     )
+    hash_column: str | None = setting(
+        None,
+        "extra column with the hash of every file; files that differ are dropped, rows without hash are not checked",
+    )
+    hash_algorithm: Literal["md5", "sha256"] = setting("md5", "of `hash_column`")
     num_threads: int = setting(16, "connections at once", affects="nothing")
+    connections_per_host: int = setting(4, "connections to one host (name and port) at once", affects="nothing")
+    circuit_breaker_failures: int = setting(
+        10,
+        "failures to reach a host in a row after which the shard's other rows of it fail at once (host_down); 0: off",
+        affects="nothing",
+    )
+    max_host_pause_s: float = setting(
+        60.0,
+        "seconds that a host may ask to be left alone (429, Retry-After), in all, before the shard's other rows of it "
+        "fail (host_busy)",
+        affects="nothing",
+    )
+    obey_robots_txt: bool = setting(False, "ask every host for its robots.txt first, and obey it")
     timeout_s: float = setting(10.0, "seconds for one attempt at one image, redirects included", affects="nothing")
     retries: int = setting(2, "further attempts after a failure that can pass", affects="nothing")
     backoff_s: float = setting(0.5, "seconds before the second attempt; doubles each time", affects="nothing")
@@ -83,10 +93,10 @@ class DownloadConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("image_size_px", "num_threads", "max_bytes", "max_pixels", "timeout_s"):
+        for name in ("image_size_px", "num_threads", "connections_per_host", "max_bytes", "max_pixels", "timeout_s"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not above 0")
-        for name in ("retries", "backoff_s", "max_redirects"):
+        for name in ("retries", "backoff_s", "max_redirects", "circuit_breaker_failures", "max_host_pause_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative")
         highest = _MAX_QUALITY[self.image_format]
@@ -106,8 +116,6 @@ class DownloadConfig:
         """Return the limits of the guarded fetch."""
         return FetchLimits(
             timeout_s=self.timeout_s,
-            retries=self.retries,
-            backoff_s=self.backoff_s,
             max_bytes=self.max_bytes,
             max_pixels=self.max_pixels,
             max_redirects=self.max_redirects,
@@ -117,26 +125,23 @@ class DownloadConfig:
             allowed_endpoints=allowed_endpoints,
         )
 
-
-@dataclass(frozen=True)
-class _Row:
-    """What img2dataset made of one row.
-
-    Attributes:
-        reason: why there is no image, or None.
-        image: the encoded image, or None.
-        facts: width, height, original_width, original_height, sha256 (of the served file) where there is an image.
-    """
-
-    reason: str | None
-    image: bytes | None
-    facts: Mapping[str, Any]
+    def courtesy(self) -> Courtesy:
+        """Return what the hosts are spared."""
+        return Courtesy(
+            connections_per_host=self.connections_per_host,
+            retries=self.retries,
+            backoff_s=self.backoff_s,
+            max_host_pause_s=self.max_host_pause_s,
+            circuit_breaker_failures=self.circuit_breaker_failures,
+            obey_robots_txt=self.obey_robots_txt,
+        )
 
 
 class Download(Stage[DownloadConfig]):
     """Downloads the rows of every source shard; see the module's docstring."""
 
     name: ClassVar[str] = "download"
+    version: ClassVar[int] = 2
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -153,10 +158,12 @@ class Download(Stage[DownloadConfig]):
 
         Raises:
             InputError: if the source is empty.
+            ConfigError: if the source has no column ``hash_column``.
         """
         records = inputs["source"].records
         if not records:
             raise InputError("download: the source has no rows; check source.lists")
+        self._require_hashes(inputs["source"].config.get("extra_columns", ()))
         # Procedural shapes are the one service on this machine that may be fetched from without asking.
         served = _served_shapes(inputs["source"])
         params = {"served_port": served.port} if served else {}
@@ -171,7 +178,7 @@ class Download(Stage[DownloadConfig]):
 
     def setup(self) -> None:
         """Load img2dataset (and, through it, torch)."""
-        _load_img2dataset()
+        load_img2dataset()
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
         """Download one shard.
@@ -182,12 +189,9 @@ class Download(Stage[DownloadConfig]):
         """
         started_at = time.monotonic()
         urls = table_from_bytes(shard.inputs["urls"].read(self.root))
-        port = shard.params.get("served_port")
-        endpoints = frozenset({(shapes.HOST, int(port))}) if port else frozenset()
-        with tempfile.TemporaryDirectory(prefix="unclip-download-") as scratch:
-            rows = _download(urls, self.config, self.config.limits(endpoints), Path(scratch), self.report)
+        rows, metrics = self._download(urls, shard.params.get("served_port"))
         dropped = Counter(row.reason for row in rows if row.reason is not None)
-        self._refuse_outage(dropped, len(rows))
+        self._refuse_outage(dropped, len(rows), metrics)
         keys = row_keys(shard.inputs["urls"].sha256, len(rows))
         return self.commit(
             shard,
@@ -200,6 +204,7 @@ class Download(Stage[DownloadConfig]):
             num_in=len(rows),
             num_kept=len(rows) - dropped.total(),
             dropped=dropped,
+            metrics=metrics,
         )
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
@@ -212,19 +217,60 @@ class Download(Stage[DownloadConfig]):
             reasons: Counter[str] = Counter()
             for record in records:
                 reasons.update(record.dropped)
+            hint = _hint(reasons, [record.metrics for record in records])
             raise StageError(
-                f"download: none of {reasons.total()} rows gave an image ({_listed(reasons)}); {_hint(reasons)}, "
+                f"download: none of {reasons.total()} rows gave an image ({_listed(reasons)}); {hint}, "
                 "then run again with --force download"
             )
         return Result(records=records)
 
-    def _refuse_outage(self, dropped: Mapping[str, int], num_rows: int) -> None:
+    def _download(self, urls: pa.Table, served_port: Any) -> tuple[list[UnitRow], dict[str, float]]:
+        """Return what became of every row, and how the hosts and the name resolution did."""
+        endpoints = frozenset({(shapes.HOST, int(served_port))}) if served_port else frozenset()
+        fetcher = RowFetcher(
+            urls["url"].to_pylist(), self.config.limits(endpoints), self.config.courtesy(), hashes=self._hashes(urls)
+        )
+        scratch = tempfile.TemporaryDirectory(prefix="unclip-download-")
+        with contextlib.closing(fetcher), scratch as folder:
+            rows = run_unit(
+                urls,
+                fetcher,
+                _resizer(load_img2dataset()[2], self.config),
+                image_format=self.config.image_format,
+                num_threads=self.config.num_threads,
+                scratch=Path(folder),
+                report=self.report,
+            )
+        return rows, fetcher.summary()
+
+    def _require_hashes(self, columns: Sequence[str]) -> None:
+        name = self.config.hash_column
+        if name is not None and name not in columns:
+            listed = ", ".join(columns) or "none"
+            raise ConfigError(
+                f"download.hash_column: '{name}' is not one of the extra columns of the source ({listed}); add it to "
+                "source.extra_columns"
+            )
+
+    def _hashes(self, urls: pa.Table) -> ExpectedHashes | None:
+        name = self.config.hash_column
+        if name is None:
+            return None
+        self._require_hashes(urls.column_names)
+        if not pa.types.is_string(urls[name].type) and not pa.types.is_large_string(urls[name].type):
+            raise ConfigError(
+                f"download.hash_column: '{name}' holds {urls[name].type}, not hexadecimal text; name another column"
+            )
+        return ExpectedHashes(self.config.hash_algorithm, urls[name].to_pylist())
+
+    def _refuse_outage(self, dropped: Mapping[str, int], num_rows: int, metrics: Mapping[str, float]) -> None:
         transient = {reason: count for reason, count in dropped.items() if is_transient(reason)}
         num_transient = sum(transient.values())
         if num_transient > self.config.max_transient_fraction * num_rows:
             raise ShardError(
                 f"{num_transient} of {num_rows} rows failed for reasons that pass ({_listed(transient)}), more than "
-                f"download.max_transient_fraction: {self.config.max_transient_fraction:g} allows; {_hint(transient)}",
+                f"download.max_transient_fraction: {self.config.max_transient_fraction:g} allows; "
+                f"{_hint(transient, [metrics])}",
                 retryable=True,
             )
 
@@ -239,26 +285,21 @@ def _listed(reasons: Mapping[str, int]) -> str:
     return ", ".join(f"{reason}: {count}" for reason, count in most)
 
 
-def _hint(reasons: Mapping[str, int]) -> str:
-    """Say what to do about the most frequent reason."""
-    reason = max(reasons, key=lambda name: reasons[name], default="")
-    if reason == "dns":
-        return "host names cannot be resolved: check the network and the resolver of the workers"
-    if reason in ("connect", "timeout"):
-        return (
-            "the servers cannot be reached: check the network and firewall of the workers, or raise download.timeout_s"
-        )
-    if reason == "blocked_address":
-        return "the hosts are in a private network: list it in download.allowed_networks if that is intended"
-    if reason in ("scheme", "invalid_url"):
-        return "the URLs are not http(s) URLs: check source.url_column"
-    return "check some of the URLs by hand"
+def _hint(reasons: Mapping[str, int], metrics: Sequence[Mapping[str, float]]) -> str:
+    """Say what to do about the most frequent reason, and how the name resolution did if it failed."""
+    lookups, failures = (int(sum(shard.get(name, 0) for shard in metrics)) for name in ("dns_lookups", "dns_failures"))
+    if not failures:
+        return remedy_of(reasons)
+    worst_s = max(shard.get("dns_worst_s", 0.0) for shard in metrics)
+    return (
+        f"{remedy_of(reasons)} (name resolution: {failures} of {lookups} lookups failed, the slowest {worst_s:.1f} s)"
+    )
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
 
 
-def _samples(urls: pa.Table, keys: Sequence[str], rows: Sequence[_Row], extension: str) -> list[Sample]:
+def _samples(urls: pa.Table, keys: Sequence[str], rows: Sequence[UnitRow], extension: str) -> list[Sample]:
     origins = urls.select(["list", "row", "url"]).to_pylist()
     captions = urls["caption"].to_pylist()
     return [
@@ -268,95 +309,23 @@ def _samples(urls: pa.Table, keys: Sequence[str], rows: Sequence[_Row], extensio
     ]
 
 
-_FACTS = {
-    "width": pa.int32(),
-    "height": pa.int32(),
-    "original_width": pa.int32(),
-    "original_height": pa.int32(),
-    "sha256": pa.string(),
-}
-
-
-def _table(urls: pa.Table, keys: Sequence[str], rows: Sequence[_Row]) -> pa.Table:
+def _table(urls: pa.Table, keys: Sequence[str], rows: Sequence[UnitRow]) -> pa.Table:
     columns: dict[str, Any] = {
         "key": pa.array(keys, pa.string()),
         **{name: urls[name] for name in urls.column_names},
         "status": pa.array(["success" if row.reason is None else "failed" for row in rows], pa.string()),
         "reason": pa.array([row.reason for row in rows], pa.string()),
     }
-    columns |= {name: pa.array([row.facts.get(name) for row in rows], kind) for name, kind in _FACTS.items()}
+    for name in FACTS:
+        kind = pa.string() if name == "sha256" else pa.int32()
+        columns[name] = pa.array([row.facts.get(name) for row in rows], kind)
     return pa.table(columns)
 
 
-# ---- img2dataset ----------------------------------------------------------------------------------------------------
+# ---- resizing ----
 
 
-def _load_img2dataset() -> tuple[Any, Any, Any, Any]:
-    """Import img2dataset's modules: reader, downloader, resizer, writer."""
-    # Read at import by its dependency, which otherwise asks the network for updates.
-    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    with warnings.catch_warnings():
-        # It imports `imghdr`, deprecated in Python 3.11.
-        warnings.simplefilter("ignore")
-        from img2dataset import downloader, reader, resizer, writer
-    return reader, downloader, resizer, writer
-
-
-def _rebound(function: Any, **replacements: Any) -> Any:
-    """Copy a function so that some names of its module mean something else in the copy, and only there."""
-    return types.FunctionType(
-        function.__code__,
-        {**function.__globals__, **replacements},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-
-
-def _log_instead_of_print(*parts: object) -> None:
-    logger.debug("img2dataset: %s", " ".join(map(str, parts)))
-
-
-def _download(
-    urls: pa.Table, config: DownloadConfig, limits: FetchLimits, scratch: Path, report: Callable[[Progress], None]
-) -> list[_Row]:
-    """Let img2dataset download the rows into ``scratch`` and return what became of each, in row order."""
-    reader, downloader, resizer, writer = _load_img2dataset()
-    url_list = scratch / "urls.parquet"
-    # Only what it needs: a column that cannot be written as JSON would cost it the sample.
-    pq.write_table(urls.select(["url", "caption"]), url_list)
-    quiet = {"print": _log_instead_of_print}
-    tracing = types.SimpleNamespace(print_exc=lambda: logger.debug("img2dataset", exc_info=True))
-    read_shards = _rebound(reader.Reader.__iter__, **quiet)
-    fetch = _fetch_function(limits, urls.num_rows, report)
-    run = _rebound(downloader.Downloader.download_shard, download_image_with_retry=fetch, traceback=tracing, **quiet)
-    work = downloader.Downloader(
-        sample_writer_class=writer.WebDatasetSampleWriter,
-        resizer=_resizer(resizer, config),
-        thread_count=config.num_threads,
-        save_caption=True,
-        extract_exif=False,
-        output_folder=str(scratch),
-        column_list=["caption", "url"],
-        timeout=limits.timeout_s,
-        number_sample_per_shard=urls.num_rows,
-        oom_shard_count=5,
-        compute_hash="sha256",
-        verify_hash_type=None,
-        encode_format=config.image_format,
-        retries=limits.retries,
-        user_agent_token=None,
-        disallowed_header_directives=None,
-    )
-    whole = reader.Reader(
-        str(url_list), "parquet", "url", "caption", None, None, None, urls.num_rows, set(), str(scratch)
-    )
-    for unit in read_shards(whole):
-        run(work, unit)
-    return _verified(scratch, urls)
-
-
-def _resizer(module: Any, config: DownloadConfig) -> Callable[..., Any]:
+def _resizer(module: Any, config: DownloadConfig) -> Resize:
     """Build img2dataset's resizer."""
     resize = module.Resizer(
         image_size=config.image_size_px,
@@ -366,7 +335,7 @@ def _resizer(module: Any, config: DownloadConfig) -> Callable[..., Any]:
         encode_quality=config.image_quality,
         skip_reencode=config.keep_encoded,
     )
-    call = _rebound(
+    call = rebound(
         module.Resizer.__call__,
         cv2=types.SimpleNamespace(**{**vars(cv2), "imdecode": _decode_as_stored if config.keep_encoded else _decode}),
         # It would point file descriptors 1 and 2 of the whole process elsewhere during every resize: other threads'
@@ -388,73 +357,3 @@ def _decode_as_stored(buffer: npt.NDArray[np.uint8], flags: int) -> Any:
     if image is not None and image.dtype == np.uint16:
         return np.right_shift(image, 8).astype(np.uint8)
     return image
-
-
-def _fetch_function(limits: FetchLimits, total: int, report: Callable[[Progress], None]) -> Callable[..., Any]:
-    """Build the guarded replacement of img2dataset's fetch function, which also reports progress."""
-    lock = threading.Lock()
-    done, reported_at = 0, time.monotonic()
-
-    def fetch(row: tuple[int, str | None], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
-        nonlocal done, reported_at
-        position, url = row
-        try:
-            answer: tuple[int, io.BytesIO | None, str | None] = (position, io.BytesIO(fetch_image(url, limits)), None)
-        except FetchError as error:
-            logger.debug("%s: %s", url, error)
-            answer = (position, None, error.reason)
-        with lock:
-            done += 1
-            if time.monotonic() - reported_at > _REPORT_EVERY_S or done == total:
-                reported_at = time.monotonic()
-                report(Progress(done=done, total=total, unit="images"))
-        return answer
-
-    return fetch
-
-
-def _verified(scratch: Path, urls: pa.Table) -> list[_Row]:
-    """Read what img2dataset wrote and check that its tar, table and statistics tell the same story.
-
-    Raises:
-        ShardError: retryable, if they do not.
-    """
-    try:
-        stats = json.loads((scratch / "00000_stats.json").read_bytes())
-        table = pq.read_table(scratch / "00000.parquet").to_pylist()
-        # Its keys are the row numbers, padded.
-        samples = {int(sample.key): sample for sample in read_tar((scratch / "00000.tar").read_bytes())}
-    except (OSError, ValueError, pa.ArrowException, ShardError) as error:
-        raise ShardError(f"img2dataset's output cannot be read: {error}", retryable=True) from error
-    by_row = {int(row["key"]): row for row in table}
-    succeeded = {position for position, row in by_row.items() if row["status"] == "success"}
-    counts = {
-        "rows": urls.num_rows,
-        "rows in its statistics": stats["count"],
-        "rows in its table": len(by_row) if len(by_row) == len(table) else -1,
-    }
-    images = {
-        "successes in its statistics": stats["successes"],
-        "successes in its table": len(succeeded),
-        "samples in its tar": len(samples) if set(samples) == succeeded else -1,
-    }
-    for numbers in (counts, images):
-        if len(set(numbers.values())) != 1:
-            listed = ", ".join(f"{count} {name}" for name, count in numbers.items())
-            raise ShardError(f"img2dataset's output does not verify: {listed}", retryable=True)
-    captions = urls["caption"].to_pylist()
-    for position, sample in samples.items():
-        if sample.caption != (captions[position] or "") or not sample.image:
-            raise ShardError(
-                f"img2dataset's output does not verify: row {position} holds another sample", retryable=True
-            )
-    return [_row(by_row[position], samples.get(position)) for position in range(urls.num_rows)]
-
-
-def _row(row: Mapping[str, Any], sample: Sample | None) -> _Row:
-    if sample is not None:
-        return _Row(None, sample.image, {name: row[name] for name in _FACTS})
-    message = row["error_message"] or ""
-    if row["status"] == "failed_to_download":
-        return _Row(message, None, {})
-    return _Row(_RESIZE_REASONS.get(message, "decode"), None, {})

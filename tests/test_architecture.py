@@ -25,7 +25,7 @@ CONFINED = {
     "s3fs": {"stages/storage.py"},
     "yaml": {"stages/config.py"},
     "pydantic": {"stages/config.py"},
-    "img2dataset": {"stages/download.py"},
+    "img2dataset": {"stages/img2dataset_unit.py"},
     "open_clip": {"unclip_models/clip.py"},
 }
 # Files of stages/ that are steps of the pipeline: they meet through manifests only.

@@ -18,9 +18,10 @@ from PIL import Image
 
 from stages import shapes, storage
 from stages.base import Progress
-from stages.download import Download, DownloadConfig, _load_img2dataset, _resizer, row_keys
+from stages.download import Download, DownloadConfig, _resizer, row_keys
 from stages.errors import InputError, ShardError, StageError
 from stages.executor import ClusterConfig, LocalExecutor
+from stages.img2dataset_unit import load_img2dataset
 from stages.manifest import File, Manifest, ShardRecord
 from stages.runner import run_stage
 from stages.samples import Sample, read_tar, table_from_bytes, table_to_bytes
@@ -39,7 +40,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module", autouse=True)
 def img2dataset() -> Any:
-    return _load_img2dataset()
+    return load_img2dataset()
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def test_a_sample_that_img2dataset_loses_is_noticed(
 def test_an_outage_commits_nothing_and_passes(tmp_path: Path, pictures: ShapesConfig) -> None:
     source = Source(SourceConfig(kind="shapes", rows_per_shard=40, shapes=pictures), root=str(tmp_path))
     inputs = {"source": run(source, {})}
-    stage = Download(DownloadConfig(**FAST, retries=0), root=str(tmp_path))
+    stage = Download(DownloadConfig(**FAST, retries=0, circuit_breaker_failures=0), root=str(tmp_path))
     shard = stage.plan(inputs)[0]
     with pytest.raises(ShardError, match=r"40 of 40 rows failed .* \(connect: 40\).*cannot be reached") as caught:
         stage.process(shard, f"{tmp_path}/download/shards")

@@ -3,162 +3,57 @@
 from __future__ import annotations
 
 import contextlib
-import io
+import datetime
+import email.utils
 import socket
-import struct
-import threading
 import time
-import zlib
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 
-from stages.fetch import FetchError, FetchLimits, check_image, fetch, fetch_image, is_transient
-
-
-def picture(image_format: str = "PNG", side: int = 20) -> bytes:
-    sink = io.BytesIO()
-    Image.effect_noise((side, side), 50).convert("RGB").save(sink, image_format)
-    return sink.getvalue()
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-    chunks = b"\x89PNG\r\n\x1a\n"
-    for kind, data in (
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)),
-        (b"IDAT", zlib.compress(b"\0")),
-        (b"IEND", b""),
-    ):
-        chunks += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-    return chunks
-
-
-PNG = picture()
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One path for each kind of answer."""
-
-    requests: list[str]
-    slow_s = 0.15
-
-    def do_GET(self) -> None:
-        type(self).requests.append(self.path)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            getattr(self, "answer_" + self.path.partition("?")[0].strip("/").replace("-", "_").split("/")[0])()
-
-    def send(self, body: bytes = PNG, status: int = 200, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            for one in value.split(";"):
-                self.send_header(name.replace("_", "-"), one)
-        if "Content_Length" not in headers and "Transfer_Encoding" not in headers:
-            self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def answer_image(self) -> None:
-        self.send()
-
-    def answer_status(self) -> None:
-        self.send(b"", status=int(self.path.rsplit("/", 1)[1]))
-
-    def answer_opt_out(self) -> None:
-        self.send(X_Robots_Tag=self.path.partition("?")[2].replace("+", " "))
-
-    def answer_announced(self) -> None:
-        self.send(Content_Length=str(10**9))
-
-    def answer_endless(self) -> None:
-        self.send(b"", Transfer_Encoding="chunked")
-        chunk = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
-        while True:
-            self.wfile.write(chunk)
-
-    def answer_truncated(self) -> None:
-        self.send(PNG[:50], Content_Length=str(len(PNG)))
-
-    def answer_empty(self) -> None:
-        self.send(b"")
-
-    def answer_text(self) -> None:
-        self.send(b"<html>not an image</html>")
-
-    def answer_dribbled_body(self) -> None:
-        self.send(b"", Content_Length=str(len(PNG)))
-        for byte in PNG:
-            self.wfile.write(bytes([byte]))
-            time.sleep(self.slow_s)
-
-    def answer_dribbled_headers(self) -> None:
-        for _ in range(100):
-            self.wfile.write(b"H")
-            time.sleep(self.slow_s)
-
-    def answer_silent(self) -> None:
-        time.sleep(2)
-
-    def answer_garbage(self) -> None:
-        self.wfile.write(b"this is not HTTP\r\n\r\n")
-
-    def answer_hang_up(self) -> None:
-        self.close_connection = True
-
-    def answer_redirect(self) -> None:
-        self.send(b"", status=302, Location=self.path.partition("?")[2])
-
-    def answer_loop(self) -> None:
-        self.send(b"", status=301, Location="/loop")
-
-    def answer_recovers(self) -> None:
-        failed_before = type(self).requests.count(self.path) > 2
-        self.send() if failed_before else self.send(b"", status=503)
-
-    def answer_busy(self) -> None:
-        self.send(b"", status=429, Retry_After="7")
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+from stages.failure_codes import FetchError, is_transient
+from stages.fetch import FetchLimits, check_image, seconds_to_wait
+from stages.politeness import Courtesy
+from stages.row_fetcher import RowFetcher
+from tests.stages.hostile_server import PNG, HostileServer, encoded, noise, png, serve
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    Handler.requests = []
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05})
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}"
-    http.shutdown()
-    thread.join()
-    http.server_close()
+def hostile() -> Iterator[HostileServer]:
+    with serve() as running:
+        yield running
+
+
+@pytest.fixture
+def server(hostile: HostileServer) -> str:
+    return hostile.url
 
 
 def limits_for(server: str, **changes: object) -> FetchLimits:
     endpoint = ("127.0.0.1", int(server.rsplit(":", 1)[1]))
     settings: dict[str, object] = {
         "timeout_s": 5.0,
-        "retries": 0,
         "max_bytes": 100_000,
         "allowed_endpoints": frozenset({endpoint}),
     }
     return FetchLimits(**(settings | changes))  # type: ignore[arg-type]
 
 
-def reason_of(url: str | None, limits: FetchLimits) -> str:
-    with pytest.raises(FetchError) as caught:
-        fetch_image(url, limits, sleep=lambda _: None)
-    return caught.value.reason
+def fetched(url: str | None, limits: FetchLimits, **courtesy: object) -> bytes | str | None:
+    """Fetch one row; return the file, or the reason why there is none."""
+    settings: dict[str, object] = {"retries": 0, "backoff_s": 0.01}
+    fetcher = RowFetcher([url], limits, Courtesy(**(settings | courtesy)))  # type: ignore[arg-type]
+    with contextlib.closing(fetcher):
+        row = fetcher.next_row()
+    assert row.row == 0 and (row.data is None) == (row.reason is not None)
+    return row.data or row.reason
 
 
 def test_an_image_arrives_as_it_is(server: str) -> None:
-    assert fetch_image(f"{server}/image", limits_for(server)) == PNG
-    assert fetch_image(f"  {server}/image?a=b c&d=é#x ", limits_for(server)) == PNG
+    assert fetched(f"{server}/image", limits_for(server)) == PNG
+    assert fetched(f"  {server}/image?a=b c&d=é#x ", limits_for(server)) == PNG
 
 
 @pytest.mark.parametrize(
@@ -171,7 +66,7 @@ def test_an_image_arrives_as_it_is(server: str) -> None:
         ("/endless", "too_large"),
         ("/truncated", "truncated"),
         ("/empty", "empty"),
-        ("/text", "decode"),
+        ("/special/html.jpg", "decode"),
         ("/garbage", "connect"),
         ("/hang-up", "connect"),
         ("/loop", "redirects"),
@@ -183,7 +78,7 @@ def test_an_image_arrives_as_it_is(server: str) -> None:
     ],
 )
 def test_reason_codes(server: str, path: str, reason: str) -> None:
-    assert reason_of(server + path, limits_for(server)) == reason
+    assert fetched(server + path, limits_for(server)) == reason
 
 
 @pytest.mark.parametrize(
@@ -209,19 +104,19 @@ def test_reason_codes(server: str, path: str, reason: str) -> None:
     ],
 )
 def test_wrong_urls(url: str | None, reason: str) -> None:
-    assert reason_of(url, FetchLimits(retries=0)) == reason
+    assert fetched(url, FetchLimits()) == reason
 
 
 def test_redirects_are_followed_within_the_allowed(server: str) -> None:
-    assert fetch_image(f"{server}/redirect?/image", limits_for(server)) == PNG
-    assert fetch_image(f"{server}/redirect?{server}/image", limits_for(server)) == PNG
-    assert reason_of(f"{server}/redirect?/image", limits_for(server, max_redirects=0)) == "redirects"
+    assert fetched(f"{server}/redirect?/image", limits_for(server)) == PNG
+    assert fetched(f"{server}/redirect?{server}/image", limits_for(server)) == PNG
+    assert fetched(f"{server}/redirect?/image", limits_for(server, max_redirects=0)) == "redirects"
 
 
-@pytest.mark.parametrize("path", ["/dribbled-body", "/dribbled-headers", "/silent"])
+@pytest.mark.parametrize("path", ["/slow-drip", "/dribbled-headers", "/silent"])
 def test_one_deadline_for_the_whole_attempt(server: str, path: str) -> None:
     started_at = time.monotonic()
-    assert reason_of(server + path, limits_for(server, timeout_s=0.5)) == "timeout"
+    assert fetched(server + path, limits_for(server, timeout_s=0.5)) == "timeout"
     assert time.monotonic() - started_at < 1.5
 
 
@@ -241,56 +136,66 @@ def test_one_deadline_for_the_whole_attempt(server: str, path: str) -> None:
 def test_opt_outs(server: str, tag: str, refused: bool) -> None:
     limits = limits_for(server, user_agent="Tester/1.0")
     if refused:
-        assert reason_of(f"{server}/opt-out?{tag}", limits) == "opt_out"
+        assert fetched(f"{server}/opt-out?{tag}", limits) == "opt_out"
     else:
-        assert fetch_image(f"{server}/opt-out?{tag}", limits) == PNG
-    assert fetch_image(f"{server}/opt-out?{tag}", limits_for(server, opt_out_directives=())) == PNG
+        assert fetched(f"{server}/opt-out?{tag}", limits) == PNG
+    assert fetched(f"{server}/opt-out?{tag}", limits_for(server, opt_out_directives=())) == PNG
 
 
-def test_failures_that_pass_are_retried_with_growing_pauses(server: str) -> None:
-    pauses: list[float] = []
-    limits = limits_for(server, retries=3, backoff_s=1.0)
-    assert fetch_image(f"{server}/recovers", limits, sleep=pauses.append) == PNG
-    assert len(pauses) == 2
-    assert 0.5 <= pauses[0] <= 1.0 <= pauses[1] <= 2.0
+def test_failures_that_pass_are_retried(hostile: HostileServer) -> None:
+    limits = limits_for(hostile.url)
+    assert fetched(f"{hostile.url}/recovers/a?2", limits, retries=3) == PNG
+    assert hostile.num_asked("/recovers/a?2") == 3
+    assert fetched(f"{hostile.url}/recovers/b?2", limits, retries=1) == "http_503"
+    assert hostile.num_asked("/recovers/b?2") == 2
 
 
-def test_the_server_may_ask_for_a_longer_pause(server: str) -> None:
-    pauses: list[float] = []
-    with pytest.raises(FetchError, match="http_429"):
-        fetch_image(f"{server}/busy", limits_for(server, retries=2, backoff_s=0.1), sleep=pauses.append)
-    assert pauses == [7.0, 7.0]
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_the_server_may_ask_for_a_longer_pause(hostile: HostileServer, form: str) -> None:
+    started_at = time.monotonic()
+    # A date is given in whole seconds.
+    assert fetched(f"{hostile.url}/busy-once/{form}?2,{form}", limits_for(hostile.url), retries=1) == PNG
+    assert time.monotonic() - started_at > 0.9
 
 
-@pytest.mark.parametrize("path", ["/status/404", "/text", "/opt-out?noai", "/announced"])
-def test_final_failures_are_not_retried(server: str, path: str) -> None:
-    before = len(Handler.requests)
-    reason_of(server + path, limits_for(server, retries=5))
-    assert len(Handler.requests) == before + 1
+def test_retry_after_is_read_in_both_forms() -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    later = email.utils.format_datetime(now + datetime.timedelta(seconds=90), usegmt=True)
+    assert seconds_to_wait("7") == 7.0
+    assert 88 < seconds_to_wait(later) <= 90
+    assert seconds_to_wait("Fri, 31 Dec 1999 23:59:59 GMT") == 0.0
+    assert [seconds_to_wait(value) for value in (None, "", "soon", "-5", "1.5", "²")] == [0.0] * 6
+
+
+@pytest.mark.parametrize("path", ["/status/404", "/special/html.jpg", "/opt-out?noai", "/announced"])
+def test_final_failures_are_not_retried(hostile: HostileServer, path: str) -> None:
+    before = len(hostile.paths)
+    fetched(hostile.url + path, limits_for(hostile.url), retries=5)
+    assert len(hostile.paths) == before + 1
 
 
 def test_refused_connections_can_pass() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    limits = FetchLimits(retries=0, allowed_networks=("127.0.0.0/8",))
-    assert reason_of(f"http://127.0.0.1:{port}/", limits) == "connect"
+    limits = FetchLimits(allowed_networks=("127.0.0.0/8",))
+    assert fetched(f"http://127.0.0.1:{port}/", limits) == "connect"
     assert is_transient("connect") and is_transient("http_503") and not is_transient("http_404")
 
 
 def test_https_to_a_plain_server_is_a_tls_failure(server: str) -> None:
-    assert reason_of(server.replace("http:", "https:") + "/image", limits_for(server)) == "tls"
+    assert fetched(server.replace("http:", "https:") + "/image", limits_for(server)) == "tls"
 
 
 @pytest.mark.parametrize("side", [7_100, 10_000, 20_000])
 def test_pixels_are_counted_before_decoding(side: int) -> None:
     with pytest.raises(FetchError, match="too_many_pixels"):
-        check_image(png_header(side, side), 50_000_000)
+        check_image(png(side, side, b"\0"), 50_000_000)
 
 
 @pytest.mark.parametrize("image_format", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_complete_images_pass_and_cut_ones_do_not(image_format: str) -> None:
-    data = picture(image_format, side=60)
+    data = encoded(noise(60), image_format)
     assert check_image(data, 10_000) == (60, 60)
     with pytest.raises(FetchError, match="decode"):
         check_image(data[: len(data) // 2], 10_000)
@@ -325,7 +230,3 @@ def test_an_allowed_endpoint_is_one_port_only() -> None:
     assert limits.allows("127.0.0.1", 8000)
     assert not limits.allows("127.0.0.1", 8001)
     assert not limits.allows("127.0.0.2", 8000)
-
-
-def test_fetch_returns_any_bytes(server: str) -> None:
-    assert fetch(f"{server}/text", limits_for(server)).startswith(b"<html>")

@@ -1,0 +1,205 @@
+"""One unit of the download: img2dataset run over a table of rows in a scratch folder, and what it wrote, checked.
+
+Two of its parts are replaced: the fetch function, by turns of a ``RowFetcher``, and its printing, by logging. What it
+wrote is not trusted: the tar, the table and the statistics must agree, sample by sample.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import threading
+import time
+import types
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.base import Progress
+from stages.errors import ShardError
+from stages.row_fetcher import RowFetcher
+from stages.samples import Sample, read_tar
+
+logger = logging.getLogger(__name__)
+
+FACTS = ("width", "height", "original_width", "original_height", "sha256")
+_REPORT_EVERY_S = 0.5
+_NOT_DECODED = "Image decoding error"  # in img2dataset's words
+
+Resize = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class UnitRow:
+    """What img2dataset made of one row.
+
+    Attributes:
+        reason: why there is no image, or None.
+        image: the encoded image, or None.
+        facts: width, height, original_width, original_height, sha256 (of the served file) where there is an image.
+    """
+
+    reason: str | None
+    image: bytes | None
+    facts: Mapping[str, Any]
+
+
+def load_img2dataset() -> tuple[Any, Any, Any, Any]:
+    """Import img2dataset's modules: reader, downloader, resizer, writer."""
+    # Read at import by its dependency, which otherwise asks the network for updates.
+    os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+    with warnings.catch_warnings():
+        # It imports `imghdr`, deprecated in Python 3.11.
+        warnings.simplefilter("ignore")
+        from img2dataset import downloader, reader, resizer, writer
+    return reader, downloader, resizer, writer
+
+
+def rebound(function: Any, **replacements: Any) -> Any:
+    """Copy a function so that some names of its module mean something else in the copy, and only there."""
+    return types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **replacements},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+
+
+def _log_instead_of_print(*parts: object) -> None:
+    logger.debug("img2dataset: %s", " ".join(map(str, parts)))
+
+
+def run_unit(
+    urls: pa.Table,
+    fetcher: RowFetcher,
+    resize: Resize,
+    *,
+    image_format: str,
+    num_threads: int,
+    scratch: Path,
+    report: Callable[[Progress], None],
+) -> list[UnitRow]:
+    """Let img2dataset download the rows and return what became of each, in row order.
+
+    Args:
+        urls: table of ``url`` and ``caption``.
+        fetcher: of the same rows.
+        resize: called with the stream of a file as img2dataset calls its ``Resizer``.
+        image_format: of the stored images.
+        num_threads: that fetch.
+        scratch: an empty folder.
+        report: called now and then with the progress.
+
+    Raises:
+        ShardError: retryable, if the output does not verify.
+    """
+    reader, downloader, _, writer = load_img2dataset()
+    url_list = scratch / "urls.parquet"
+    # Only what it needs: a column that cannot be written as JSON would cost it the sample.
+    pq.write_table(urls.select(["url", "caption"]), url_list)
+    quiet = {"print": _log_instead_of_print}
+    tracing = types.SimpleNamespace(print_exc=lambda: logger.debug("img2dataset", exc_info=True))
+    read_shards = rebound(reader.Reader.__iter__, **quiet)
+    fetch = _fetch_function(fetcher, urls.num_rows, report)
+    run = rebound(downloader.Downloader.download_shard, download_image_with_retry=fetch, traceback=tracing, **quiet)
+    work = downloader.Downloader(
+        sample_writer_class=writer.WebDatasetSampleWriter,
+        resizer=resize,
+        thread_count=num_threads,
+        save_caption=True,
+        extract_exif=False,
+        output_folder=str(scratch),
+        column_list=["caption", "url"],
+        timeout=0,  # this and the retries are the fetcher's
+        number_sample_per_shard=urls.num_rows,
+        oom_shard_count=5,
+        compute_hash="sha256",
+        verify_hash_type=None,
+        encode_format=image_format,
+        retries=0,
+        user_agent_token=None,
+        disallowed_header_directives=None,
+    )
+    whole = reader.Reader(
+        str(url_list), "parquet", "url", "caption", None, None, None, urls.num_rows, set(), str(scratch)
+    )
+    for unit in read_shards(whole):
+        run(work, unit)
+    return _verified(scratch, urls)
+
+
+def _fetch_function(fetcher: RowFetcher, total: int, report: Callable[[Progress], None]) -> Callable[..., Any]:
+    """Build the replacement of img2dataset's fetch function, which also reports progress.
+
+    img2dataset calls it once per row and takes the rows in whatever order they come back, so a call is a turn: it
+    returns the next row that is finished, whichever that is.
+    """
+    lock = threading.Lock()
+    done, reported_at = 0, time.monotonic()
+
+    def fetch(_row: tuple[int, str | None], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
+        nonlocal done, reported_at
+        fetched = fetcher.next_row()
+        with lock:
+            done += 1
+            if time.monotonic() - reported_at > _REPORT_EVERY_S or done == total:
+                reported_at = time.monotonic()
+                report(Progress(done=done, total=total, unit="images"))
+        stream = None if fetched.data is None else io.BytesIO(fetched.data)
+        return fetched.row, stream, fetched.reason
+
+    return fetch
+
+
+def _verified(scratch: Path, urls: pa.Table) -> list[UnitRow]:
+    """Read what img2dataset wrote and check that its tar, table and statistics tell the same story.
+
+    Raises:
+        ShardError: retryable, if they do not.
+    """
+    try:
+        stats = json.loads((scratch / "00000_stats.json").read_bytes())
+        table = pq.read_table(scratch / "00000.parquet").to_pylist()
+        # Its keys are the row numbers, padded.
+        samples = {int(sample.key): sample for sample in read_tar((scratch / "00000.tar").read_bytes())}
+    except (OSError, ValueError, pa.ArrowException, ShardError) as error:
+        raise ShardError(f"img2dataset's output cannot be read: {error}", retryable=True) from error
+    by_row = {int(row["key"]): row for row in table}
+    succeeded = {position for position, row in by_row.items() if row["status"] == "success"}
+    counts = {
+        "rows": urls.num_rows,
+        "rows in its statistics": stats["count"],
+        "rows in its table": len(by_row) if len(by_row) == len(table) else -1,
+    }
+    images = {
+        "successes in its statistics": stats["successes"],
+        "successes in its table": len(succeeded),
+        "samples in its tar": len(samples) if set(samples) == succeeded else -1,
+    }
+    for numbers in (counts, images):
+        if len(set(numbers.values())) != 1:
+            listed = ", ".join(f"{count} {name}" for name, count in numbers.items())
+            raise ShardError(f"img2dataset's output does not verify: {listed}", retryable=True)
+    captions = urls["caption"].to_pylist()
+    for position, sample in samples.items():
+        if sample.caption != (captions[position] or "") or not sample.image:
+            raise ShardError(
+                f"img2dataset's output does not verify: row {position} holds another sample", retryable=True
+            )
+    return [_row(by_row[position], samples.get(position)) for position in range(urls.num_rows)]
+
+
+def _row(row: Mapping[str, Any], sample: Sample | None) -> UnitRow:
+    if sample is not None:
+        return UnitRow(None, sample.image, {name: row[name] for name in FACTS})
+    if row["status"] == "failed_to_download":
+        return UnitRow(row["error_message"], None, {})
+    return UnitRow("decode" if row["error_message"] == _NOT_DECODED else "resize", None, {})

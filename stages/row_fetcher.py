@@ -1,0 +1,164 @@
+"""Fetching the rows of one unit: any number of threads take turns, every row comes out exactly once.
+
+A thread asks for the next finished row, not for a row of its own: it works on whatever may be fetched now
+(``stages/politeness.py``) until some row is finished. As many calls as there are rows return all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stages import robots
+from stages.connections import Connections
+from stages.failure_codes import FetchError
+from stages.fetch import FetchLimits, Redirect, check_image, fetch
+from stages.politeness import Courtesy, Ended, HostQueues, Request
+from stages.resolver import Resolver
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExpectedHashes:
+    """What the files of the rows must hash to.
+
+    Attributes:
+        algorithm: of ``hashlib``.
+        digests: hexadecimal, one per row; None or empty: unknown, any file will do.
+    """
+
+    algorithm: str
+    digests: Sequence[str | None]
+
+    def check(self, row: int, data: bytes) -> None:
+        """Check a file.
+
+        Raises:
+            FetchError: ``hash_mismatch``.
+        """
+        expected = (self.digests[row] or "").strip().lower()
+        found = hashlib.new(self.algorithm, data, usedforsecurity=False).hexdigest() if expected else ""
+        if found != expected:
+            raise FetchError("hash_mismatch", f"{self.algorithm} is {found}, not {expected}")
+
+
+@dataclass(frozen=True)
+class FetchedRow:
+    """A row that is finished.
+
+    Attributes:
+        row: its position.
+        data: the file as it was served, or None.
+        reason: why there is none, or None.
+    """
+
+    row: int
+    data: bytes | None = None
+    reason: str | None = None
+
+
+class RowFetcher:
+    """Fetches all rows of a unit; see the module's docstring.
+
+    Args:
+        urls: of the rows.
+        limits: of every fetch.
+        courtesy: what the hosts are spared.
+        hashes: of the files, if they are known.
+        resolver: resolves the names; by default the system's.
+    """
+
+    def __init__(
+        self,
+        urls: Sequence[str | None],
+        limits: FetchLimits,
+        courtesy: Courtesy,
+        *,
+        hashes: ExpectedHashes | None = None,
+        resolver: Resolver | None = None,
+    ) -> None:
+        self._limits = limits
+        self._rules_limits = dataclasses.replace(limits, max_bytes=robots.MAX_BYTES, opt_out_directives=())
+        self._hashes = hashes
+        # Half the shortest pause: a row that is tried again is looked up again.
+        forget_s = courtesy.backoff_s / 2
+        self._resolver = resolver or Resolver(patience_s=limits.timeout_s, forget_s=forget_s)
+        self._connections = Connections(limits.allows, self._resolver)
+        self._changed = threading.Condition()
+        self._queues = HostQueues(
+            courtesy,
+            timeout_s=limits.timeout_s,
+            max_redirects=limits.max_redirects,
+            user_agent=limits.user_agent,
+        )
+        for row, url in enumerate(urls):
+            self._queues.add(row, url)
+
+    def next_row(self) -> FetchedRow:
+        """Work until some row is finished, and return it; to be called once per row, by any number of threads."""
+        while True:
+            item = self._take()
+            if isinstance(item, Ended):
+                return FetchedRow(item.row, reason=item.reason)
+            data = self._ask(item)
+            if data is not None and item.row is not None:
+                return self._checked(item, data)
+
+    def summary(self) -> dict[str, float]:
+        """Return the health of the name resolution and what the hosts were asked and spared."""
+        with self._changed:
+            return self._queues.summary() | self._resolver.summary()
+
+    def close(self) -> None:
+        """Close the connections that were kept."""
+        self._connections.close()
+
+    def _take(self) -> Request | Ended:
+        with self._changed:
+            while (item := self._queues.take()) is None:
+                self._changed.wait(self._queues.seconds_to_wait())
+            # Another thread has to watch the clock, or take what else may be taken, in this one's place.
+            if self._queues.seconds_to_wait() is not None:
+                self._changed.notify()
+            return item
+
+    def _ask(self, request: Request) -> bytes | None:
+        """Send one request and note the answer; return the file if it is one."""
+        limits = self._limits if request.row is not None else self._rules_limits
+        started_at = time.monotonic()
+        answer: bytes | Redirect | FetchError
+        try:
+            answer = fetch(request.url, limits, self._connections, started_at + request.seconds_left)
+        except FetchError as error:
+            logger.debug("%s: %s", request.url, error)
+            answer = error
+        request.seconds_left -= time.monotonic() - started_at
+        with self._changed:
+            self._note(request, answer)
+            self._changed.notify()
+        return answer if isinstance(answer, bytes) else None
+
+    def _note(self, request: Request, answer: bytes | Redirect | FetchError) -> None:
+        if isinstance(answer, bytes):
+            self._queues.succeeded(request, answer)
+        elif isinstance(answer, Redirect):
+            self._queues.redirected(request, answer.url)
+        else:
+            self._queues.failed(request, answer)
+
+    def _checked(self, request: Request, data: bytes) -> FetchedRow:
+        assert request.row is not None
+        try:
+            if self._hashes is not None:
+                self._hashes.check(request.row, data)
+            check_image(data, self._limits.max_pixels)
+        except FetchError as error:
+            logger.debug("%s: %s", request.url, error)
+            return FetchedRow(request.row, reason=error.reason)
+        return FetchedRow(request.row, data)
