@@ -137,6 +137,7 @@ class Download(Stage[DownloadConfig]):
     """Downloads the rows of every source shard; see the module's docstring."""
 
     name: ClassVar[str] = "download"
+    counts: ClassVar[str | None] = "source"
 
     @property
     def upstream(self) -> tuple[str, ...]:

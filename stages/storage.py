@@ -57,7 +57,7 @@ class Entry:
 
     Attributes:
         num_bytes: its size.
-        version: changes whenever the object is written anew: the ETag on S3, the time of writing in ns on a disk.
+        version: changes whenever the object is written anew: the ETag on S3, time of writing and size on a disk.
         modified_at: when it was written, seconds since the epoch.
     """
 
@@ -256,10 +256,6 @@ def _remote() -> Any:
     return _remote_of(os.getpid(), tuple(os.environ.get(name) for name in names))
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}")
-
-
 def _scan(folder: str, prefix: str) -> Iterator[tuple[str, Entry]]:
     """Walk a local folder; what vanishes meanwhile is left out."""
     try:
@@ -276,7 +272,13 @@ def _scan(folder: str, prefix: str) -> Iterator[tuple[str, Entry]]:
 
 
 def _entry_of(status: os.stat_result) -> Entry:
-    return Entry(num_bytes=status.st_size, version=f"{status.st_mtime_ns:x}", modified_at=status.st_mtime)
+    version = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+    return Entry(num_bytes=status.st_size, version=version, modified_at=status.st_mtime)
+
+
+def _entry_of_item(item: dict[str, Any]) -> Entry:
+    modified_at = item["LastModified"].timestamp()
+    return Entry(num_bytes=int(item["Size"]), version=item["ETag"].strip('"'), modified_at=modified_at)
 
 
 def _pages(uri: str) -> Iterator[dict[str, Entry]]:
@@ -286,12 +288,7 @@ def _pages(uri: str) -> Iterator[dict[str, Entry]]:
     request = {"Bucket": bucket, "Prefix": prefix}
     while True:
         page = _explained("list", uri, lambda: _remote().call_s3("list_objects_v2", **request))
-        yield {
-            item["Key"].removeprefix(prefix): Entry(
-                num_bytes=int(item["Size"]), version=item["ETag"], modified_at=item["LastModified"].timestamp()
-            )
-            for item in page.get("Contents", ())
-        }
+        yield {item["Key"].removeprefix(prefix): _entry_of_item(item) for item in page.get("Contents", ())}
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -311,7 +308,7 @@ def _publish(uri: str, data: bytes) -> Entry:
     answer = _explained("write", uri, lambda: _remote().pipe_file(uri, data))
     _check_size(uri, len(data))
     # A multipart upload's answer is not passed on; the version is then unknown, which no listing shows.
-    return Entry(num_bytes=len(data), version=(answer or {}).get("ETag", ""), modified_at=time.time())
+    return Entry(num_bytes=len(data), version=(answer or {}).get("ETag", "").strip('"'), modified_at=time.time())
 
 
 def _replace(uri: str, write: Callable[[BinaryIO], None]) -> Entry:
