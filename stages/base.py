@@ -134,6 +134,8 @@ class Stage(ABC, Generic[C]):
         name: one word, the same in file, class, config section, output folder and command line.
         version: raised when the output changes for the same settings.
         upstream: the stages whose manifests it reads.
+        counts: the upstream stage whose kept samples are exactly the ones that come in; none if it is not so simple.
+            The runner holds every run to it (``stages/balance.py``).
         uses_seed: whether the config's global seed changes the output.
         gang: whether all ranks of a training group process one shard together (see ``stages/train.py``).
         report: called by ``process`` with live ``Progress``; set by the executor on the worker.
@@ -141,6 +143,7 @@ class Stage(ABC, Generic[C]):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    counts: ClassVar[str | None] = None
     uses_seed: ClassVar[bool] = False
     gang: ClassVar[bool] = False
 
@@ -287,8 +290,8 @@ class Stage(ABC, Generic[C]):
             metrics=metrics or {},
             wall_time_s=round(time.monotonic() - started_at, 3),
         )
-        storage.write_json(record_uri(output, shard.id), record.to_json())
-        return record
+        written = storage.write_json(record_uri(output, shard.id), record.to_json())
+        return dataclasses.replace(record, version=written.version)
 
 
 def record_uri(output: str, shard_id: str) -> str:

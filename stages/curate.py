@@ -55,6 +55,7 @@ class Curate(Stage[CurateConfig]):
     """Collect scores shard by shard, then decide over all of them."""
 
     name = "curate"
+    counts = "embed"
 
     @property
     def upstream(self) -> tuple[str, ...]:

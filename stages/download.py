@@ -142,6 +142,7 @@ class Download(Stage[DownloadConfig]):
 
     name: ClassVar[str] = "download"
     version: ClassVar[int] = 2
+    counts: ClassVar[str | None] = "source"
 
     @property
     def upstream(self) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ class Embed(Stage[EmbedConfig]):
     """One shard of the filter stage becomes one table of embeddings."""
 
     name = "embed"
+    counts = "filter"
 
     def __init__(self, config: EmbedConfig, *, root: str, seed: int = 0) -> None:
         super().__init__(config, root=root, seed=seed)

@@ -114,6 +114,7 @@ class Filter(Stage[FilterConfig]):
     """Selects samples by rules; see the module's docstring."""
 
     name: ClassVar[str] = "filter"
+    counts: ClassVar[str | None] = "download"
 
     @property
     def upstream(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ Paths in records are relative to the root, so a store can be copied to another p
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -34,11 +35,14 @@ LOG_ROLES = frozenset({"metrics"})  # files that tell how the work went, timings
 
 def digest_of(value: Any) -> str:
     """Hash a JSON-able value (mappings in any key order) to 64 hex digits."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
 
 
-@dataclass(frozen=True)
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+@dataclass(frozen=True, slots=True)
 class File:
     """One published file: where it is below the root, and what it must contain."""
 
@@ -63,8 +67,12 @@ class File:
             )
         return data
 
+    def to_json(self) -> dict[str, Any]:
+        """Return the file as plain JSON values."""
+        return {"path": self.path, "sha256": self.sha256, "num_bytes": self.num_bytes}
 
-@dataclass(frozen=True, kw_only=True)
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShardRecord:
     """What became of one shard.
 
@@ -77,6 +85,7 @@ class ShardRecord:
         dropped: reason code -> samples; ``num_in == num_kept + sum(dropped.values())`` always.
         metrics: plain numbers and short texts worth keeping (not part of the identity).
         wall_time_s: seconds the shard took.
+        version: of its JSON in the store (``storage.Entry``), where known; no part of the record itself.
     """
 
     shard_id: str
@@ -87,6 +96,7 @@ class ShardRecord:
     dropped: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     wall_time_s: float = 0.0
+    version: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         num_dropped = sum(self.dropped.values())
@@ -106,15 +116,31 @@ class ShardRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as plain JSON values."""
-        return dataclasses.asdict(self)
+        return {
+            "shard_id": self.shard_id,
+            "files": {role: file.to_json() for role, file in self.files.items()},
+            "inputs": {role: file.to_json() for role, file in self.inputs.items()},
+            "num_in": self.num_in,
+            "num_kept": self.num_kept,
+            "dropped": dict(self.dropped),
+            "metrics": dict(self.metrics),
+            "wall_time_s": self.wall_time_s,
+        }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ShardRecord:
-        """Rebuild a record from ``to_json``."""
-        fields = dict(value)
-        for name in ("files", "inputs"):
-            fields[name] = {role: File(**file) for role, file in fields[name].items()}
-        return cls(**fields)
+    def from_json(cls, value: Mapping[str, Any], *, version: str = "") -> ShardRecord:
+        """Rebuild a record from ``to_json``.
+
+        Raises:
+            IntegrityError: if it is not a record, or its counts do not balance.
+        """
+        try:
+            fields = dict(value)
+            for name in ("files", "inputs"):
+                fields[name] = {role: File(**file) for role, file in fields[name].items()}
+            return cls(**fields, version=version)
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise IntegrityError(f"not a shard record: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,17 +191,19 @@ class Manifest:
                 totals[reason] = totals.get(reason, 0) + count
         return dict(sorted(totals.items(), key=lambda item: (-item[1], item[0])))
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """Hash of everything the stage produced; equal for two undisturbed or disturbed runs of the same work."""
-        return digest_of(
-            {
-                "stage": self.stage,
-                "fingerprint": self.fingerprint,
-                "records": [record.identity for record in self.records],
-                "files": {role: file.sha256 for role, file in self.files.items()},
-            }
-        )
+        """Hash of everything the stage produced; equal for two undisturbed or disturbed runs of the same work.
+
+        It is ``digest_of`` of stage, fingerprint, files and record identities, fed record by record: the text of
+        100,000 records is never held as a whole.
+        """
+        head = {"files": {role: file.sha256 for role, file in self.files.items()}, "fingerprint": self.fingerprint}
+        state = hashlib.sha256(_canonical(head)[:-1] + b',"records":[')
+        for i, record in enumerate(self.records):
+            state.update((b"," if i else b"") + _canonical(record.identity))
+        state.update(b'],"stage":' + _canonical(self.stage) + b"}")
+        return state.hexdigest()
 
     @property
     def uri(self) -> str:
@@ -185,9 +213,11 @@ class Manifest:
     def write(self) -> str:
         """Publish the shard table, then the manifest; return the manifest's URI."""
         folder = self.uri.removesuffix("/" + MANIFEST_NAME)
-        written = storage.write_bytes(storage.join(folder, TABLE_NAME), _records_to_parquet(self.records))
+        written = storage.write_bytes(
+            storage.join(folder, TABLE_NAME), table_to_parquet(records_to_table(self.records))
+        )
         header = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("root", "records")}
-        header["files"] = {role: dataclasses.asdict(file) for role, file in self.files.items()}
+        header["files"] = {role: file.to_json() for role, file in self.files.items()}
         header |= {
             "format_version": FORMAT_VERSION,
             "num_shards": len(self.records),
@@ -224,7 +254,7 @@ class Manifest:
         names = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in header.items() if name in names}
         fields["files"] = {role: File(**file) for role, file in header["files"].items()}
-        manifest = cls(root=root, records=_records_from_parquet(table), **fields)
+        manifest = cls(root=root, records=records_from_table(pq.read_table(io.BytesIO(table))), **fields)
         if manifest.digest != header["digest"]:
             raise IntegrityError(f"{uri}: its contents do not match its digest; run the stage again with --force")
         return manifest
@@ -235,36 +265,49 @@ def manifest_uri(root: str, stage: str, fingerprint: str) -> str:
     return storage.join(root, stage, fingerprint, MANIFEST_NAME)
 
 
-def _records_to_parquet(records: Iterable[ShardRecord]) -> bytes:
-    rows = [record.to_json() for record in records]
-    columns: dict[str, pa.Array] = {}
-    for name, kind in _SCHEMA.items():
-        values = [row[name] for row in rows]
-        if kind == pa.string() and name != "shard_id":
-            values = [json.dumps(value, sort_keys=True) for value in values]
-        columns[name] = pa.array(values, type=kind)
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns), sink)
-    return sink.getvalue()
-
-
 # Mappings are stored as JSON text: their keys differ from stage to stage.
-_SCHEMA = {
-    "shard_id": pa.string(),
-    "files": pa.string(),
-    "inputs": pa.string(),
-    "num_in": pa.int64(),
-    "num_kept": pa.int64(),
-    "dropped": pa.string(),
-    "metrics": pa.string(),
-    "wall_time_s": pa.float64(),
-}
+_MAPPINGS = ("files", "inputs", "dropped", "metrics")
+_SCHEMA = pa.schema(
+    [
+        ("shard_id", pa.string()),
+        ("files", pa.string()),
+        ("inputs", pa.string()),
+        ("num_in", pa.int64()),
+        ("num_kept", pa.int64()),
+        ("dropped", pa.string()),
+        ("metrics", pa.string()),
+        ("wall_time_s", pa.float64()),
+    ]
+)
+_BATCH_ROWS = 4096  # bounds what a table's rows take as text and as plain dicts beside the records themselves
 
 
-def _records_from_parquet(data: bytes) -> tuple[ShardRecord, ...]:
-    rows = pq.read_table(io.BytesIO(data)).to_pylist()
-    for row in rows:
-        for name, kind in _SCHEMA.items():
-            if kind == pa.string() and name != "shard_id":
-                row[name] = json.loads(row[name])
-    return tuple(ShardRecord.from_json(row) for row in rows)
+def records_to_table(records: Iterable[ShardRecord]) -> pa.Table:
+    """Return the records as a table, one row each."""
+    columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    for record in records:
+        row = record.to_json()
+        for name, column in columns.items():
+            column.append(json.dumps(row[name], sort_keys=True) if name in _MAPPINGS else row[name])
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def records_from_table(table: pa.Table, versions: Sequence[str] = ()) -> tuple[ShardRecord, ...]:
+    """Rebuild the records of ``records_to_table``; ``versions``, if given, are those of their JSON objects."""
+    records: list[ShardRecord] = []
+    for batch in table.select(_SCHEMA.names).to_batches(_BATCH_ROWS):
+        columns: dict[str, list[Any]] = batch.to_pydict()
+        for name in _MAPPINGS:
+            # One parse for the whole column: equal keys become one text.
+            columns[name] = json.loads(f"[{','.join(columns[name])}]")
+        for values in zip(*columns.values(), strict=True):
+            version = versions[len(records)] if versions else ""
+            records.append(ShardRecord.from_json(dict(zip(columns, values, strict=True)), version=version))
+    return tuple(records)
+
+
+def table_to_parquet(table: pa.Table) -> bytes:
+    """Write a table as a Parquet file in memory."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()

@@ -73,6 +73,7 @@ class Pca(Stage[PcaConfig]):
     """Sums per shard, one solution over all of them."""
 
     name = "pca"
+    counts = "curate"
 
     @property
     def upstream(self) -> tuple[str, ...]:

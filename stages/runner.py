@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import importlib.metadata
+import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from stages import storage
+from stages.balance import check_balance
 from stages.base import Progress, Shard, Stage, identity_of, record_uri
-from stages.errors import IntegrityError, StageError
+from stages.errors import IntegrityError, NotFoundError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.manifest import Manifest, ShardRecord, manifest_uri
+from stages.segments import Segments, SegmentWriter
+from stages.storage import Entry
 
 logger = logging.getLogger(__name__)
 
 _READ_THREADS = 16
+_READ_AHEAD = 1024
 _BACKOFF_MAX_S = 60.0
 
 
@@ -102,34 +108,90 @@ def inspect_stage(stage: Stage[Any], fingerprint: str, inputs: Mapping[str, Mani
     return StageState(name=stage.name, fingerprint=fingerprint, status="done", reason=reason, manifest=manifest)
 
 
+@dataclass(frozen=True)
+class _Committed:
+    """What one listing of a stage's shards told.
+
+    Attributes:
+        records: of the shards that are committed and whole, by shard id.
+        single: those of them that no segment holds.
+        segments: the stage's segments.
+    """
+
+    records: dict[str, ShardRecord]
+    single: Sequence[ShardRecord]
+    segments: Segments
+
+
 def committed_records(stage: Stage[Any], shards: Sequence[Shard]) -> dict[str, ShardRecord]:
-    """Read the records of the shards that are already committed, found by one listing of the folder."""
+    """Read the records of the shards that are already committed.
+
+    Costs one listing of the folder, one read for every segment (``stages/segments.py``) and one for every record that
+    no segment holds.
+    """
+    return _find_committed(stage, shards).records
+
+
+def _find_committed(stage: Stage[Any], shards: Sequence[Shard]) -> _Committed:
     output = output_uri(stage)
-    names = storage.list_files(output)
-    present = [shard.id for shard in shards if f"{shard.id}.json" in names]
+    listing = storage.list_entries(output)
+    wanted = dict.fromkeys(shard.id for shard in shards if f"{shard.id}.json" in listing)
+    segments = Segments(output, listing)
+    records = segments.read(wanted)
+    single = _read_singly(output, [shard_id for shard_id in wanted if shard_id not in records], listing)
+    prefix = output.removeprefix(stage.root).lstrip("/") + "/"
+    records |= {record.shard_id: record for record in single}
+    whole = {shard_id: record for shard_id, record in records.items() if _is_whole(record, prefix, listing)}
+    return _Committed(whole, [record for record in single if record.shard_id in whole], segments)
+
+
+def _read_singly(output: str, shard_ids: Sequence[str], listing: Mapping[str, Entry]) -> list[ShardRecord]:
+    """Read records from their own objects; a damaged one is passed over, and its shard is done again."""
+
+    def read(shard_id: str) -> ShardRecord | None:
+        uri = record_uri(output, shard_id)
+        try:
+            value = json.loads(storage.read_bytes(uri))
+            # The listing is older than this read: at worst it names a version that is gone, never one yet to come.
+            return ShardRecord.from_json(value, version=listing[f"{shard_id}.json"].version)
+        except NotFoundError:
+            return None
+        except (ValueError, IntegrityError) as error:
+            logger.warning("%s is damaged (%s); its shard is done again", uri, error)
+            return None
+
+    found: list[ShardRecord] = []
     with ThreadPoolExecutor(_READ_THREADS) as pool:
-        values = pool.map(lambda shard_id: storage.read_json(record_uri(output, shard_id)), present)
-        records = {shard_id: ShardRecord.from_json(value) for shard_id, value in zip(present, values, strict=True)}
-    return {shard_id: record for shard_id, record in records.items() if _is_whole(record, stage.root, output, names)}
+        for start in range(0, len(shard_ids), _READ_AHEAD):
+            found += (record for record in pool.map(read, shard_ids[start : start + _READ_AHEAD]) if record is not None)
+    return found
 
 
-def _is_whole(record: ShardRecord, root: str, output: str, names: Mapping[str, int]) -> bool:
+def _is_whole(record: ShardRecord, prefix: str, listing: Mapping[str, Entry]) -> bool:
     """Tell whether every file of a record is there with its size; a shard that lost a file is done again."""
-    prefix = output.removeprefix(root).lstrip("/") + "/"
     for file in record.files.values():
-        if file.path.startswith(prefix) and names.get(file.path.removeprefix(prefix)) != file.num_bytes:
-            logger.warning("%s is missing or has the wrong size; its shard is done again", file.path)
-            return False
+        if file.path.startswith(prefix):
+            entry = listing.get(file.path.removeprefix(prefix))
+            if entry is None or entry.num_bytes != file.num_bytes:
+                logger.warning("%s is missing or has the wrong size; its shard is done again", file.path)
+                return False
     return True
 
 
 def forget(stage: Stage[Any], fingerprint: str, inputs: Mapping[str, Manifest]) -> None:
-    """Delete the manifest of a stage, then the records and checkpoints of its shards, so that it runs anew."""
+    """Delete the manifest of a stage, then the records and checkpoints of its shards, so that it runs anew.
+
+    Rows of segments need no deletion: without its record none counts.
+    """
     storage.delete(manifest_uri(stage.root, stage.name, fingerprint))
     output = output_uri(stage)
-    for shard in stage.plan(inputs):
-        storage.delete(record_uri(output, shard.id))
-        storage.delete_tree(storage.join(output, shard.id))
+    listing = storage.list_entries(output)
+    ids = {shard.id for shard in stage.plan(inputs)}
+    records = [record_uri(output, shard_id) for shard_id in ids if f"{shard_id}.json" in listing]
+    folders = [storage.join(output, name) for name in ids & {name.partition("/")[0] for name in listing if "/" in name}]
+    with ThreadPoolExecutor(_READ_THREADS) as pool:
+        list(pool.map(storage.delete, records))
+        list(pool.map(storage.delete_tree, folders))
 
 
 def run_stage(
@@ -161,15 +223,19 @@ def run_stage(
     started_at = time.monotonic()
     shards = list(stage.plan(inputs))
     _refuse_twins(stage, shards)
-    records = committed_records(stage, shards)
+    committed = _find_committed(stage, shards)
+    records = committed.records
     counts = _Counts(stage.name, num_shards=len(shards), num_done=len(records))
     on_progress(counts.snapshot())
-    with stage.service(inputs):
+    with _noting(stage, committed) as note, stage.service(inputs):
         missing = [shard for shard in shards if shard.id not in records]
-        quarantined = _process(stage, missing, records, executor, cluster, counts, on_progress)
+        quarantined = _process(stage, missing, records, executor, cluster, counts, on_progress, note)
     done = [records[shard.id] for shard in shards if shard.id in records]
     folder = manifest_uri(stage.root, stage.name, fingerprint).rsplit("/", 1)[0]
     result = executor.finish(stage, done, folder, inputs)
+    if stage.counts is not None:
+        planned = {shard.id: [file.path for file in shard.inputs.values()] for shard in shards}
+        check_balance(stage.name, result.records, inputs[stage.counts], planned=planned, quarantined=quarantined)
     manifest = Manifest(
         root=stage.root,
         stage=stage.name,
@@ -191,6 +257,19 @@ def run_stage(
     return manifest
 
 
+@contextlib.contextmanager
+def _noting(stage: Stage[Any], committed: _Committed) -> Iterator[Callable[[ShardRecord], None]]:
+    """Give a function that notes finished records; segments of them are written meanwhile and at any kind of end."""
+    committed.segments.tidy()
+    writer = SegmentWriter(output_uri(stage))
+    try:
+        for record in committed.single:
+            writer.add(record)
+        yield writer.add
+    finally:
+        writer.close()
+
+
 def _process(
     stage: Stage[Any],
     missing: Sequence[Shard],
@@ -199,6 +278,7 @@ def _process(
     cluster: ClusterConfig,
     counts: _Counts,
     on_progress: Callable[[StageProgress], None],
+    note: Callable[[ShardRecord], None],
 ) -> dict[str, str]:
     """Process shards in rounds of retries; fill ``records``; return the quarantined ones with their reasons."""
 
@@ -219,6 +299,7 @@ def _process(
                 failures.append(outcome)
                 continue
             records[outcome.shard_id] = outcome
+            note(outcome)
             counts.num_done += 1
             counts.num_samples += outcome.num_in
             on_progress(counts.snapshot())

@@ -6,6 +6,8 @@ A reader sees an object complete or not at all:
 * S3: one PUT, or a multipart upload that the server completes atomically. Objects are never streamed through
   ``fs.open(..., "wb")``, which publishes a truncated object when the writing block raises.
 
+Every request to S3 goes through ``_explained``, which repeats the ones that failed for reasons that pass.
+
 The S3 endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...), never
 from the config.
 """
@@ -21,18 +23,24 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import fsspec
 
 from stages.errors import NotFoundError, StorageError
 
-_CHUNK_BYTES = 1 << 20
-_TEMPORARY_SUFFIX = ".tmp"
+T = TypeVar("T")
+
+TEMPORARY_SUFFIX = ".tmp"
 SCHEMES = ("s3",)
+# Seconds between our own attempts; the libraries below have had several quick ones by then.
+_RETRY_WAITS_S = (0.2, 0.6, 1.8)
+_LIBRARIES = frozenset({"botocore", "aiobotocore", "aiohttp", "s3fs"})
+_LASTING_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT})
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,21 @@ class Written:
 
     sha256: str
     num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One object of a listing.
+
+    Attributes:
+        num_bytes: its size.
+        version: changes whenever the object is written anew: the ETag on S3, time of writing and size on a disk.
+        modified_at: when it was written, seconds since the epoch.
+    """
+
+    num_bytes: int
+    version: str
+    modified_at: float
 
 
 def is_local(uri: str) -> bool:
@@ -68,10 +91,11 @@ def exists(uri: str) -> bool:
     Raises:
         StorageError: if the store does not answer; that is not the same as "no".
     """
+    if is_local(uri):
+        return _explained("look up", uri, lambda: Path(uri).is_file())
     try:
-        with _explained("look up", uri):
-            # fsspec's `isfile` takes every failure for a "no".
-            return Path(uri).is_file() if is_local(uri) else bool(_remote().info(uri)["type"] == "file")
+        # fsspec's `isfile` takes every failure for a "no".
+        return bool(_explained("look up", uri, lambda: _remote().info(uri)["type"] == "file"))
     except NotFoundError:
         return False
 
@@ -83,14 +107,24 @@ def list_files(uri: str) -> dict[str, int]:
         Path relative to ``uri`` -> size in bytes; empty when the folder does not exist. Half-written temporary files
         are left out.
     """
-    with _explained("list", uri):
-        if is_local(uri):
-            top = Path(uri)
-            found = {str(path.relative_to(top)): path.stat().st_size for path in top.rglob("*") if path.is_file()}
-            return {name: size for name, size in sorted(found.items()) if not name.endswith(_TEMPORARY_SUFFIX)}
-        prefix = uri.removeprefix("s3://").rstrip("/") + "/"
-        entries: dict[str, Any] = _remote().find(uri, detail=True)
-        return {name.removeprefix(prefix): int(info["size"]) for name, info in sorted(entries.items())}
+    return {name: entry.num_bytes for name, entry in list_entries(uri).items()}
+
+
+def list_entries(uri: str, *, temporary: bool = False) -> dict[str, Entry]:
+    """List all objects below a folder in one sweep, with their versions.
+
+    Args:
+        uri: the folder.
+        temporary: whether half-written temporary files are listed too.
+
+    Returns:
+        Path relative to ``uri`` -> entry, sorted by path; empty when the folder does not exist.
+    """
+    if is_local(uri):
+        found = _explained("list", uri, lambda: dict(_scan(uri, "")))
+    else:
+        found = {name: entry for page in _pages(uri) for name, entry in page.items()}
+    return {name: found[name] for name in sorted(found) if temporary or not name.endswith(TEMPORARY_SUFFIX)}
 
 
 def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
@@ -104,8 +138,7 @@ def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
         NotFoundError: if there is no such object.
         StorageError: if it cannot be read, or its length is not ``expected_bytes``.
     """
-    with _explained("read", uri):
-        data = Path(uri).read_bytes() if is_local(uri) else bytes(_remote().cat_file(uri))
+    data = _explained("read", uri, lambda: Path(uri).read_bytes() if is_local(uri) else bytes(_remote().cat_file(uri)))
     if expected_bytes is not None and len(data) != expected_bytes:
         raise StorageError(
             f"{uri}: read {len(data)} bytes where the record says {expected_bytes}; the object is damaged"
@@ -131,46 +164,40 @@ def write_bytes(uri: str, data: bytes) -> Written:
     Raises:
         StorageError: if it cannot be written (no space, no permission, no connection); nothing is published then.
     """
-    with _explained("write", uri):
-        if is_local(uri):
-            with _replacing(Path(uri)) as temporary:
-                temporary.write_bytes(data)
-        else:
-            _remote().pipe_file(uri, data)
-    return _checked(uri, Written(sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data)))
+    _publish(uri, data)
+    return Written(sha256=hashlib.sha256(data).hexdigest(), num_bytes=len(data))
 
 
-def write_json(uri: str, value: Any) -> Written:
-    """Publish ``value`` as readable JSON, atomically."""
-    return write_bytes(uri, (json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n").encode())
+def write_json(uri: str, value: Any) -> Entry:
+    """Publish ``value`` as readable JSON, atomically; return what a listing will say of it until it is written anew."""
+    return _publish(uri, (json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n").encode())
 
 
 def upload(path: Path, uri: str) -> Written:
     """Publish a local file under ``uri`` atomically and check the published size."""
     written = Written(sha256=sha256_of(path), num_bytes=path.stat().st_size)
-    with _explained("write", uri):
-        if is_local(uri):
-            with _replacing(Path(uri)) as temporary:
-                shutil.copyfile(path, temporary)
-        else:
-            _remote().put_file(str(path), uri)
-    return _checked(uri, written)
+    if is_local(uri):
+        with path.open("rb") as source:
+            _explained("write", uri, lambda: _replace(uri, lambda file: shutil.copyfileobj(source, file, 1 << 20)))
+    else:
+        _explained("write", uri, lambda: _remote().put_file(str(path), uri))
+    _check_size(uri, written.num_bytes)
+    return written
 
 
 def delete(uri: str) -> None:
     """Delete one object; a missing one is no error."""
-    with contextlib.suppress(NotFoundError), _explained("delete", uri):
-        Path(uri).unlink(missing_ok=True) if is_local(uri) else _remote().rm_file(uri)
+    with contextlib.suppress(NotFoundError):
+        _explained("delete", uri, lambda: Path(uri).unlink() if is_local(uri) else _remote().rm_file(uri))
 
 
 def delete_tree(uri: str) -> None:
     """Delete everything below a folder; a missing folder is no error."""
-    with contextlib.suppress(NotFoundError), _explained("delete", uri):
+    with contextlib.suppress(NotFoundError):
         if is_local(uri):
-            if Path(uri).exists():
-                shutil.rmtree(uri)
-        elif _remote().find(uri):
-            _remote().rm(uri, recursive=True)
+            _explained("delete", uri, lambda: shutil.rmtree(uri))
+        elif list_entries(uri, temporary=True):
+            _explained("delete", uri, lambda: _remote().rm(uri, recursive=True))
 
 
 @contextlib.contextmanager
@@ -183,8 +210,7 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="unclip-") as folder:
         path = Path(folder) / uri.rsplit("/", 1)[-1]
-        with _explained("read", uri):
-            _remote().get_file(uri, str(path))
+        _explained("read", uri, lambda: _remote().get_file(uri, str(path)))
         yield path
 
 
@@ -230,43 +256,112 @@ def _remote() -> Any:
     return _remote_of(os.getpid(), tuple(os.environ.get(name) for name in names))
 
 
-def _temporary_name(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{secrets.token_hex(6)}{_TEMPORARY_SUFFIX}")
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary neighbour of ``path``; make it durable and move it into place when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary_name(path)
+def _scan(folder: str, prefix: str) -> Iterator[tuple[str, Entry]]:
+    """Walk a local folder; what vanishes meanwhile is left out."""
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
+        with os.scandir(folder) as found:
+            items = list(found)
+    except FileNotFoundError:
+        return
+    for item in items:
+        if item.is_dir(follow_symlinks=False):
+            yield from _scan(item.path, f"{prefix}{item.name}/")
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                yield prefix + item.name, _entry_of(item.stat())
+
+
+def _entry_of(status: os.stat_result) -> Entry:
+    version = f"{status.st_mtime_ns:x}-{status.st_size:x}"
+    return Entry(num_bytes=status.st_size, version=version, modified_at=status.st_mtime)
+
+
+def _entry_of_item(item: dict[str, Any]) -> Entry:
+    modified_at = item["LastModified"].timestamp()
+    return Entry(num_bytes=int(item["Size"]), version=item["ETag"].strip('"'), modified_at=modified_at)
+
+
+def _pages(uri: str) -> Iterator[dict[str, Entry]]:
+    """List an S3 folder page by page: s3fs's own `find` holds a kilobyte for every object."""
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+    request = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = _explained("list", uri, lambda: _remote().call_s3("list_objects_v2", **request))
+        yield {item["Key"].removeprefix(prefix): _entry_of_item(item) for item in page.get("Contents", ())}
+        if not page.get("IsTruncated"):
+            return
+        request["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _publish(uri: str, data: bytes) -> Entry:
+    """Write an object and return its entry: of exactly these bytes, whoever else writes the same name meanwhile."""
+
+    def write_all(file: BinaryIO) -> None:
+        file.write(data)
+
+    if is_local(uri):
+        entry = _explained("write", uri, lambda: _replace(uri, write_all))
+        if entry.num_bytes != len(data):
+            _refuse_size(uri, len(data), entry.num_bytes)
+        return entry
+    answer = _explained("write", uri, lambda: _remote().pipe_file(uri, data))
+    _check_size(uri, len(data))
+    # A multipart upload's answer is not passed on; the version is then unknown, which no listing shows.
+    return Entry(num_bytes=len(data), version=(answer or {}).get("ETag", "").strip('"'), modified_at=time.time())
+
+
+def _replace(uri: str, write: Callable[[BinaryIO], None]) -> Entry:
+    """Write a temporary neighbour, make it durable and move it into place; return the entry of what was written."""
+    path = Path(uri)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}")
+    try:
         try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
+            file = temporary.open("xb")
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = temporary.open("xb")
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            entry = _entry_of(os.fstat(file.fileno()))
+        temporary.replace(path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-
-
-def _checked(uri: str, written: Written) -> Written:
-    with _explained("check", uri):
-        size = Path(uri).stat().st_size if is_local(uri) else int(_remote().info(uri)["size"])
-    if size != written.num_bytes:
-        delete(uri)
-        raise StorageError(f"{uri}: wrote {written.num_bytes} bytes but the store holds {size}; run again")
-    return written
-
-
-@contextlib.contextmanager
-def _explained(action: str, uri: str) -> Iterator[None]:
-    """Turn what a file system raises into one error that says what to do."""
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
-        yield
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return entry
+
+
+def _check_size(uri: str, num_bytes: int) -> None:
+    size = _explained(
+        "check", uri, lambda: Path(uri).stat().st_size if is_local(uri) else int(_remote().info(uri)["size"])
+    )
+    if size != num_bytes:
+        _refuse_size(uri, num_bytes, size)
+
+
+def _refuse_size(uri: str, num_bytes: int, found: int) -> None:
+    delete(uri)
+    raise StorageError(f"{uri}: wrote {num_bytes} bytes but the store holds {found}; run again")
+
+
+def _explained(action: str, uri: str, request: Callable[[], T]) -> T:
+    """Make a request, again if it failed for a reason that passes; turn what is raised into one error that helps."""
+    try:
+        for wait_s in () if is_local(uri) else _RETRY_WAITS_S:
+            try:
+                return request()
+            except Exception as error:
+                if not _passes(error):
+                    raise
+                time.sleep(wait_s)
+        return request()
     except StorageError:
         raise
     except FileNotFoundError as error:
@@ -276,10 +371,29 @@ def _explained(action: str, uri: str) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot {action} {uri}: {_remedy(error, uri)}") from error
     except Exception as error:
-        # botocore's and aiohttp's errors share no base class with OSError.
-        if type(error).__module__.split(".")[0] not in {"botocore", "aiobotocore", "aiohttp", "s3fs"}:
+        if not _from_library(error):
             raise
         raise StorageError(f"cannot {action} {uri}: {_remedy(error, uri)}") from error
+
+
+def _from_library(error: BaseException) -> bool:
+    """Tell whether an error is botocore's or aiohttp's: they share no base class with OSError."""
+    return type(error).__module__.split(".")[0] in _LIBRARIES
+
+
+def _passes(error: Exception) -> bool:
+    """Tell whether a request to S3 that failed so may succeed if repeated: a reset, a time-out, an error of the server.
+
+    Not among them: what is missing, forbidden or malformed, and a server that is not there at all.
+    """
+    from aiohttp import ClientError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+    from botocore.parsers import ResponseParserError
+
+    if isinstance(error, ClientError | HTTPClientError | IncompleteReadError | ResponseParserError):
+        return True
+    lasting = isinstance(error, FileNotFoundError | PermissionError | FileExistsError)
+    return isinstance(error, OSError) and not lasting and error.errno not in _LASTING_ERRNOS
 
 
 def _remedy(error: Exception, uri: str) -> str:

@@ -1,0 +1,174 @@
+"""Segments: many shard records in one file, so that a run resumes from one listing and few reads.
+
+The driver appends what it learned of a stage's shards beside them::
+
+    <root>/<stage>/shards/_segments/<rows>-<checksum>.parquet
+
+The record of a shard, ``<shard id>.json``, stays the truth. A row of a segment counts only while a listing shows that
+record with the size and the version it had; a shard that is forgotten, repaired or done again thereby voids its row.
+A segment's name holds the checksum of its content: damage is noticed, and two drivers that write the same rows write
+the same file. Losing every segment loses nothing but time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages import storage
+from stages.errors import NotFoundError, StorageError
+from stages.manifest import ShardRecord, records_from_table, records_to_table, table_to_parquet
+from stages.storage import Entry
+
+logger = logging.getLogger(__name__)
+
+SEGMENTS_FOLDER = "_segments"
+_NAME = re.compile(rf"{SEGMENTS_FOLDER}/(\d+)-([0-9a-f]{{16}})\.parquet")
+_READ_THREADS = 4
+_FLUSH_ROWS = 4096
+# Fewer records than these are not worth a file: reading them one by one takes no time.
+_MIN_ROWS = 64
+_FULL_ROWS = 32_768
+_MAX_SMALL = 16
+
+
+class Segments:
+    """The segments of one stage.
+
+    Args:
+        output: URI of the folder of the stage's shards.
+        listing: all objects in it.
+    """
+
+    def __init__(self, output: str, listing: Mapping[str, Entry]) -> None:
+        self._output = output
+        self._listing = listing
+        self._names = [name for name in listing if _NAME.fullmatch(name)]
+        self._useless: list[str] = []
+
+    def read(self, wanted: Collection[str]) -> dict[str, ShardRecord]:
+        """Return the records of the shards ``wanted`` that segments hold and that still count, by shard id.
+
+        A damaged segment is passed over with a warning.
+        """
+        found: dict[str, ShardRecord] = {}
+        for name, table in self._tables(self._names):
+            current = self._current(table)
+            if not any(current):
+                self._useless.append(name)
+                continue
+            ids = table["shard_id"].to_pylist()
+            chosen = [ok and i in wanted and i not in found for i, ok in zip(ids, current, strict=True)]
+            valid = table.filter(pa.array(chosen, pa.bool_()))
+            for record in records_from_table(valid, valid["version"].to_pylist()):
+                found[record.shard_id] = record
+        return found
+
+    def tidy(self) -> None:
+        """Delete what ``read`` found to be of no use; merge small segments into large ones if there are many.
+
+        Another driver that does the same meanwhile is in nobody's way: whatever both delete has been written anew, or
+        is read one by one.
+        """
+        for name in self._useless:
+            storage.delete(storage.join(self._output, name))
+        names = [name for name in self._names if name not in self._useless]
+        small = [name for name in names if int(name.removeprefix(f"{SEGMENTS_FOLDER}/").partition("-")[0]) < _FULL_ROWS]
+        if len(small) >= _MAX_SMALL:
+            self._merge(small)
+
+    def _merge(self, names: Sequence[str]) -> None:
+        parts: list[pa.Table] = []
+        seen: set[str] = set()
+        for _, table in self._tables(names):
+            ids = table["shard_id"].to_pylist()
+            fresh = [ok and i not in seen for i, ok in zip(ids, self._current(table), strict=True)]
+            parts.append(table.filter(pa.array(fresh, pa.bool_())))
+            seen.update(parts[-1]["shard_id"].to_pylist())
+        written: set[str] = set()
+        if seen:
+            whole = pa.concat_tables(parts)
+            written = {_write(self._output, whole.slice(i, _FULL_ROWS)) for i in range(0, whole.num_rows, _FULL_ROWS)}
+        for name in set(names) - written:
+            storage.delete(storage.join(self._output, name))
+
+    def _current(self, table: pa.Table) -> list[bool]:
+        """Tell of every row whether its record is still the one that the listing shows."""
+        entries = (self._listing.get(f"{shard_id}.json") for shard_id in table["shard_id"].to_pylist())
+        versions = table["version"].to_pylist()
+        return [e is not None and e.version == version for e, version in zip(entries, versions, strict=True)]
+
+    def _tables(self, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Read segments, a few ahead; damaged ones are left out."""
+        with ThreadPoolExecutor(_READ_THREADS) as pool:
+            for start in range(0, len(names), _READ_THREADS):
+                part = names[start : start + _READ_THREADS]
+                for name, table in zip(part, pool.map(self._read, part), strict=True):
+                    if table is not None:
+                        yield name, table
+
+    def _read(self, name: str) -> pa.Table | None:
+        uri = storage.join(self._output, name)
+        try:
+            content = storage.read_bytes(uri)
+        except NotFoundError:
+            return None  # another driver has merged it
+        except StorageError as error:
+            logger.warning("%s; the records it holds are read one by one", error)
+            return None
+        if _name_of(int(name.rpartition("/")[2].partition("-")[0]), content) != name:
+            logger.warning("%s is damaged; the records it holds are read one by one", uri)
+            self._useless.append(name)
+            return None
+        return pq.read_table(io.BytesIO(content))
+
+
+class SegmentWriter:
+    """Collects what a driver learns of shards and writes it every few thousand records, and when it is closed.
+
+    Args:
+        output: URI of the folder of the stage's shards.
+    """
+
+    def __init__(self, output: str) -> None:
+        self._output = output
+        self._records: list[ShardRecord] = []
+
+    def add(self, record: ShardRecord) -> None:
+        """Note a record; one whose version is not known is left to its JSON."""
+        if record.version:
+            self._records.append(record)
+        if len(self._records) >= _FLUSH_ROWS:
+            self._flush()
+
+    def close(self) -> None:
+        """Write what is left, if it is worth a file."""
+        if len(self._records) >= _MIN_ROWS:
+            self._flush()
+
+    def _flush(self) -> None:
+        records, self._records = self._records, []
+        versions = pa.array([record.version for record in records], pa.string())
+        try:
+            _write(self._output, records_to_table(records).append_column("version", versions))
+        except StorageError as error:
+            # Nothing is lost: the records are there one by one.
+            logger.warning("no segment of %d records is written: %s", len(records), error)
+
+
+def _write(output: str, table: pa.Table) -> str:
+    content = table_to_parquet(table)
+    name = _name_of(table.num_rows, content)
+    storage.write_bytes(storage.join(output, name), content)
+    return name
+
+
+def _name_of(num_rows: int, content: bytes) -> str:
+    return f"{SEGMENTS_FOLDER}/{num_rows}-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
