@@ -98,6 +98,13 @@ def _json_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) 
     parser.add_argument("--json", action="store_true", help="print JSON to standard output")
 
 
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    _selection_arguments(parser)
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="fetch again the rows whose download failed for reasons that pass"
+    )
+
+
 def _selection_arguments(parser: argparse.ArgumentParser) -> None:
     _json_arguments(parser)
     parser.add_argument("--from", dest="start", metavar="STAGE", help="leave out the stages before it")
@@ -135,6 +142,8 @@ def _print_json(value: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     selection = _selection(args)
     project = open_project(args.config, args.set)
+    if args.retry_failed:
+        project = _retry_failed(args, project, selection)
     check_upstream(
         selection,
         {name: stage.upstream for name, stage in project.stages.items()},
@@ -145,6 +154,26 @@ def _run(args: argparse.Namespace) -> int:
         return _say_nothing_to_do(args, project, selection)
     _say_list_changes(project)
     return _run_stages(args, project, selection)
+
+
+def _retry_failed(args: argparse.Namespace, project: Project, selection: Selection) -> Project:
+    """Ask for another try of the failed rows; return the project with a download that is to be continued."""
+    from stages.failure_codes import is_transient
+    from stages.retries import request_retries
+
+    if "download" not in selection.stages:
+        raise ConfigError("--retry-failed: download is not among the stages of this run; leave out --from or --only")
+    if "download" not in project.manifests:
+        raise ConfigError("--retry-failed: the download has not finished; `unclip run` finishes it")
+    counts = request_retries(project.manifests["download"], is_transient)
+    listed = ", ".join(f"{reason}: {count:,}" for reason, count in sorted(counts.items()))
+    said = (
+        f"{sum(counts.values()):,} rows are tried again ({listed})"
+        if counts
+        else "no row failed for a reason that passes"
+    )
+    open_console(sys.stderr).print(said, soft_wrap=True, **PLAIN)
+    return open_project(args.config, args.set)
 
 
 def _say_list_changes(project: Project) -> None:
@@ -310,7 +339,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
-    "run": (_run, _selection_arguments, "bring the pipeline to its end; done stages are not repeated"),
+    "run": (_run, _run_arguments, "bring the pipeline to its end; done stages are not repeated"),
     "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
     "status": (_status, _json_arguments, "show what the store holds"),
     "funnel": (cli_ledger.funnel, cli_ledger.funnel_arguments, "show what every stage dropped, and why"),

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages import shapes
+from stages import shapes, storage
 from stages.base import Resources, Result, Shard, Stage, setting
 from stages.errors import ConfigError, InputError, ShardError, StageError
 from stages.failure_codes import is_transient, remedy_of
@@ -34,8 +34,11 @@ from stages.fetch import FetchLimits
 from stages.img2dataset_unit import FACTS, Resize, UnitRow, load_img2dataset, rebound, run_unit
 from stages.manifest import Manifest, ShardRecord
 from stages.politeness import Courtesy
+from stages.retries import settled, with_retries
 from stages.row_fetcher import ExpectedHashes, RowFetcher
 from stages.samples import Sample, row_keys, table_from_bytes, table_to_bytes, write_tar
+from stages.tombstones import REASON as TAKEDOWN
+from stages.tombstones import forget_rows, read_tombstones
 
 _MAX_QUALITY = {"jpg": 100, "png": 9, "webp": 100}
 
@@ -168,9 +171,14 @@ class Download(Stage[DownloadConfig]):
         # Procedural shapes are the one service on this machine that may be fetched from without asking.
         served = _served_shapes(inputs["source"])
         params = {"served_port": served.port} if served else {}
-        return [
+        shards = [
             self.shard(index, inputs={"urls": record.files["urls"]}, **params) for index, record in enumerate(records)
         ]
+        return with_retries(
+            shards,
+            storage.join(self.root, self.name, "shards"),
+            lambda shard, rows: self.shard(0, inputs=shard.inputs, **params, rows=rows, retry_of=shard.id),
+        )
 
     def service(self, inputs: Mapping[str, Manifest]) -> AbstractContextManager[None]:
         """Serve the shapes while they are downloaded, if that is what the source is."""
@@ -190,10 +198,14 @@ class Download(Stage[DownloadConfig]):
         """
         started_at = time.monotonic()
         urls = table_from_bytes(shard.inputs["urls"].read(self.root))
-        rows, metrics = self._download(urls, shard.params.get("served_port"))
+        keys = row_keys(shard.inputs["urls"].sha256, urls.num_rows)
+        chosen = shard.params.get("rows")
+        if chosen is not None:
+            urls, keys = urls.take(pa.array(chosen, pa.int64())), [keys[position] for position in chosen]
+        rows, metrics = self._download(urls, keys, shard.params.get("served_port"))
         dropped = Counter(row.reason for row in rows if row.reason is not None)
-        self._refuse_outage(dropped, len(rows), metrics)
-        keys = row_keys(shard.inputs["urls"].sha256, len(rows))
+        if chosen is None:  # of rows that are tried again, any number may fail again
+            self._refuse_outage(dropped, len(rows), metrics)
         return self.commit(
             shard,
             output,
@@ -209,7 +221,7 @@ class Download(Stage[DownloadConfig]):
         )
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
-        """Check that there is a data set.
+        """Check that there is a data set, and count rows that were tried again where they were tried last.
 
         Raises:
             StageError: if not a single image arrived.
@@ -223,14 +235,21 @@ class Download(Stage[DownloadConfig]):
                 f"download: none of {reasons.total()} rows gave an image ({_listed(reasons)}); {hint}, "
                 "then run again with --force download"
             )
-        return Result(records=records)
+        retry_of = {s.params["retry_of"]: s.id for s in self.plan(inputs) if "retry_of" in s.params}
+        return Result(records=settled(self.root, records, retry_of))
 
-    def _download(self, urls: pa.Table, served_port: Any) -> tuple[list[UnitRow], dict[str, float]]:
+    def _download(
+        self, urls: pa.Table, keys: Sequence[str], served_port: Any
+    ) -> tuple[list[UnitRow], dict[str, float]]:
         """Return what became of every row, and how the hosts and the name resolution did."""
         endpoints = frozenset({(shapes.HOST, int(served_port))}) if served_port else frozenset()
-        fetcher = RowFetcher(
-            urls["url"].to_pylist(), self.config.limits(endpoints), self.config.courtesy(), hashes=self._hashes(urls)
-        )
+        tombstones = read_tombstones(self.root)
+        # A row without a URL is asked for nowhere.
+        wanted = [
+            None if tombstones.names({"key": key, "url": url}) else url
+            for key, url in zip(keys, urls["url"].to_pylist(), strict=True)
+        ]
+        fetcher = RowFetcher(wanted, self.config.limits(endpoints), self.config.courtesy(), hashes=self._hashes(urls))
         scratch = tempfile.TemporaryDirectory(prefix="unclip-download-")
         with contextlib.closing(fetcher), scratch as folder:
             rows = run_unit(
@@ -242,7 +261,10 @@ class Download(Stage[DownloadConfig]):
                 scratch=Path(folder),
                 report=self.report,
             )
-        return rows, fetcher.summary()
+        origins = zip(keys, urls["url"].to_pylist(), rows, strict=True)
+        gone = [tombstones.names({"key": key, "url": url, **row.facts}) for key, url, row in origins]
+        taken_down = UnitRow(TAKEDOWN, None, {})
+        return [taken_down if is_gone else row for is_gone, row in zip(gone, rows, strict=True)], fetcher.summary()
 
     def _require_hashes(self, columns: Sequence[str]) -> None:
         name = self.config.hash_column
@@ -320,7 +342,7 @@ def _table(urls: pa.Table, keys: Sequence[str], rows: Sequence[UnitRow]) -> pa.T
     for name in FACTS:
         kind = pa.string() if name == "sha256" else pa.int32()
         columns[name] = pa.array([row.facts.get(name) for row in rows], kind)
-    return pa.table(columns)
+    return forget_rows(pa.table(columns), [row.reason == TAKEDOWN for row in rows])
 
 
 # ---- resizing ----

@@ -96,7 +96,7 @@ class Embed(Stage[EmbedConfig]):
         return Resources(num_cpus=c.num_cpus, num_gpus=c.num_gpus, max_workers=c.num_workers)
 
     def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
-        """Plan one shard per shard of the filter stage.
+        """Plan one shard per shard of the filter stage that has samples left.
 
         Raises:
             InputError: if the filters left no sample.
@@ -113,7 +113,8 @@ class Embed(Stage[EmbedConfig]):
                 i,
                 inputs={"images": r.inputs["images"], "selection": r.files["selection"], "weights": weights},
             )
-            for i, r in enumerate(samples.records)
+            # Shards of which nothing is left are all alike.
+            for i, r in enumerate(record for record in samples.records if record.num_kept)
         ]
 
     def process(self, shard: Shard, output: str) -> ShardRecord:

@@ -107,6 +107,7 @@ FAILURE_CODES: tuple[FailureCode, ...] = (
         remedy="run again later",
     ),
     FailureCode(code="opt_out", meaning="the header X-Robots-Tag refuses (download.opt_out_directives)", remedy=_NONE),
+    FailureCode(code="takedown", meaning="`unclip takedown` was asked to remove it", remedy=_NONE),
     # ---- the answer ----
     FailureCode(
         code="http_408",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -80,7 +80,7 @@ def remember_lists(root: str, settings: str, ranges: Sequence[KnownRange]) -> No
         settings: digest of the settings that decide how rows are read and cut.
         ranges: all of the data set, in order.
     """
-    table = pa.Table.from_pylist([{**vars(known), "rows": vars(known.rows)} for known in ranges])
+    table = pa.Table.from_pylist([asdict(known) for known in ranges])
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)

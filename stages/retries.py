@@ -25,7 +25,7 @@ _SUFFIX = ".retry"
 
 
 def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> dict[str, int]:
-    """Ask for another try of every row that failed for a reason that passes.
+    """Ask for another try of every row that failed for a reason that passes; the download is no longer done then.
 
     Args:
         download: the finished download.
@@ -35,6 +35,8 @@ def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> 
         reason -> rows that will be tried again.
     """
     output = storage.join(download.root, download.stage, "shards")
+    if any(is_transient(reason) for reason in download.dropped):
+        storage.delete(download.uri)
 
     def request(record: ShardRecord) -> Counter[str]:
         if not any(is_transient(reason) for reason in record.dropped):

@@ -25,13 +25,11 @@ from stages import storage
 from stages.base import record_uri
 from stages.manifest import MANIFEST_NAME, File, Manifest, ShardRecord
 from stages.samples import read_tar, table_from_bytes, table_to_bytes, write_tar
-from stages.tombstones import REASON, Tombstones
+from stages.tombstones import REASON, Tombstones, forget_rows
 
 _IO_THREADS = 16
 # What is made of downloaded shards, in order; every one may read the ones before it.
 _DERIVED = ("filter", "embed", "curate", "ledger", "pca")
-# Columns of the download's table that say something of the image or of what it shows.
-_FORGOTTEN = ("caption", "sha256", "width", "height", "original_width", "original_height")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +130,7 @@ def _clean(root: str, record: ShardRecord, tombstones: Tombstones) -> None:
         files={
             **record.files,
             "images": _publish(root, record, "tar", write_tar(samples)),
-            "table": _publish(root, record, "parquet", table_to_bytes(_forgotten(table, gone))),
+            "table": _publish(root, record, "parquet", table_to_bytes(forget_rows(table, gone))),
         },
         num_kept=len(samples),
         dropped=_dropped(rows, gone),
@@ -156,23 +154,6 @@ def _delete_leftovers(root: str) -> None:
 def _dropped(rows: Sequence[Mapping[str, Any]], gone: Sequence[bool]) -> dict[str, int]:
     reasons = [REASON if is_gone else row["reason"] for row, is_gone in zip(rows, gone, strict=True)]
     return dict(sorted(Counter(reason for reason in reasons if reason is not None).items()))
-
-
-def _forgotten(table: pa.Table, gone: Sequence[bool]) -> pa.Table:
-    """Return a download's table in which some rows say no more than that they were taken down."""
-    mask = pa.array(gone, pa.bool_())
-    for name in table.column_names:
-        field = table.schema.field(name)
-        if name == "status":
-            column = pc.if_else(mask, "failed", table[name])
-        elif name == "reason":
-            column = pc.if_else(mask, REASON, table[name])
-        elif name in _FORGOTTEN:
-            column = pc.if_else(mask, pa.scalar(None, field.type), table[name])
-        else:
-            continue
-        table = table.set_column(table.column_names.index(name), field, column.cast(field.type))
-    return table
 
 
 def _publish(root: str, record: ShardRecord, extension: str, content: bytes) -> File:

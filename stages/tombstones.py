@@ -10,9 +10,12 @@ import datetime
 import functools
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages import storage
 from stages.errors import ConfigError, IntegrityError
@@ -20,6 +23,9 @@ from stages.errors import ConfigError, IntegrityError
 REASON = "takedown"
 _FOLDER = "takedown"
 _KEY, _SHA256 = re.compile(r"[0-9a-f]{10}\d{6}"), re.compile(r"[0-9a-f]{64}")
+
+# Columns of the download's table that say something of the image or of what it shows.
+_FORGOTTEN = ("caption", "sha256", "width", "height", "original_width", "original_height")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +89,23 @@ def read_tombstones(root: str) -> Tombstones:
 @functools.lru_cache(maxsize=4)
 def _read(root: str, names: tuple[str, ...]) -> Tombstones:
     return _union(_batch(storage.join(root, _FOLDER, name)) for name in names)
+
+
+def forget_rows(table: pa.Table, gone: Sequence[bool]) -> pa.Table:
+    """Return a download's table in which some rows say no more than that they were taken down."""
+    mask = pa.array(gone, pa.bool_())
+    for name in table.column_names:
+        field = table.schema.field(name)
+        if name == "status":
+            column = pc.if_else(mask, "failed", table[name])
+        elif name == "reason":
+            column = pc.if_else(mask, REASON, table[name])
+        elif name in _FORGOTTEN:
+            column = pc.if_else(mask, pa.scalar(None, field.type), table[name])
+        else:
+            continue
+        table = table.set_column(table.column_names.index(name), field, column.cast(field.type))
+    return table
 
 
 def _union(batches: Iterable[Tombstones]) -> Tombstones:

@@ -97,7 +97,10 @@ def run_data(root: str, lists: Path, **settings: Mapping[str, Any]) -> dict[str,
         Clip(ClipConfig(kind="pretrained", name=str(weights)), root=root),
         Source(SourceConfig(**{"lists": (str(lists),), "rows_per_shard": 8} | given["source"]), root=root),
         Download(
-            DownloadConfig(**allowed | {"image_format": "png", "image_quality": 1} | given["download"]), root=root
+            DownloadConfig(
+                **allowed | {"image_format": "png", "image_quality": 1, "keep_encoded": True} | given["download"]
+            ),
+            root=root,
         ),
         Filter(FilterConfig(**{"near_duplicate_bits": None} | given["filter"]), root=root),
         Embed(EmbedConfig(**given["embed"]), root=root),
