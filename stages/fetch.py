@@ -277,7 +277,7 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
 
 def _drain(response: http.client.HTTPResponse, connection: Connection) -> None:
     """Read the page that comes with a redirect or a refusal, so that the connection can be used again."""
-    if response.isclosed() or response.will_close or not 0 <= (response.length or -1) <= _DRAIN_BYTES:
+    if response.isclosed() or response.will_close or response.length is None or response.length > _DRAIN_BYTES:
         return
     connection.deadline = min(connection.deadline, time.monotonic() + _DRAIN_S)
     with contextlib.suppress(FetchError, OSError, http.client.HTTPException):

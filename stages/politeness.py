@@ -160,7 +160,7 @@ class HostQueues:
             host.num_active += request is not None
             self._look_at(host)
             if request is not None:
-                self._num_attempts += request.url == request.first_url
+                self._num_attempts += request.row is not None and not request.num_redirects
                 return request
         return None
 

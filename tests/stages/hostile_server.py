@@ -10,6 +10,7 @@ import io
 import socket
 import struct
 import threading
+import time
 import urllib.parse
 import zlib
 from collections.abc import Iterator
@@ -73,6 +74,7 @@ class HostileServer(ThreadingHTTPServer):
 
     Attributes:
         paths: of all requests, in order.
+        seen_at: when each of them came, ``time.monotonic()``.
         robots_txt: what ``/robots.txt`` answers: a file, a status, or None for silence.
         busiest: most requests that were answered at the same time.
         num_connections: connections accepted.
@@ -86,6 +88,7 @@ class HostileServer(ThreadingHTTPServer):
         super().__init__((address, port), _Handler)
         self.lock = threading.Lock()
         self.paths: list[str] = []
+        self.seen_at: list[float] = []
         self.robots_txt: bytes | int | None = 404
         self.slow_s = 0.15
         self.num_active = 0
@@ -135,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             server.paths.append(self.path)
+            server.seen_at.append(time.monotonic())
             server.num_active += 1
             server.busiest = max(server.busiest, server.num_active)
         try:
@@ -269,6 +273,14 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer as if the connection stayed open, then close it."""
         self.send()
         self.close_connection = True
+
+    def answer_hang_up_later(self) -> None:
+        """Answer the first request of a connection and hang up, without a word, at the second."""
+        self.num_answered = getattr(self, "num_answered", 0) + 1
+        if self.num_answered == 1:
+            self.send()
+        else:
+            self.close_connection = True
 
     def answer_garbage(self) -> None:
         self.wfile.write(b"this is not HTTP\r\n\r\n")

@@ -19,14 +19,12 @@ from PIL import Image
 from stages import shapes, storage
 from stages.base import Progress
 from stages.download import Download, DownloadConfig, _resizer, row_keys
-from stages.errors import InputError, ShardError, StageError
-from stages.executor import ClusterConfig, LocalExecutor
+from stages.errors import ConfigError, InputError, ShardError, StageError
 from stages.img2dataset_unit import load_img2dataset
-from stages.manifest import File, Manifest, ShardRecord
-from stages.runner import run_stage
-from stages.samples import Sample, read_tar, table_from_bytes, table_to_bytes
+from stages.manifest import Manifest
 from stages.shapes import ShapesConfig
 from stages.source import Source, SourceConfig
+from tests.stages.download_data import rows_of, run, samples_of, source_of, table_of
 
 NUM_ROWS = 60
 FAST = {"backoff_s": 0.0, "timeout_s": 5.0, "num_threads": 8}
@@ -50,48 +48,9 @@ def pictures() -> ShapesConfig:
     )
 
 
-def run(stage: Any, inputs: dict[str, Manifest]) -> Manifest:
-    fingerprint = stage.fingerprint({name: m.fingerprint for name, m in inputs.items()})
-    cluster = ClusterConfig(executor="local", max_attempts=2, backoff_s=0.0)
-    return run_stage(stage, fingerprint, inputs, LocalExecutor(), cluster)
-
-
 def download_shapes(root: Path, pictures: ShapesConfig, **config: Any) -> Manifest:
     source = Source(SourceConfig(kind="shapes", rows_per_shard=40, shapes=pictures), root=str(root))
     return run(Download(DownloadConfig(**(FAST | config)), root=str(root)), {"source": run(source, {})})
-
-
-def source_of(root: Path, rows: pa.Table, **metrics: Any) -> Manifest:
-    """Publish a source of one shard."""
-    data = table_to_bytes(rows)
-    storage.write_bytes(f"{root}/urls.parquet", data)
-    file = File("urls.parquet", hashlib.sha256(data).hexdigest(), len(data))
-    record = ShardRecord(shard_id="s0", files={"urls": file}, num_in=rows.num_rows, num_kept=rows.num_rows)
-    return Manifest(
-        root=str(root), stage="source", version=1, fingerprint="0" * 16, config={}, inputs={}, records=[record],
-        metrics=metrics,
-    )  # fmt: skip
-
-
-def rows_of(urls: list[str | None], captions: list[str | None] | None = None, **extra: Any) -> pa.Table:
-    return pa.table(
-        {
-            "list": ["l"] * len(urls),
-            "row": pa.array(range(len(urls)), pa.int64()),
-            "url": pa.array(urls, pa.string()),
-            "caption": pa.array(captions or ["c"] * len(urls), pa.string()),
-            **extra,
-        }
-    )
-
-
-def samples_of(manifest: Manifest) -> list[Sample]:
-    return [sample for r in manifest.records for sample in read_tar(r.files["images"].read(manifest.root))]
-
-
-def table_of(manifest: Manifest) -> list[dict[str, Any]]:
-    tables = [table_from_bytes(r.files["table"].read(manifest.root)) for r in manifest.records]
-    return list(pa.concat_tables(tables).to_pylist())
 
 
 def pixels_of(data: bytes) -> Any:
@@ -262,6 +221,66 @@ def test_an_outage_commits_nothing_and_passes(tmp_path: Path, pictures: ShapesCo
         assert stage.process(shard, f"{tmp_path}/download/shards").num_kept > 0
 
 
+def test_a_dead_host_is_given_up_and_the_record_says_so(tmp_path: Path) -> None:
+    pictures = ShapesConfig(num_images=20, port=free_port(), missing_fraction=0, broken_fraction=0)
+    port = free_port()
+    dead = [f"http://127.0.0.1:{port}/{row}" for row in range(19)]
+    urls = [shapes.url_of(pictures, index) for index in range(20)] + dead + ["http://no.invalid/a.jpg"]
+    source = source_of(tmp_path, rows_of(urls), shapes=vars(pictures))
+    config = DownloadConfig(
+        **FAST, retries=0, connections_per_host=1, circuit_breaker_failures=4, allowed_networks=("127.0.0.0/8",)
+    )
+    manifest = run(Download(config, root=str(tmp_path)), {"source": source})
+    assert manifest.dropped == {"host_down": 15, "connect": 4, "dns": 1}
+    metrics = manifest.records[0].metrics
+    expected = {"hosts": 3, "hosts_down": 1, "hosts_busy": 0, "attempts": 25, "retries": 0, "dns_lookups": 1}
+    assert expected.items() <= metrics.items()
+    assert metrics["dns_failures"] == 1 and 0 < metrics["dns_median_s"] == metrics["dns_worst_s"]
+
+
+def test_an_outage_of_the_name_resolution_names_its_health(tmp_path: Path) -> None:
+    source = source_of(tmp_path, rows_of([f"http://h{row}.invalid/a.jpg" for row in range(5)]))
+    stage = Download(DownloadConfig(**FAST, retries=0), root=str(tmp_path))
+    with pytest.raises(ShardError, match=r"dns: 5.*\(name resolution: 5 of 5 lookups failed, the slowest \d+\.\d s\)"):
+        stage.process(stage.plan({"source": source})[0], f"{tmp_path}/download/shards")
+
+
+def test_files_are_checked_against_the_hashes_of_the_list(tmp_path: Path) -> None:
+    pictures = ShapesConfig(num_images=4, port=free_port(), missing_fraction=0, broken_fraction=0)
+    files = [shapes.image_bytes(pictures, index) or b"" for index in range(4)]
+    digests = [hashlib.md5(data).hexdigest() for data in files[:2]] + ["0" * 32, None]
+    rows = rows_of([shapes.url_of(pictures, index) for index in range(4)], md5=pa.array(digests, pa.string()))
+    source = source_of(tmp_path, rows, config={"extra_columns": ["md5"]}, shapes=vars(pictures))
+    manifest = run(Download(DownloadConfig(**FAST, hash_column="md5"), root=str(tmp_path)), {"source": source})
+    assert [row["reason"] for row in table_of(manifest)] == [None, None, "hash_mismatch", None]
+    assert [row["md5"] for row in table_of(manifest)] == digests
+    other = Download(DownloadConfig(**FAST, hash_column="md5", hash_algorithm="sha256"), root=str(tmp_path))
+    manifest = run(other, {"source": source})
+    assert [row["reason"] for row in table_of(manifest)] == ["hash_mismatch"] * 3 + [None]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"extra_columns": ["licence"]},
+            r"download.hash_column: 'md5' is not one .*\(licence\); add it to source.extra",
+        ),
+        ({}, r"download.hash_column: 'md5' is not one .*\(none\)"),
+    ],
+)
+def test_a_missing_hash_column_is_refused_before_any_work(tmp_path: Path, config: dict[str, Any], message: str) -> None:
+    source = source_of(tmp_path, rows_of(["http://a/1"]), config=config)
+    with pytest.raises(ConfigError, match=message):
+        Download(DownloadConfig(hash_column="md5"), root=str(tmp_path)).plan({"source": source})
+
+
+def test_hashes_are_text(tmp_path: Path) -> None:
+    source = source_of(tmp_path, rows_of(["http://a/1"], md5=pa.array([7])), config={"extra_columns": ["md5"]})
+    with pytest.raises(ConfigError, match=r"download.hash_column: 'md5' holds int64, not hexadecimal text"):
+        run(Download(DownloadConfig(hash_column="md5"), root=str(tmp_path)), {"source": source})
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
@@ -308,7 +327,8 @@ def test_an_empty_source_is_refused(tmp_path: Path) -> None:
 
 def test_speed_settings_do_not_change_the_identity(tmp_path: Path) -> None:
     inputs = {"source": source_of(tmp_path, rows_of(["http://a/1"]))}
-    slow = Download(DownloadConfig(num_threads=1, timeout_s=99, retries=9), root="r")
+    polite = {"connections_per_host": 1, "circuit_breaker_failures": 3, "max_host_pause_s": 600.0}
+    slow = Download(DownloadConfig(num_threads=1, timeout_s=99, retries=9, **polite), root="r")
     fast = Download(DownloadConfig(), root="r")
     other = Download(DownloadConfig(image_quality=90), root="r")
     assert slow.plan(inputs)[0].id == fast.plan(inputs)[0].id != other.plan(inputs)[0].id
@@ -320,6 +340,9 @@ def test_speed_settings_do_not_change_the_identity(tmp_path: Path) -> None:
         ({"image_format": "png"}, "image_quality: 95 is not between 0 and 9"),
         ({"num_threads": 0}, "num_threads"),
         ({"retries": -1}, "retries"),
+        ({"connections_per_host": 0}, "connections_per_host: 0 is not above 0"),
+        ({"circuit_breaker_failures": -1}, "circuit_breaker_failures: -1 is negative"),
+        ({"max_host_pause_s": -1.0}, "max_host_pause_s"),
         ({"allowed_networks": ("10.0.0.1/8",)}, "allowed_networks.*host bits"),
         ({"max_transient_fraction": 2.0}, "max_transient_fraction"),
     ],
