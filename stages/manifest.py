@@ -254,7 +254,7 @@ class Manifest:
         names = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in header.items() if name in names}
         fields["files"] = {role: File(**file) for role, file in header["files"].items()}
-        manifest = cls(root=root, records=records_from_table(pq.read_table(io.BytesIO(table))), **fields)
+        manifest = cls(root=root, records=records_from_table(table_from_parquet(table)), **fields)
         if manifest.digest != header["digest"]:
             raise IntegrityError(f"{uri}: its contents do not match its digest; run the stage again with --force")
         return manifest
@@ -304,6 +304,11 @@ def records_from_table(table: pa.Table, versions: Sequence[str] = ()) -> tuple[S
             version = versions[len(records)] if versions else ""
             records.append(ShardRecord.from_json(dict(zip(columns, values, strict=True)), version=version))
     return tuple(records)
+
+
+def table_from_parquet(data: bytes) -> pa.Table:
+    """Read a Parquet file from memory, without the machinery for data sets of many files."""
+    return pq.ParquetFile(pa.BufferReader(data)).read()
 
 
 def table_to_parquet(table: pa.Table) -> bytes:

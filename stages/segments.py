@@ -13,18 +13,16 @@ the same file. Losing every segment loses nothing but time.
 from __future__ import annotations
 
 import hashlib
-import io
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from stages import storage
 from stages.errors import NotFoundError, StorageError
-from stages.manifest import ShardRecord, records_from_table, records_to_table, table_to_parquet
+from stages.manifest import ShardRecord, records_from_table, records_to_table, table_from_parquet, table_to_parquet
 from stages.storage import Entry
 
 logger = logging.getLogger(__name__)
@@ -127,7 +125,7 @@ class Segments:
             logger.warning("%s is damaged; the records it holds are read one by one", uri)
             self._useless.append(name)
             return None
-        return pq.read_table(io.BytesIO(content))
+        return table_from_parquet(content)
 
 
 class SegmentWriter:

@@ -53,17 +53,22 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One object of a listing.
+    """One object of a listing, lean: there may be a million.
 
     Attributes:
         num_bytes: its size.
-        version: changes whenever the object is written anew: the ETag on S3, time of writing and size on a disk.
-        modified_at: when it was written, seconds since the epoch.
+        modified_ns: when it was written, ns since the epoch.
+        etag: on S3, what identifies its content; empty on a disk.
     """
 
     num_bytes: int
-    version: str
-    modified_at: float
+    modified_ns: int
+    etag: str = ""
+
+    @property
+    def version(self) -> str:
+        """Text that changes whenever the object is written anew: the ETag, or time of writing and size."""
+        return self.etag or f"{self.modified_ns:x}-{self.num_bytes:x}"
 
 
 def is_local(uri: str) -> bool:
@@ -121,10 +126,10 @@ def list_entries(uri: str, *, temporary: bool = False) -> dict[str, Entry]:
         Path relative to ``uri`` -> entry, sorted by path; empty when the folder does not exist.
     """
     if is_local(uri):
-        found = _explained("list", uri, lambda: dict(_scan(uri, "")))
+        items = _explained("list", uri, lambda: sorted(_scan(uri, ""), key=_name_of))
     else:
-        found = {name: entry for page in _pages(uri) for name, entry in page.items()}
-    return {name: found[name] for name in sorted(found) if temporary or not name.endswith(TEMPORARY_SUFFIX)}
+        items = sorted((item for page in _pages(uri) for item in page), key=_name_of)
+    return {name: entry for name, entry in items if temporary or not name.endswith(TEMPORARY_SUFFIX)}
 
 
 def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
@@ -256,39 +261,44 @@ def _remote() -> Any:
     return _remote_of(os.getpid(), tuple(os.environ.get(name) for name in names))
 
 
+def _name_of(item: tuple[str, Entry]) -> str:
+    return item[0]
+
+
 def _scan(folder: str, prefix: str) -> Iterator[tuple[str, Entry]]:
     """Walk a local folder; what vanishes meanwhile is left out."""
+    folders: list[str] = []
     try:
         with os.scandir(folder) as found:
-            items = list(found)
+            for item in found:
+                if item.is_dir(follow_symlinks=False):
+                    folders.append(item.name)
+                else:
+                    with contextlib.suppress(FileNotFoundError):
+                        yield prefix + item.name, _entry_of(item.stat())
     except FileNotFoundError:
         return
-    for item in items:
-        if item.is_dir(follow_symlinks=False):
-            yield from _scan(item.path, f"{prefix}{item.name}/")
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                yield prefix + item.name, _entry_of(item.stat())
+    for name in folders:
+        yield from _scan(f"{folder}/{name}", f"{prefix}{name}/")
 
 
 def _entry_of(status: os.stat_result) -> Entry:
-    version = f"{status.st_mtime_ns:x}-{status.st_size:x}"
-    return Entry(num_bytes=status.st_size, version=version, modified_at=status.st_mtime)
+    return Entry(status.st_size, status.st_mtime_ns)
 
 
 def _entry_of_item(item: dict[str, Any]) -> Entry:
-    modified_at = item["LastModified"].timestamp()
-    return Entry(num_bytes=int(item["Size"]), version=item["ETag"].strip('"'), modified_at=modified_at)
+    modified_ns = int(item["LastModified"].timestamp() * 1000) * 1_000_000
+    return Entry(int(item["Size"]), modified_ns, item["ETag"].strip('"'))
 
 
-def _pages(uri: str) -> Iterator[dict[str, Entry]]:
+def _pages(uri: str) -> Iterator[list[tuple[str, Entry]]]:
     """List an S3 folder page by page: s3fs's own `find` holds a kilobyte for every object."""
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     request = {"Bucket": bucket, "Prefix": prefix}
     while True:
         page = _explained("list", uri, lambda: _remote().call_s3("list_objects_v2", **request))
-        yield {item["Key"].removeprefix(prefix): _entry_of_item(item) for item in page.get("Contents", ())}
+        yield [(item["Key"].removeprefix(prefix), _entry_of_item(item)) for item in page.get("Contents", ())]
         if not page.get("IsTruncated"):
             return
         request["ContinuationToken"] = page["NextContinuationToken"]
@@ -307,8 +317,8 @@ def _publish(uri: str, data: bytes) -> Entry:
         return entry
     answer = _explained("write", uri, lambda: _remote().pipe_file(uri, data))
     _check_size(uri, len(data))
-    # A multipart upload's answer is not passed on; the version is then unknown, which no listing shows.
-    return Entry(num_bytes=len(data), version=(answer or {}).get("ETag", "").strip('"'), modified_at=time.time())
+    # The answer of a multipart upload is not passed on: no listing will show this entry's version.
+    return Entry(len(data), time.time_ns(), (answer or {}).get("ETag", "").strip('"'))
 
 
 def _replace(uri: str, write: Callable[[BinaryIO], None]) -> Entry:

@@ -61,7 +61,6 @@ class Empty(Stage[PlainConfig]):
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
         files = {"table": ("bin", b"0")} if self.with_file else {}
-        dropped = {"http_404": 2, "timeout": 1}
         return self.commit(
             shard,
             output,
@@ -69,7 +68,7 @@ class Empty(Stage[PlainConfig]):
             started_at=time.monotonic(),
             num_in=10,
             num_kept=7,
-            dropped=dropped,
+            dropped={"http_404": 2, "timeout": 1},
             metrics={"x": 0.5},
         )
 
