@@ -1,56 +1,44 @@
 """Embed stage: filtered shards -> CLIP embeddings of images and captions, one Parquet table per shard.
 
 A row is built from its sample and travels as one piece, so row i belongs to key i by construction; counts are checked
-against the selection on the way in and out. Images are decoded and resized in background threads while the model works
-on earlier ones. Before the first image, the worker embeds the fixed probe whose results the clip stage stored with the
-weights: a library, activation or precision that changes embeddings is refused, not discovered after training.
+against the selection on the way in and out. A selection table beside it names the samples that could not be embedded.
+Images are decoded and resized in background threads from the moment they are read, while the model works on captions
+and earlier images. Before the first image, the worker embeds the fixed probe whose results the clip stage stored with
+the weights: a library, activation or precision that changes embeddings is refused, not discovered after training.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
-import struct
 import time
-import zlib
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-from PIL import Image
 
 from stages import storage
 from stages.base import Progress, Resources, Result, Shard, Stage, setting
+from stages.clip_encoder import ClipEncoder, threads_of
 from stages.errors import ConfigError, InputError, IntegrityError, ShardError
-from stages.golden import check_golden
 from stages.manifest import File, Manifest, ShardRecord
-from stages.samples import Sample, embedding_array, kept_keys, read_tar, table_from_bytes, table_to_bytes
+from stages.samples import (
+    Sample,
+    embedding_array,
+    kept_keys,
+    read_tar,
+    selection_table,
+    table_from_bytes,
+    table_to_bytes,
+)
 from stages.weights import checked_copy, weights_of
-
-if TYPE_CHECKING:
-    import torch
-
-    from unclip_models.clip import ClipModel, ClipPreprocess
 
 FloatArray = npt.NDArray[np.float32]
 
-# What Pillow raises on files that are damaged, truncated, of no known format, or absurdly large.
-_UNDECODABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
+UNDECODABLE = "undecodable"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +49,7 @@ class EmbedConfig:
     batch_size: int = setting(256, "images or captions per forward pass", affects="nothing")
     num_decode_threads: int = setting(2, "threads that decode images beside the model", affects="nothing")
     num_workers: int | None = setting(None, "shards embedded at once; null: as many as fit", affects="nothing")
-    num_cpus: float = setting(1.0, "CPU cores per worker", affects="nothing")
+    num_cpus: float = setting(1.0, "CPU cores per worker; the model uses as many threads", affects="nothing")
     num_gpus: float = setting(0.0, "GPUs per worker; a fraction shares one", affects="nothing")
 
     def __post_init__(self) -> None:
@@ -79,10 +67,11 @@ class Embed(Stage[EmbedConfig]):
 
     name = "embed"
     counts = "filter"
+    version = 2
 
     def __init__(self, config: EmbedConfig, *, root: str, seed: int = 0) -> None:
         super().__init__(config, root=root, seed=seed)
-        self._encoder: Encoder | None = None
+        self._loaded: tuple[str, ClipEncoder] | None = None
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -118,23 +107,28 @@ class Embed(Stage[EmbedConfig]):
         ]
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
-        """Embed the selected samples of one shard; images that cannot be decoded are dropped and counted."""
+        """Embed the selected samples of one shard; images that cannot be decoded are dropped, named and counted."""
         started_at = time.monotonic()
         encoder = self._encoder_for(shard.inputs["weights"])
         keys = kept_keys(table_from_bytes(shard.inputs["selection"].read(self.root), ["key", "kept"]))
-        samples = self._selected(shard, keys)
-        rows = self._embed(encoder, samples)
+        samples, rows = self._embed(encoder, shard, keys)
         table = embeddings_table([samples[i] for i in rows.positions], rows)
+        decodable = frozenset(rows.positions)
+        reasons = [None if i in decodable else UNDECODABLE for i in range(len(samples))]
         num_dropped = len(keys) - table.num_rows
         scores = table["clip_score"].to_numpy()
+        selection = selection_table([sample.key for sample in samples], reasons)
         return self.commit(
             shard,
             output,
-            {"embeddings": ("parquet", table_to_bytes(table))},
+            {
+                "embeddings": ("parquet", table_to_bytes(table)),
+                "selection": ("selection.parquet", table_to_bytes(selection)),
+            },
             started_at=started_at,
             num_in=len(keys),
             num_kept=table.num_rows,
-            dropped={"undecodable": num_dropped} if num_dropped else {},
+            dropped={UNDECODABLE: num_dropped} if num_dropped else {},
             metrics={"clip_score_sum": float(scores.sum(dtype=np.float64)), "embedding_dim": encoder.dim},
         )
 
@@ -158,19 +152,61 @@ class Embed(Stage[EmbedConfig]):
         }
         return Result(records=records, metrics=metrics)
 
-    def _encoder_for(self, weights: File) -> Encoder:
-        """Load the model on the first shard; later shards of the same weights find it loaded."""
-        if self._encoder is None or self._encoder.weights_sha256 != weights.sha256:
-            self._encoder = None
-            with checked_copy(self.root, weights) as path:
-                self._encoder = Encoder(str(path), weights.sha256, self.config)
-        return self._encoder
+    def _encoder_for(self, weights: File) -> ClipEncoder:
+        """Load the model on the first shard; later shards of the same weights find it loaded.
 
-    def _selected(self, shard: Shard, keys: Sequence[str]) -> list[Sample]:
-        """Read the selected samples in the order of the tar."""
-        wanted = frozenset(keys)
-        samples = list(read_tar(shard.inputs["images"].read(self.root), keys=wanted))
-        found = {sample.key for sample in samples}
+        Raises:
+            ConfigError: if a GPU is asked for and there is none.
+        """
+        import torch
+
+        c = self.config
+        if c.num_gpus > 0 and not torch.cuda.is_available():
+            raise ConfigError(
+                f"embed.num_gpus: {c.num_gpus:g}, but no GPU is visible to the worker; set it to 0 to use the CPU"
+            )
+        if self._loaded is None or self._loaded[0] != weights.sha256:
+            self._loaded = None
+            with checked_copy(self.root, weights) as path:
+                encoder = ClipEncoder(
+                    str(path),
+                    on_gpu=c.num_gpus > 0,
+                    precision=c.precision,
+                    batch_size=c.batch_size,
+                    num_threads=threads_of(c.num_cpus),
+                )
+            self._loaded = (weights.sha256, encoder)
+        return self._loaded[1]
+
+    def _embed(self, encoder: ClipEncoder, shard: Shard, keys: Sequence[str]) -> tuple[list[Sample], Rows]:
+        """Read the selected samples of a shard and embed them.
+
+        Returns:
+            The samples in the order of the tar, without their image files, and the embeddings.
+        """
+        file = shard.inputs["images"]
+        tar = storage.read_bytes(self.uri(file), expected_bytes=file.num_bytes)
+        with (
+            _checked_meanwhile(file, tar, self.uri(file)),
+            encoder.threads(),
+            encoder.feed(self.config.num_decode_threads) as feed,
+        ):
+            samples = []
+            for sample in read_tar(tar, keys=frozenset(keys)):
+                feed.add(sample.image)
+                samples.append(replace(sample, image=b""))
+            self._check_complete(shard, keys, samples)
+            text = encoder.encode_captions([sample.caption for sample in samples])
+
+            def report(num_done: int) -> None:
+                self.report(Progress(done=num_done, total=len(samples), unit="images"))
+
+            positions, image = encoder.encode_images(feed, report)
+        return samples, Rows(positions, image, text[positions])
+
+    def _check_complete(self, shard: Shard, keys: Sequence[str], samples: Sequence[Sample]) -> None:
+        """Refuse a tar that does not hold each selected sample once."""
+        wanted, found = frozenset(keys), {sample.key for sample in samples}
         if len(wanted) != len(keys) or len(samples) != len(found) or found != wanted:
             missing = sorted(wanted - found)
             raise IntegrityError(
@@ -178,19 +214,21 @@ class Embed(Stage[EmbedConfig]):
                 f"samples ({len(wanted)} distinct keys), the tar has {len(samples)} of them; first missing: "
                 f"{missing[:1] or 'none'}; run filter again with --force"
             )
-        return samples
 
-    def _embed(self, encoder: Encoder, samples: Sequence[Sample]) -> Rows:
-        text = encoder.encode_captions([sample.caption for sample in samples])
-        positions: list[int] = []
-        images: list[FloatArray] = []
-        for done, (batch_positions, embeddings) in enumerate(encoder.encode_images(samples), start=1):
-            positions.extend(batch_positions)
-            images.append(embeddings)
-            num_done = min(done * self.config.batch_size, len(samples))
-            self.report(Progress(done=num_done, total=len(samples), unit="images"))
-        image = np.concatenate([np.zeros((0, encoder.dim), np.float32), *images])
-        return Rows(positions, image, text[positions])
+
+@contextlib.contextmanager
+def _checked_meanwhile(file: File, data: bytes, uri: str) -> Iterator[None]:
+    """Compute a checksum beside the work inside; what that work met in a damaged file is told as the damage it is.
+
+    Raises:
+        IntegrityError: at the end, if the checksum differs from the record.
+    """
+    with ThreadPoolExecutor(1, "unclip-checksum") as pool:
+        checked = pool.submit(file.check, data, uri)
+        try:
+            yield
+        finally:
+            checked.result()
 
 
 @dataclass(frozen=True)
@@ -233,123 +271,3 @@ def embeddings_table(samples: Sequence[Sample], rows: Rows) -> pa.Table:
             "clip_score": pa.array((rows.image * rows.text).sum(axis=1), pa.float32()),
         }
     )
-
-
-class Encoder:
-    """A CLIP on its device, checked against its golden embeddings.
-
-    Args:
-        path: local weights file, written by the clip stage.
-        weights_sha256: its checksum.
-        config: precision, batch size and threads.
-
-    Raises:
-        ConfigError: if a GPU is asked for and there is none.
-        IntegrityError: if the model does not reproduce its golden embeddings here.
-    """
-
-    def __init__(self, path: str, weights_sha256: str, config: EmbedConfig) -> None:
-        import torch
-
-        from unclip_models.checkpoint import read_metadata
-        from unclip_models.clip import ClipModel
-
-        on_gpu = config.num_gpus > 0
-        if on_gpu and not torch.cuda.is_available():
-            raise ConfigError(
-                f"embed.num_gpus: {config.num_gpus:g}, but no GPU is visible to the worker; set it to 0 to use the CPU"
-            )
-        self.device = torch.device("cuda" if on_gpu else "cpu")
-        self.weights_sha256 = weights_sha256
-        self.config = config
-        self.precision = config.precision if on_gpu else "fp32"
-        self.clip: ClipModel = ClipModel.load(path, self.device)
-        self.dim = self.clip.embedding_dim
-        check_golden(
-            self.clip,
-            read_metadata(path),
-            place=path,
-            precisions=tuple(dict.fromkeys(("fp32", self.precision))),
-            autocast=self._autocast,
-        )
-
-    def encode_captions(self, captions: Sequence[str]) -> FloatArray:
-        """Embed captions, each distinct one once: unit-norm float32 ``(n, D)``."""
-        distinct = sorted(set(captions))
-        parts = [np.zeros((0, self.dim), np.float32)]
-        for start in range(0, len(distinct), self.config.batch_size):
-            tokens = self.clip.tokenize(distinct[start : start + self.config.batch_size])
-            with self._autocast(self.precision):
-                parts.append(self.clip.encode_text(tokens.to(self.device)).float().cpu().numpy())
-        place = {caption: i for i, caption in enumerate(distinct)}
-        return np.concatenate(parts)[[place[caption] for caption in captions]]
-
-    def encode_images(self, samples: Sequence[Sample]) -> Iterator[tuple[list[int], FloatArray]]:
-        """Embed images batch by batch, in order.
-
-        Yields:
-            Positions of the decodable samples of the batch, and their embeddings, unit-norm float32 ``(b, D)``.
-        """
-        size, threads = self.config.batch_size, self.config.num_decode_threads
-        with ThreadPoolExecutor(threads, "unclip-decode") as pool:
-            waiting: deque[Future[tuple[list[int], torch.Tensor]]] = deque()
-            try:
-                # One batch more than there are threads is in flight, so that none waits for the model.
-                for start in range(0, len(samples), size):
-                    waiting.append(pool.submit(_decode_batch, samples, start, size, self.clip.preprocess_config))
-                    if len(waiting) > threads:
-                        yield self._encode(*waiting.popleft().result())
-                while waiting:
-                    yield self._encode(*waiting.popleft().result())
-            finally:
-                pool.shutdown(cancel_futures=True)
-
-    def _encode(self, positions: list[int], pixels: torch.Tensor) -> tuple[list[int], FloatArray]:
-        if not positions:
-            return positions, np.zeros((0, self.dim), np.float32)
-        with self._autocast(self.precision):
-            embeddings = self.clip.encode_image(pixels.to(self.device, non_blocking=True))
-        return positions, np.asarray(embeddings.float().cpu().numpy())
-
-    def _autocast(self, precision: str) -> contextlib.AbstractContextManager[Any]:
-        import torch
-
-        if precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-def decode_image(data: bytes) -> npt.NDArray[np.uint8] | None:
-    """Decode an image file to RGB, uint8 ``(3, H, W)``, its EXIF orientation ignored; None if that is impossible."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            pixels = np.array(image.convert("RGB"), dtype=np.uint8)
-    except _UNDECODABLE:
-        return None
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
-
-
-def _decode_batch(
-    samples: Sequence[Sample], start: int, size: int, preprocess: ClipPreprocess
-) -> tuple[list[int], torch.Tensor]:
-    """Decode and resize samples ``start .. start + size - 1``; runs in a background thread.
-
-    Returns:
-        Positions of the decodable ones, and their pixels, uint8 ``(b, 3, S, S)``: resized and cropped, but not yet
-        normalised, so that few bytes go to the GPU.
-    """
-    import torch
-
-    from unclip_models.clip import preprocess_images
-
-    only_resize = replace(preprocess, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    positions: list[int] = []
-    pixels: list[torch.Tensor] = []
-    for position in range(start, min(start + size, len(samples))):
-        image = decode_image(samples[position].image)
-        if image is not None:
-            positions.append(position)
-            resized = preprocess_images(torch.from_numpy(image)[None], only_resize)
-            pixels.append(resized.mul_(255).round_().to(torch.uint8))
-    side = preprocess.image_size
-    return positions, torch.cat(pixels) if pixels else torch.zeros(0, 3, side, side, dtype=torch.uint8)

@@ -60,12 +60,20 @@ class File:
         """
         uri = storage.join(root, self.path)
         data = storage.read_bytes(uri, expected_bytes=self.num_bytes)
+        self.check(data, uri)
+        return data
+
+    def check(self, data: bytes, uri: str) -> None:
+        """Compare what was read from ``uri`` with this record.
+
+        Raises:
+            IntegrityError: if its checksum differs.
+        """
         found = hashlib.sha256(data).hexdigest()
         if found != self.sha256:
             raise IntegrityError(
                 f"{uri}: sha256 {found[:16]}... is not the recorded {self.sha256[:16]}...; it is damaged"
             )
-        return data
 
     def to_json(self) -> dict[str, Any]:
         """Return the file as plain JSON values."""

@@ -151,12 +151,22 @@ def preprocess_images(images: Tensor | Sequence[Tensor], config: ClipPreprocess)
         x = (images.float() + 1) * 127.5
     else:
         raise ValueError(f"preprocess_images: dtype {images.dtype}; give uint8, or floating point in [-1, 1]")
-    x = _resize_and_crop(x, config)
+    x = resize_and_crop(x, config)
     mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (config.mean, config.std))
     return (x / 255 - mean) / std
 
 
-def _resize_and_crop(x: Tensor, config: ClipPreprocess) -> Tensor:
+def resize_and_crop(x: Tensor, config: ClipPreprocess) -> Tensor:
+    """Resize images to the side of the vision tower and cut out their centre.
+
+    Args:
+        x: images ``(B, 3, H, W)`` of values from 0 to 255, of any floating point; or uint8 on a CPU: that is five times
+            as fast and nearer to Pillow, with which published models were trained, for Pillow too rounds twice.
+        config: side and crop.
+
+    Returns:
+        Whole numbers from 0 to 255, ``(B, 3, image_size, image_size)``, of the dtype of ``x``.
+    """
     size, (height, width) = config.image_size, x.shape[-2:]
     if (height, width) == (size, size):
         return x
@@ -165,7 +175,8 @@ def _resize_and_crop(x: Tensor, config: ClipPreprocess) -> Tensor:
         short = min(height, width)
         target = (int(size * height / short), int(size * width / short))
     x = F.interpolate(x, size=target, mode="bicubic", antialias=True, align_corners=False)
-    x = x.clamp(0, 255).round()  # published models were trained on 8-bit images after the resize
+    if x.is_floating_point():
+        x = x.clamp(0, 255).round()  # published models were trained on 8-bit images after the resize
     top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
     return x[:, :, top : top + size, left : left + size]
 
@@ -342,9 +353,19 @@ class ClipModel(nn.Module):
         return self._image_embedding(images, normalize)
 
     @torch.no_grad()
-    def encode_text(self, tokens: Tensor, *, normalize: bool = True) -> Tensor:
-        """Embed captions given as tokens ``(B, context_length)``: z_t, float32 ``(B, D)``; as :meth:`encode_image`."""
-        return self._text_embedding(tokens, normalize)
+    def encode_text(self, tokens: Tensor, *, normalize: bool = True, trim: bool = False) -> Tensor:
+        """Embed captions.
+
+        Args:
+            tokens: int64 ``(B, context_length)``, from :meth:`tokenize`.
+            normalize: False leaves the embeddings their norm.
+            trim: compute no position behind the longest caption's end. Where the tower is causal and is read at the
+                end token, nothing there could change the embedding; other towers compute all positions nevertheless.
+
+        Returns:
+            z_t, float32 ``(B, D)``.
+        """
+        return self._text_embedding(tokens, normalize, trim)
 
     @torch.no_grad()
     def encode_text_sequence(self, tokens: Tensor, *, normalize: bool = True) -> tuple[Tensor, Tensor]:
@@ -389,15 +410,47 @@ class ClipModel(nn.Module):
         embedding = cast(Tensor, cast(Any, self.model).encode_image(pixels)).float()
         return F.normalize(embedding, dim=-1) if normalize else embedding
 
-    def _text_embedding(self, tokens: Tensor, normalize: bool = True) -> Tensor:
+    def _text_embedding(self, tokens: Tensor, normalize: bool = True, trim: bool = False) -> Tensor:
         if tokens.dim() != 2 or tokens.shape[1] != self.context_length:
             raise ValueError(
                 f"clip {self.origin}: tokens of shape {tuple(tokens.shape)}, its text tower takes "
                 f"(B, {self.context_length}); make them with ClipModel.tokenize"
             )
-        tokens = tokens.to(next(self.model.parameters()).device)
-        embedding = cast(Tensor, cast(Any, self.model).encode_text(tokens)).float()
+        device = next(self.model.parameters()).device
+        found = _causal_tower(self.model) if trim and len(tokens) else None
+        if found is None:
+            embedding = cast(Tensor, cast(Any, self.model).encode_text(tokens.to(device))).float()
+        else:
+            place, tower = found
+            length = int(tokens.argmax(dim=-1).max()) + 1  # the end token has the highest number
+            shorter = {
+                f"{place}.positional_embedding": tower.positional_embedding[:length],
+                f"{place}.attn_mask": tower.attn_mask[:length, :length],
+            }
+            arguments = (tokens[:, :length].to(device),)
+            embedding = torch.func.functional_call(_TextEncoder(self.model), shorter, arguments).float()
         return F.normalize(embedding, dim=-1) if normalize else embedding
+
+
+class _TextEncoder(nn.Module):
+    """The text side of an open_clip model as a module that is called, as ``functional_call`` needs it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Embed tokens; the embeddings keep their norm."""
+        return cast(Tensor, cast(Any, self.model).encode_text(tokens))
+
+
+def _causal_tower(model: nn.Module) -> tuple[str, Any] | None:
+    """Find the text tower and its place in :class:`_TextEncoder`; None if it is not causal or read elsewhere."""
+    place, tower = ("model", model) if hasattr(model, "ln_final") else ("model.text", getattr(model, "text", None))
+    causal = isinstance(getattr(tower, "attn_mask", None), Tensor)
+    read_at = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    more_tokens = getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False)
+    return (place, tower) if causal and read_at == "argmax" and not more_tokens else None
 
 
 def contrastive_loss(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,20 @@ import torch
 
 from stages import storage
 from stages.clip import Clip, ClipConfig
-from stages.embed import Embed, EmbedConfig, Rows, decode_image, embeddings_table
+from stages.embed import Embed, EmbedConfig, Rows, embeddings_table
 from stages.errors import ConfigError, InputError, IntegrityError, ShardError
 from stages.golden import METADATA_KEY, golden_metadata
 from stages.manifest import Manifest
 from stages.runner import output_uri
-from stages.samples import Sample, embeddings_of, selection_table, table_from_bytes, table_to_bytes, write_tar
+from stages.samples import (
+    Sample,
+    embeddings_of,
+    kept_keys,
+    selection_table,
+    table_from_bytes,
+    table_to_bytes,
+    write_tar,
+)
 from tests.stages.small_store import CLIP, EMBEDDING_DIM, Given, embed, run, sample_of, small_clip
 from unclip_models.clip import ClipModel
 
@@ -107,6 +116,12 @@ def test_undecodable_images_are_counted(tmp_path: Path) -> None:
     kept = [samples[j] for j in (0, 2, 5, 9, 10)]
     assert table["key"].to_pylist() == [sample.key for sample in kept]
     np.testing.assert_allclose(embeddings_of(table, "image_embedding"), embed(small_clip(), kept)[0], atol=1e-3)
+    np.testing.assert_allclose(embeddings_of(table, "text_embedding"), embed(small_clip(), kept)[1], atol=1e-3)
+    selection = table_from_bytes(manifest.records[0].files["selection"].read(root))
+    fates = dict(zip(selection["key"].to_pylist(), selection["reason"].to_pylist(), strict=True))
+    bad = [samples[j].key for j in (1, 4, 6, 8)]
+    assert fates == {samples[j].key: None for j in (0, 2, 5, 9, 10)} | dict.fromkeys(bad, "undecodable")
+    assert kept_keys(selection) == table["key"].to_pylist()
 
 
 def test_nothing_decodable_is_refused(tmp_path: Path) -> None:
@@ -147,7 +162,36 @@ def test_appended_shards_leave_the_old_ones_alone(tmp_path: Path) -> None:
     names = storage.list_files(f"{root}/embed/shards")
     after = run(Embed(EmbedConfig(), root=root), {"filter": publish_filter(root, shards_of(4, 3)), "clip": clip})
     assert after.records[0] == before.records[0]
-    assert len(storage.list_files(f"{root}/embed/shards").keys() - names.keys()) == 2
+    assert len(storage.list_files(f"{root}/embed/shards").keys() - names.keys()) == 3
+
+
+def test_a_damaged_tar_is_refused_as_such_and_nothing_is_committed(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    stage = Embed(EmbedConfig(), root=root)
+    (shard,) = stage.plan({"filter": publish_filter(root, shards_of(5)), "clip": publish_clip(root, tmp_path)})
+    path = Path(stage.uri(shard.inputs["images"]))
+    whole = path.read_bytes()
+    for place in (0, 700, len(whole) - 1):  # a header, a picture, padding: the last two leave a tar that can be read
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(IntegrityError, match=r"sha256 .* is not the recorded .* damaged"):
+            stage.process(shard, output_uri(stage))
+    assert not storage.list_files(output_uri(stage))
+    path.write_bytes(whole)
+    assert stage.process(shard, output_uri(stage)).num_kept == 4
+
+
+def test_the_threads_of_the_process_are_left_as_they_were(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    inputs = {"filter": publish_filter(root, shards_of(9)), "clip": publish_clip(root, tmp_path)}
+    stage = Embed(EmbedConfig(num_cpus=2.5, batch_size=2), root=root)
+    seen: list[int] = []
+    stage.report = lambda progress: seen.append(torch.get_num_threads())
+    (shard,) = stage.plan(inputs)
+    before = torch.get_num_threads()
+    stage.process(shard, output_uri(stage))
+    assert set(seen) == {2} and torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(torch.get_num_threads).result() == before
 
 
 def drifted(folder: Path, **changes: object) -> Path:
@@ -196,18 +240,6 @@ def test_a_table_never_pairs_the_wrong_number_of_rows() -> None:
     broken[1, 2] = np.inf
     with pytest.raises(ShardError, match=rf"image embedding of sample '{samples[1].key}' is not finite"):
         embeddings_table(samples, Rows([0, 1, 2], broken, unit))
-
-
-def test_images_of_every_mode_become_rgb() -> None:
-    import io
-
-    from PIL import Image
-
-    for mode in ("L", "P", "RGBA", "CMYK", "1", "LA"):
-        sink = io.BytesIO()
-        Image.new(mode, (5, 4)).save(sink, "TIFF" if mode == "CMYK" else "PNG")
-        pixels = decode_image(sink.getvalue())
-        assert pixels is not None and pixels.shape == (3, 4, 5) and pixels.dtype == np.uint8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

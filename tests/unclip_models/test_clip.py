@@ -14,6 +14,7 @@ from unclip_models.clip import (
     golden_embeddings,
     is_clip_file,
     preprocess_images,
+    resize_and_crop,
     tokenize,
 )
 from unclip_models.randomness import SampleRandom
@@ -74,6 +75,25 @@ def test_preprocessing_is_open_clips() -> None:
     assert (ours - theirs).abs().mean() < 0.2 * one_level
 
 
+def test_resizing_in_8_bit_is_nearer_to_pillow() -> None:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    config = ClipPreprocess(image_size=48)
+    for height, width in ((120, 97), (97, 120), (64, 60), (30, 40)):
+        picture = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        short = min(height, width)
+        size = (int(48 * width / short), int(48 * height / short))
+        left, top = round((size[0] - 48) / 2), round((size[1] - 48) / 2)
+        pillow = Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 48, top + 48))
+        pixels = torch.from_numpy(picture).permute(2, 0, 1)[None]
+        ours, rough = resize_and_crop(pixels, config), resize_and_crop(pixels.float(), config)
+        assert ours.dtype == torch.uint8 and ours.shape == (1, 3, 48, 48)
+        theirs = torch.from_numpy(np.array(pillow)).permute(2, 0, 1)[None].int()
+        off, off_rough = (ours.int() - theirs).abs(), (rough.int() - theirs).abs()
+        assert off.max() <= 2 and off.float().mean() < 0.05 and off.float().mean() < off_rough.float().mean()
+
+
 def test_uint8_and_float_images_of_any_side_agree() -> None:
     config = ClipPreprocess(image_size=8)
     pixels = [
@@ -89,6 +109,25 @@ def test_uint8_and_float_images_of_any_side_agree() -> None:
         preprocess_images(torch.zeros(1, 1, 8, 8), config)
     with pytest.raises(ValueError, match="dtype"):
         preprocess_images(torch.zeros(1, 3, 8, 8, dtype=torch.int64), config)
+
+
+@pytest.mark.parametrize("custom_text", [False, True])
+def test_trimmed_captions_have_the_same_embeddings(custom_text: bool) -> None:
+    torch.manual_seed(0)
+    clip = ClipModel.from_config(CONFIG.open_clip_config() | {"custom_text": custom_text}).freeze()
+    tokens = clip.tokenize(["", "a red circle", "a blue square on a white background", "word " * 40])
+    widths: list[int] = []
+    (block,) = (
+        module
+        for name, module in clip.named_modules()
+        if name.endswith("transformer.resblocks.0") and "visual" not in name
+    )
+    block.register_forward_hook(lambda _module, inputs, _output: widths.append(inputs[0].shape[1]))
+    for rows in ([0], [0, 1], [1, 2], [0, 1, 2, 3]):
+        full, trimmed = clip.encode_text(tokens[rows]), clip.encode_text(tokens[rows], trim=True)
+        torch.testing.assert_close(trimmed, full, atol=1e-6, rtol=0)
+    assert widths == [16, 2, 16, 5, 16, 9, 16, 16]
+    assert clip.encode_text(tokens[:0], trim=True).shape == (0, 16)
 
 
 def test_text_sequence_ends_in_the_embedding() -> None:
