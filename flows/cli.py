@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NoReturn
 
 from rich.console import Console
@@ -105,6 +106,11 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _adopt_arguments(parser: argparse.ArgumentParser) -> None:
+    _json_arguments(parser)
+    parser.add_argument("folder", metavar="FOLDER", help="webdataset output of img2dataset, local or s3://")
+
+
 def _selection_arguments(parser: argparse.ArgumentParser) -> None:
     _json_arguments(parser)
     parser.add_argument("--from", dest="start", metavar="STAGE", help="leave out the stages before it")
@@ -174,6 +180,21 @@ def _retry_failed(args: argparse.Namespace, project: Project, selection: Selecti
     )
     open_console(sys.stderr).print(said, soft_wrap=True, **PLAIN)
     return open_project(args.config, args.set)
+
+
+def _adopt(args: argparse.Namespace) -> int:
+    """Take an existing output of img2dataset for the download's result."""
+    from stages.adopt import Adoption, check_adoptable
+
+    project = open_project(args.config, args.set)
+    config = project.config
+    num_tables = check_adoptable(args.folder, config.source)
+    if "download" in project.manifests:
+        raise ConfigError("adopt: the download has finished already; `unclip status` shows it")
+    open_console(sys.stderr).print(f"{num_tables:,} tables in {args.folder}", soft_wrap=True, **PLAIN)
+    adoption = Adoption(config.download, root=config.root, folder=args.folder)
+    project = replace(project, stages={**project.stages, "download": adoption})
+    return _run_stages(args, project, Selection(("source", "download")))
 
 
 def _say_list_changes(project: Project) -> None:
@@ -340,6 +361,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
     "run": (_run, _run_arguments, "bring the pipeline to its end; done stages are not repeated"),
+    "adopt": (_adopt, _adopt_arguments, "take over the images that img2dataset has downloaded before"),
     "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
     "status": (_status, _json_arguments, "show what the store holds"),
     "funnel": (cli_ledger.funnel, cli_ledger.funnel_arguments, "show what every stage dropped, and why"),

@@ -202,10 +202,10 @@ class Download(Stage[DownloadConfig]):
         chosen = shard.params.get("rows")
         if chosen is not None:
             urls, keys = urls.take(pa.array(chosen, pa.int64())), [keys[position] for position in chosen]
-        rows, metrics = self._download(urls, keys, shard.params.get("served_port"))
+        rows, metrics = self._without_tombstones(shard, urls, keys)
         dropped = Counter(row.reason for row in rows if row.reason is not None)
         if chosen is None:  # of rows that are tried again, any number may fail again
-            self._refuse_outage(dropped, len(rows), metrics)
+            self.refuse_outage(dropped, len(rows), metrics)
         return self.commit(
             shard,
             output,
@@ -238,18 +238,32 @@ class Download(Stage[DownloadConfig]):
         retry_of = {s.params["retry_of"]: s.id for s in self.plan(inputs) if "retry_of" in s.params}
         return Result(records=settled(self.root, records, retry_of))
 
-    def _download(
-        self, urls: pa.Table, keys: Sequence[str], served_port: Any
+    def _without_tombstones(
+        self, shard: Shard, urls: pa.Table, keys: Sequence[str]
     ) -> tuple[list[UnitRow], dict[str, float]]:
-        """Return what became of every row, and how the hosts and the name resolution did."""
-        endpoints = frozenset({(shapes.HOST, int(served_port))}) if served_port else frozenset()
+        """Make the rows, but for those that were taken down."""
         tombstones = read_tombstones(self.root)
+        column = urls["url"].to_pylist()
         # A row without a URL is asked for nowhere.
         wanted = [
-            None if tombstones.names({"key": key, "url": url}) else url
-            for key, url in zip(keys, urls["url"].to_pylist(), strict=True)
+            None if tombstones.names({"key": key, "url": url}) else url for key, url in zip(keys, column, strict=True)
         ]
-        fetcher = RowFetcher(wanted, self.config.limits(endpoints), self.config.courtesy(), hashes=self._hashes(urls))
+        place = urls.column_names.index("url")
+        rows, metrics = self.rows_of(shard, urls.set_column(place, "url", pa.array(wanted, pa.string())))
+        gone = [
+            tombstones.names({"key": key, "url": url, **row.facts})
+            for key, url, row in zip(keys, column, rows, strict=True)
+        ]
+        taken_down = UnitRow(TAKEDOWN, None, {})
+        return [taken_down if is_gone else row for is_gone, row in zip(gone, rows, strict=True)], metrics
+
+    def rows_of(self, shard: Shard, urls: pa.Table) -> tuple[list[UnitRow], dict[str, float]]:
+        """Return what became of every row, and how the hosts and the name resolution did."""
+        served_port = shard.params.get("served_port")
+        endpoints = frozenset({(shapes.HOST, int(served_port))}) if served_port else frozenset()
+        fetcher = RowFetcher(
+            urls["url"].to_pylist(), self.config.limits(endpoints), self.config.courtesy(), hashes=self._hashes(urls)
+        )
         scratch = tempfile.TemporaryDirectory(prefix="unclip-download-")
         with contextlib.closing(fetcher), scratch as folder:
             rows = run_unit(
@@ -261,10 +275,7 @@ class Download(Stage[DownloadConfig]):
                 scratch=Path(folder),
                 report=self.report,
             )
-        origins = zip(keys, urls["url"].to_pylist(), rows, strict=True)
-        gone = [tombstones.names({"key": key, "url": url, **row.facts}) for key, url, row in origins]
-        taken_down = UnitRow(TAKEDOWN, None, {})
-        return [taken_down if is_gone else row for is_gone, row in zip(gone, rows, strict=True)], fetcher.summary()
+        return rows, fetcher.summary()
 
     def _require_hashes(self, columns: Sequence[str]) -> None:
         name = self.config.hash_column
@@ -286,7 +297,12 @@ class Download(Stage[DownloadConfig]):
             )
         return ExpectedHashes(self.config.hash_algorithm, urls[name].to_pylist())
 
-    def _refuse_outage(self, dropped: Mapping[str, int], num_rows: int, metrics: Mapping[str, float]) -> None:
+    def refuse_outage(self, dropped: Mapping[str, int], num_rows: int, metrics: Mapping[str, float]) -> None:
+        """Refuse to commit a shard most of whose rows failed for reasons that pass.
+
+        Raises:
+            ShardError: retryable.
+        """
         transient = {reason: count for reason, count in dropped.items() if is_transient(reason)}
         num_transient = sum(transient.values())
         if num_transient > self.config.max_transient_fraction * num_rows:

@@ -152,6 +152,12 @@ FAILURE_CODES: tuple[FailureCode, ...] = (
     ),
     FailureCode(code="too_large", meaning="more than download.max_bytes", remedy="raise download.max_bytes"),
     FailureCode(code="empty", meaning="a file of no bytes", remedy=_BY_HAND),
+    FailureCode(
+        code="lost",
+        meaning="an adopted data set counts the row as a success but holds no such image, or a damaged one",
+        can_pass=True,
+        remedy="download them anew: unclip run --retry-failed",
+    ),
     # ---- the image ----
     FailureCode(
         code="hash_mismatch",

@@ -85,9 +85,7 @@ class Source(Stage[SourceConfig]):
     def __init__(self, config: SourceConfig, *, root: str, seed: int = 0) -> None:
         super().__init__(config, root=root, seed=seed)
         # Absolute here, on the driver: a worker may have another working directory.
-        self._places = tuple(
-            str(Path(uri).expanduser().absolute()) if storage.is_local(uri) else uri for uri in config.lists
-        )
+        self._places = tuple(storage.absolute(uri) for uri in config.lists)
         self._cached: tuple[_UrlList, pa.Table] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -263,7 +261,10 @@ def _expand(place: str) -> list[str]:
         if not _format_of(place):
             raise InputError(f"source.lists: {place}: the name must end in {', '.join('.' + f for f in FORMATS)}")
         return [place]
-    found = [storage.join(place, name) for name in storage.list_files(place) if _format_of(name)]
+    names = storage.list_files(place)
+    # Beside its tables img2dataset leaves statistics.
+    statistics = {name.removesuffix(".parquet") + "_stats.json" for name in names if name.endswith(".parquet")}
+    found = [storage.join(place, name) for name in names if _format_of(name) and name not in statistics]
     if not found:
         raise InputError(
             f"source.lists: {place} is neither a file nor a folder with {', '.join('.' + f for f in FORMATS)} files; "

@@ -85,6 +85,11 @@ def is_local(uri: str) -> bool:
     return False
 
 
+def absolute(uri: str) -> str:
+    """Return a URI that means the same in every working directory."""
+    return str(Path(uri).expanduser().absolute()) if is_local(uri) else uri.rstrip("/")
+
+
 def join(uri: str, *parts: str) -> str:
     """Append path parts to a URI with single slashes between them."""
     return "/".join([uri.rstrip("/"), *(part.strip("/") for part in parts)])
