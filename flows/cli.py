@@ -382,6 +382,11 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "invert": (cli_images.invert, cli_images.invert_arguments, "find the noise a picture decodes from, and check it"),
     "probe": (cli_images.probe, cli_images.probe_arguments, "show a picture with fewer principal components"),
     "export": (cli_exchange.export, cli_exchange.export_arguments, "write the trained models for other software"),
+    "export-embeddings": (
+        cli_exchange.export_embeddings,
+        cli_exchange.export_embeddings_arguments,
+        "write the embeddings in clip-retrieval's layout",
+    ),
     "import": (cli_exchange.import_, cli_exchange.import_arguments, "take over weights of other software"),
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
     "models": (_models, _json_arguments, "show the size of every model"),

@@ -1,4 +1,4 @@
-"""The commands that exchange weights with other software: export, import."""
+"""The commands that exchange weights and embeddings with other software: export, export-embeddings, import."""
 
 from __future__ import annotations
 
@@ -24,6 +24,14 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, required=True, help="diffusers' own, or this project's files")
     parser.add_argument("--only", action="append", choices=TRAINED, metavar="MODEL", help="this model; repeatable")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="gets one entry per model")
+
+
+def export_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip export-embeddings``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("folder", metavar="DIR", help="new or empty folder to write, in clip-retrieval's layout")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--all", action="store_true", help="all embedded samples, not only those that curate keeps")
 
 
 def import_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,6 +75,19 @@ def export(args: argparse.Namespace) -> int:
         except OSError as error:
             raise InputError(f"-o {target}: cannot be written ({error.strerror}); choose another place") from None
         print(target)
+    return 0
+
+
+def export_embeddings(args: argparse.Namespace) -> int:
+    """Write the embeddings of the dataset for clip-retrieval and what reads its files."""
+    from stages import clip_retrieval_layout
+
+    project = open_project(args.config, args.set)
+    stage = "embed" if args.all else "curate"
+    if stage not in project.manifests:
+        raise InputError(f"export-embeddings: {stage} not finished; `unclip run --until {stage}` makes it")
+    count = clip_retrieval_layout.export_embeddings(project.manifests[stage], Path(args.folder))
+    print(f"{args.folder}: embeddings of {count:,} samples")
     return 0
 
 

@@ -46,7 +46,7 @@ class EmbedConfig:
     """How images and captions are embedded; which CLIP does it is the clip stage's matter."""
 
     precision: Literal["fp32", "bf16", "fp16"] = setting("fp32", "number format on a GPU; a CPU always uses fp32")
-    batch_size: int = setting(256, "images or captions per forward pass", affects="nothing")
+    batch_size: int = setting(256, "images or captions per forward pass; a CPU takes at most 32", affects="nothing")
     num_decode_threads: int = setting(2, "threads that decode images beside the model", affects="nothing")
     num_workers: int | None = setting(None, "shards embedded at once; null: as many as fit", affects="nothing")
     num_cpus: float = setting(1.0, "CPU cores per worker; the model uses as many threads", affects="nothing")

@@ -154,10 +154,10 @@ class Worker:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(f"{output}\n")
         self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"a worker of the benchmark failed; its last words:\n{self._log.read_text()[-2000:]}")
-        return dict(json.loads(line))
+        for line in self._process.stdout:
+            if line.startswith("{"):  # libraries too print there
+                return dict(json.loads(line))
+        raise RuntimeError(f"a worker of the benchmark failed; its last words:\n{self._log.read_text()[-2000:]}")
 
     def close(self) -> None:
         """Let the process end."""

@@ -1,19 +1,26 @@
-"""``unclip import``: what it reads, writes and refuses."""
+"""``unclip import`` and ``unclip export-embeddings``: what they read, write and refuse."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from flows.cli import main
+from flows.project import open_project
+from stages.manifest import Manifest
+from tests.stages.small_store import EMBEDDING_DIM, publish_data
 from tests.unclip_models.small_stack import randomised, small_clip
 from unclip_models.checkpoint import load_model
 from unclip_models.clip_text import ClipTextConfig
 from unclip_models.diffusers_format import export_diffusers
 from unclip_models.karlo_format import export_karlo
 from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 
 
 @pytest.fixture
@@ -68,3 +75,38 @@ def test_a_diffusers_folder_comes_in(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "holds a DiffusionPrior, not a upsampler" in capsys.readouterr().err
     assert main(["import", f"{tmp_path}/nowhere.ckpt", "--kind", "prior", "-o", target]) == 1
     assert "no such file" in capsys.readouterr().err
+
+
+def test_embeddings_go_out_once_curate_is_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [str(TINY), f"{tmp_path}/out", "-s", f"root={tmp_path}/store", "-s", "source.shapes.num_images=40"]
+    assert main(["export-embeddings", *words]) == 1
+    assert "curate not finished; `unclip run --until curate`" in capsys.readouterr().err
+    publish_results(str(tmp_path / "store"), words)
+    assert main(["export-embeddings", *words]) == 0
+    assert "out: embeddings of 32 samples" in capsys.readouterr().out
+    kept = pq.read_table(tmp_path / "out" / "metadata")["image_path"].to_pylist()
+    assert main(["export-embeddings", *words]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["export-embeddings", words[0], f"{tmp_path}/every", *words[2:], "--all"]) == 0
+    every = pq.read_table(tmp_path / "every" / "metadata")["image_path"].to_pylist()
+    assert len(kept) == 32 and len(every) == 40 and [key for key in every if key in set(kept)] == kept
+    assert np.load(tmp_path / "every" / "img_emb" / "img_emb_1.npy").shape == (20, EMBEDDING_DIM)
+
+
+def publish_results(root: str, words: list[str]) -> None:
+    """Publish the data stages as finished, under the names that the config gives them."""
+    project = open_project(words[0], words[3::2])
+    given = publish_data(root)
+    done: dict[str, Manifest] = {}
+    for name in ("source", "download", "filter", "clip", "embed", "curate"):
+        stage = project.stages[name]
+        done[name] = Manifest(
+            root=root,
+            stage=name,
+            version=stage.version,
+            fingerprint=project.fingerprints[name],
+            config={},
+            inputs={u: {"fingerprint": done[u].fingerprint, "digest": done[u].digest} for u in stage.upstream},
+            records=given[name].records if name in given else (),
+        )
+        done[name].write()

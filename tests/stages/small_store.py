@@ -188,6 +188,7 @@ def publish_data(root: str, num_shards: int = 2, num_rows: int = 20, drop_every:
             "caption": pa.array([sample.caption for sample in samples]),
             "image_embedding": embedding_array(images),
             "text_embedding": embedding_array(texts),
+            "clip_score": pa.array((images * texts).sum(axis=1), pa.float32()),
         }
         inputs = {"images": download.files["images"], "selection": kept.files["selection"]}
         made = {"embeddings": ("parquet", table_to_bytes(pa.table(embeddings)))}
