@@ -29,7 +29,7 @@ from stages.embed import EmbedConfig
 from stages.errors import ConfigError, StorageError
 from stages.evaluate import EvaluateConfig
 from stages.executor import ClusterConfig
-from stages.filter import FilterConfig
+from stages.filter_rules import FilterConfig
 from stages.generate import GenerateConfig
 from stages.ledger import LedgerConfig
 from stages.pca import PcaConfig

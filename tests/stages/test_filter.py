@@ -12,17 +12,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from stages.errors import InputError, ShardError, StageError
 from stages.executor import ClusterConfig, LocalExecutor
-from stages.filter import REASONS, Filter, FilterConfig, NearDuplicates, measure_image
+from stages.filter import Filter
+from stages.filter_rules import REASONS, FilterConfig
 from stages.manifest import File, Manifest, ShardRecord
 from stages.runner import run_stage
 from stages.samples import Sample, kept_keys, table_from_bytes, table_to_bytes, write_tar
-from stages.shapes import ShapesConfig, image_bytes, picture_of, render
+from stages.shapes import ShapesConfig, picture_of, render
 
 OFF = {"placeholder_min_urls": None, "near_duplicate_bits": None, "drop_duplicates": False}
 Row = dict[str, Any]
@@ -62,9 +61,12 @@ class Store:
         records = []
         for index, rows in enumerate(shards):
             keys = [f"{index:04d}{position:06d}" for position in range(len(rows))]
+            start = sum(map(len, shards[:index]))
             table = pa.table(
                 {
                     "key": keys,
+                    "list": [r.get("list", "a.parquet") for r in rows],
+                    "row": [r.get("row", start + position) for position, r in enumerate(rows)],
                     "url": [r["url"] for r in rows],
                     "caption": pa.array([r["caption"] for r in rows], pa.string()),
                     "status": [r.get("status", "success") for r in rows],
@@ -238,43 +240,6 @@ def test_damage_is_not_skipped(store: Store) -> None:
     mixed = ShardRecord(**(vars(record) | {"inputs": {**record.inputs, "table": other}}))
     with pytest.raises(ShardError, match="different samples"):
         stage.finish([mixed], f"{store.root}/filter/x", {})
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(0, 255), min_size=2, max_size=40), st.integers(0, 6))
-def test_near_duplicates_equal_the_comparison_with_everything(values: list[int], max_bits: int) -> None:
-    # Few different bytes repeated eight times: many hashes within a few bits of each other.
-    hashes = [np.uint64(int.from_bytes(bytes([value] * 7 + [value // 2]), "big")) for value in values]
-    tones = [np.full(48, 10 * (value % 3), np.uint8) for value in values]
-    search, kept = NearDuplicates(max_bits, 5), []
-    for hash_, tone in zip(hashes, tones, strict=True):
-        near = any(
-            int(other ^ hash_).bit_count() <= max_bits and abs(int(tone[0]) - int(other_tone[0])) <= 5
-            for other, other_tone in kept
-        )
-        assert search.add(hash_, tone) is not near
-        if not near:
-            kept.append((hash_, tone))
-
-
-def test_near_duplicates_grow() -> None:
-    rng = np.random.default_rng(0)
-    hashes = rng.integers(0, 2**63, 3000, dtype=np.uint64)
-    search, tones = NearDuplicates(4, 12), np.zeros(48, np.uint8)
-    assert all(search.add(hash_, tones) for hash_ in hashes)
-    assert not any(search.add(hash_ ^ np.uint64(0b1011), tones) for hash_ in hashes)
-
-
-def test_shapes_are_not_near_duplicates_of_each_other() -> None:
-    config = ShapesConfig(
-        missing_fraction=0, broken_fraction=0, tiny_fraction=0, placeholder_fraction=0, duplicate_fraction=0
-    )
-    search = NearDuplicates(FilterConfig().near_duplicate_bits or 0, FilterConfig().near_duplicate_levels)
-    num_kept = 0
-    for index in range(500):
-        hash_, tones = measure_image(image_bytes(config, index) or b"")
-        num_kept += search.add(np.uint64(hash_), np.frombuffer(tones, np.uint8))
-    assert num_kept >= 497
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""How long the search for near duplicates takes, what it finds and what memory it needs.
+
+``python -m tests.benchmarks.bench_near_duplicates`` plants near duplicates among random hashes and prints, for every
+radius: the plan, wall and CPU seconds, how many of the planted pairs were found (all, or it is a bug), and the peak of
+the process's memory over what the data themselves take. Every radius runs in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import resource
+import time
+
+import numpy as np
+
+from stages.image_hash import NUM_TONES
+from stages.near_duplicates import Hashes, Tones, near_duplicates, plan_search
+
+
+def planted(num: int, fraction: float, max_bits: int, seed: int) -> tuple[Hashes, Tones, np.ndarray, np.ndarray]:
+    """Make random hashes of which some are others with up to ``max_bits`` bits flipped.
+
+    Returns:
+        Hashes and tones of all, in random order; and the two rows of every planted pair.
+    """
+    rng = np.random.default_rng(seed)
+    num_copies = int(num * fraction)
+    originals = rng.integers(0, 2**64 - 1, num - num_copies, dtype=np.uint64)
+    source = rng.permutation(len(originals))[:num_copies]
+    num_flips = rng.integers(0, max_bits + 1, num_copies)
+    bits = np.argsort(rng.random((num_copies, 64)), axis=1)[:, : max(max_bits, 1)]
+    flips = np.where(np.arange(bits.shape[1]) < num_flips[:, None], np.uint64(1) << bits.astype(np.uint64), 0)
+    copies = originals[source] ^ np.bitwise_xor.reduce(flips.astype(np.uint64), axis=1)
+    place = rng.permutation(num)
+    hashes = np.empty(num, np.uint64)
+    hashes[place] = np.concatenate([originals, copies])
+    tones = np.full((num, NUM_TONES), 128, np.uint8)
+    return hashes, tones, place[source], place[len(originals) :]
+
+
+def peak_mib() -> float:
+    """Return the most memory this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def measure(num: int, fraction: float, max_bits: int, seed: int) -> None:
+    """Search once and print a row."""
+    hashes, tones, originals, copies = planted(num, fraction, max_bits, seed)
+    before = peak_mib()
+    wall, cpu = time.perf_counter(), time.process_time()
+    keepers = near_duplicates(hashes, tones, max_bits=max_bits, max_levels=12)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    # Of a planted pair the later goes, unless the earlier has gone itself.
+    first, last = np.minimum(originals, copies), np.maximum(originals, copies)
+    found = (keepers[last] >= 0) | (keepers[first] >= 0)
+    plan = plan_search(num, max_bits)
+    way = "all pairs" if plan.num_shared == 0 else f"{plan.num_tables} tables"
+    print(
+        f"radius {max_bits:2}  {way:10}  {wall:7.1f} s wall  {cpu:7.1f} s CPU  {found.sum()} of {len(found)} planted "
+        f"pairs  {(keepers >= 0).sum()} dropped  {peak_mib() - before:6.0f} MiB above the data",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure every radius."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=1_000_000)
+    parser.add_argument("--fraction", type=float, default=0.05, help="share of planted near duplicates")
+    parser.add_argument("--bits", type=int, nargs="*", default=[4])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(f"{args.num:,} hashes")
+    context = multiprocessing.get_context("spawn")
+    for max_bits in args.bits:
+        process = context.Process(target=measure, args=(args.num, args.fraction, max_bits, args.seed))
+        process.start()
+        process.join()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Workers and whole nodes die in the middle of every data stage; the tables come out the same."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stages.manifest import Manifest
+from tests.cluster.data_stages import data_stages
+from tests.conftest import free_port
+from tests.stages.small_store import run, small_clip
+
+
+@pytest.mark.slow
+def test_lost_workers_and_nodes_change_nothing(tmp_path: Path) -> None:
+    weights, port = tmp_path / "clip.safetensors", free_port()
+    small_clip().save(weights)
+    command = [sys.executable, "-m", "tests.cluster.lose_nodes", str(tmp_path / "ray"), str(weights), str(port)]
+    child = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
+    assert child.returncode == 0, child.stderr[-4000:]
+    disturbed = json.loads(child.stdout.splitlines()[-1])
+    calm: dict[str, Manifest] = {}
+    for stage in data_stages(str(tmp_path / "local"), str(weights), port):
+        calm[stage.name] = run(stage, {name: calm[name] for name in stage.upstream})
+        assert disturbed[stage.name]["digest"] == calm[stage.name].digest
+        if stage.name != "clip":  # one shard only
+            worker, node = disturbed[stage.name]["killed"]
+            assert worker.startswith("worker") and node == "node"
