@@ -34,7 +34,7 @@ class Killer:
         self.killed: list[str] = []
 
     def __call__(self, progress: StageProgress) -> None:
-        if progress.finished:
+        if progress.finished or progress.num_shards == 1:
             return
         if progress.num_done >= 1 and not self.killed:
             self.killed.append(f"worker {self._kill_a_worker()}")

@@ -15,7 +15,7 @@ from tests.conftest import free_port
 from tests.stages.small_store import run, small_clip
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_lost_workers_and_nodes_change_nothing(tmp_path: Path) -> None:
     weights, port = tmp_path / "clip.safetensors", free_port()
     small_clip().save(weights)
