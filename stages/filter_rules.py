@@ -84,7 +84,7 @@ class FilterConfig:
         (), "ISO 639 codes of the languages that captions may have, such as en; none: any", affects="stage"
     )
     language_min_probability: float = setting(
-        0.5, "lowest probability of the caption's language, 0 to 1, with caption_languages", affects="stage"
+        0.0, "lowest probability of the caption's language, 0 to 1, with caption_languages", affects="stage"
     )
     image_blocklist: str | None = setting(
         None, "text file with the sha256 of one unwanted image file per line", affects="nothing"
@@ -224,6 +224,11 @@ class _Encoded:
     codes: npt.NDArray[np.int32]
     distinct: pa.Array
 
+    @property
+    def is_given(self) -> Flags:
+        """Whether each text has any characters, ``(n,)``."""
+        return self.flags(lambda texts: pc.not_equal(texts, ""))
+
     def flags(self, function: Callable[..., Any], **options: Any) -> Flags:
         """Apply a boolean function of pyarrow.compute to the distinct texts."""
         of_distinct: Flags = np.asarray(function(self.distinct, **options), np.bool_)
@@ -281,7 +286,7 @@ def _judge_captions(codes: Codes, captions: _Encoded, config: FilterConfig) -> N
 
 
 def _in_other_language(samples: pa.Table, captions: _Encoded, config: FilterConfig) -> Flags:
-    given = captions.flags(pc.not_equal, y="")
+    given = captions.is_given
     wanted: Flags = np.asarray(pc.is_in(samples["language"], value_set=_strings(frozenset(config.caption_languages))))
     sure: Flags = samples["language_probability"].to_numpy() >= np.float32(config.language_min_probability)
     return given & ~(wanted & sure)
@@ -325,7 +330,7 @@ def _drop_near_duplicates(
 
 def _drop_repeats(codes: Codes, captions: _Encoded, max_repeats: int) -> None:
     """Drop what comes after the first ``max_repeats`` samples of a caption; an empty caption repeats nothing."""
-    open_ = np.flatnonzero((codes == KEPT) & captions.flags(pc.not_equal, y=""))
+    open_ = np.flatnonzero((codes == KEPT) & captions.is_given)
     order = np.argsort(captions.codes[open_], kind="stable")
     _, starts, counts = np.unique(captions.codes[open_][order], return_index=True, return_counts=True)
     place = np.arange(len(order)) - np.repeat(starts, counts)
