@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from flows import cli_ablate, cli_exchange, cli_images, cli_ledger, cli_takedown
+from flows import cli_ablate, cli_exchange, cli_images, cli_ledger, cli_store, cli_takedown
 from flows.console import PLAIN, open_console
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
@@ -388,6 +388,13 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
         "write the embeddings in clip-retrieval's layout",
     ),
     "import": (cli_exchange.import_, cli_exchange.import_arguments, "take over weights of other software"),
+    "verify": (
+        cli_store.verify,
+        cli_store.verify_arguments,
+        "hold every file, record and count to the manifests",
+    ),
+    "repair": (cli_store.repair, cli_store.repair_arguments, "have damaged work, and nothing else, done again"),
+    "gc": (cli_store.gc, cli_store.gc_arguments, "show or delete what nothing in the store needs any more"),
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
     "models": (_models, _json_arguments, "show the size of every model"),
     "config": (_config, _config_arguments, "print the config with every default written out"),

@@ -9,6 +9,7 @@ where this happens.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,7 @@ class Resources:
     num_ranks: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
     """One unit of work.
 
@@ -194,8 +195,12 @@ class Stage(ABC, Generic[C]):
         """Build a shard whose id is a function of the work alone: stage, version, settings, input contents, params."""
         inputs = dict(inputs or {})
         contents = {role: file.sha256 for role, file in inputs.items()}
-        identity = digest_of({"work": self._work(("shard",)), "inputs": contents, "params": params})
+        identity = digest_of({"work": self._shard_work, "inputs": contents, "params": params})
         return Shard(id=identity[:16], index=index, inputs=inputs, params=params)
+
+    @functools.cached_property
+    def _shard_work(self) -> dict[str, Any]:
+        return self._work(("shard",))
 
     def _work(self, scopes: Sequence[Affects]) -> dict[str, Any]:
         seed = self.seed if self.uses_seed else None

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import io
+import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,8 +137,8 @@ class ShardRecord:
         }
 
     @classmethod
-    def from_json(cls, value: Mapping[str, Any], *, version: str = "") -> ShardRecord:
-        """Rebuild a record from ``to_json``.
+    def from_json(cls, value: Mapping[str, Any]) -> ShardRecord:
+        """Rebuild a record from ``to_json``; a ``version`` beside its fields is taken as that of the JSON.
 
         Raises:
             IntegrityError: if it is not a record, or its counts do not balance.
@@ -146,7 +147,7 @@ class ShardRecord:
             fields = dict(value)
             for name in ("files", "inputs"):
                 fields[name] = {role: File(**file) for role, file in fields[name].items()}
-            return cls(**fields, version=version)
+            return cls(**fields)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise IntegrityError(f"not a shard record: {error}") from error
 
@@ -300,17 +301,26 @@ def records_to_table(records: Iterable[ShardRecord]) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-def records_from_table(table: pa.Table, versions: Sequence[str] = ()) -> tuple[ShardRecord, ...]:
-    """Rebuild the records of ``records_to_table``; ``versions``, if given, are those of their JSON objects."""
+def records_from_table(table: pa.Table, *, chosen: Sequence[bool] = ()) -> tuple[ShardRecord, ...]:
+    """Rebuild the records of ``records_to_table``.
+
+    Args:
+        table: its columns, and ``version`` if the versions of the records' JSON objects are known.
+        chosen: which rows are wanted; all if not given.
+    """
+    names = [name for name in ("version", *_SCHEMA.names) if name in table.column_names]
     records: list[ShardRecord] = []
-    for batch in table.select(_SCHEMA.names).to_batches(_BATCH_ROWS):
+    position = 0
+    for batch in table.select(names).to_batches(_BATCH_ROWS):
         columns: dict[str, list[Any]] = batch.to_pydict()
         for name in _MAPPINGS:
             # One parse for the whole column: equal keys become one text.
             columns[name] = json.loads(f"[{','.join(columns[name])}]")
-        for values in zip(*columns.values(), strict=True):
-            version = versions[len(records)] if versions else ""
-            records.append(ShardRecord.from_json(dict(zip(columns, values, strict=True)), version=version))
+        rows = zip(*columns.values(), strict=True)
+        if chosen:
+            rows = itertools.compress(rows, chosen[position : position + batch.num_rows])  # type: ignore[assignment]
+        records.extend(ShardRecord.from_json(dict(zip(columns, row, strict=True))) for row in rows)
+        position += batch.num_rows
     return tuple(records)
 
 

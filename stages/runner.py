@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import importlib.metadata
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,16 +16,15 @@ from typing import Any, Literal
 from stages import storage
 from stages.balance import check_balance
 from stages.base import Progress, Shard, Stage, identity_of, record_uri
-from stages.errors import IntegrityError, NotFoundError, StageError
+from stages.errors import IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.manifest import Manifest, ShardRecord, manifest_uri
-from stages.segments import Segments, SegmentWriter
+from stages.segments import SegmentWriter, StoredRecords, read_records
 from stages.storage import Entry
 
 logger = logging.getLogger(__name__)
 
 _READ_THREADS = 16
-_READ_AHEAD = 1024
 _BACKOFF_MAX_S = 60.0
 
 
@@ -108,21 +107,6 @@ def inspect_stage(stage: Stage[Any], fingerprint: str, inputs: Mapping[str, Mani
     return StageState(name=stage.name, fingerprint=fingerprint, status="done", reason=reason, manifest=manifest)
 
 
-@dataclass(frozen=True)
-class _Committed:
-    """What one listing of a stage's shards told.
-
-    Attributes:
-        records: of the shards that are committed and whole, by shard id.
-        single: those of them that no segment holds.
-        segments: the stage's segments.
-    """
-
-    records: dict[str, ShardRecord]
-    single: Sequence[ShardRecord]
-    segments: Segments
-
-
 def committed_records(stage: Stage[Any], shards: Sequence[Shard]) -> dict[str, ShardRecord]:
     """Read the records of the shards that are already committed.
 
@@ -132,39 +116,14 @@ def committed_records(stage: Stage[Any], shards: Sequence[Shard]) -> dict[str, S
     return _find_committed(stage, shards).records
 
 
-def _find_committed(stage: Stage[Any], shards: Sequence[Shard]) -> _Committed:
+def _find_committed(stage: Stage[Any], shards: Sequence[Shard]) -> StoredRecords:
     output = output_uri(stage)
     listing = storage.list_entries(output)
-    wanted = dict.fromkeys(shard.id for shard in shards if f"{shard.id}.json" in listing)
-    segments = Segments(output, listing)
-    records = segments.read(wanted)
-    single = _read_singly(output, [shard_id for shard_id in wanted if shard_id not in records], listing)
+    stored = read_records(output, listing, [shard.id for shard in shards])
     prefix = output.removeprefix(stage.root).lstrip("/") + "/"
-    records |= {record.shard_id: record for record in single}
-    whole = {shard_id: record for shard_id, record in records.items() if _is_whole(record, prefix, listing)}
-    return _Committed(whole, [record for record in single if record.shard_id in whole], segments)
-
-
-def _read_singly(output: str, shard_ids: Sequence[str], listing: Mapping[str, Entry]) -> list[ShardRecord]:
-    """Read records from their own objects; a damaged one is passed over, and its shard is done again."""
-
-    def read(shard_id: str) -> ShardRecord | None:
-        uri = record_uri(output, shard_id)
-        try:
-            value = json.loads(storage.read_bytes(uri))
-            # The listing is older than this read: at worst it names a version that is gone, never one yet to come.
-            return ShardRecord.from_json(value, version=listing[f"{shard_id}.json"].version)
-        except NotFoundError:
-            return None
-        except (ValueError, IntegrityError) as error:
-            logger.warning("%s is damaged (%s); its shard is done again", uri, error)
-            return None
-
-    found: list[ShardRecord] = []
-    with ThreadPoolExecutor(_READ_THREADS) as pool:
-        for start in range(0, len(shard_ids), _READ_AHEAD):
-            found += (record for record in pool.map(read, shard_ids[start : start + _READ_AHEAD]) if record is not None)
-    return found
+    whole = {i: record for i, record in stored.records.items() if _is_whole(record, prefix, listing)}
+    single = [record for record in stored.single if record.shard_id in whole]
+    return dataclasses.replace(stored, records=whole, single=single)
 
 
 def _is_whole(record: ShardRecord, prefix: str, listing: Mapping[str, Entry]) -> bool:
@@ -258,7 +217,7 @@ def run_stage(
 
 
 @contextlib.contextmanager
-def _noting(stage: Stage[Any], committed: _Committed) -> Iterator[Callable[[ShardRecord], None]]:
+def _noting(stage: Stage[Any], committed: StoredRecords) -> Iterator[Callable[[ShardRecord], None]]:
     """Give a function that notes finished records; segments of them are written meanwhile and at any kind of end."""
     committed.segments.tidy()
     writer = SegmentWriter(output_uri(stage))

@@ -13,15 +13,17 @@ the same file. Losing every segment loses nothing but time.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import pyarrow as pa
 
 from stages import storage
-from stages.errors import NotFoundError, StorageError
+from stages.errors import IntegrityError, NotFoundError, StorageError
 from stages.manifest import ShardRecord, records_from_table, records_to_table, table_from_parquet, table_to_parquet
 from stages.storage import Entry
 
@@ -30,6 +32,8 @@ logger = logging.getLogger(__name__)
 SEGMENTS_FOLDER = "_segments"
 _NAME = re.compile(rf"{SEGMENTS_FOLDER}/(\d+)-([0-9a-f]{{16}})\.parquet")
 _READ_THREADS = 4
+_RECORD_THREADS = 16
+_READ_AHEAD = 1024
 _FLUSH_ROWS = 4096
 # Fewer records than these are not worth a file: reading them one by one takes no time.
 _MIN_ROWS = 64
@@ -64,9 +68,7 @@ class Segments:
                 continue
             ids = table["shard_id"].to_pylist()
             chosen = [ok and i in wanted and i not in found for i, ok in zip(ids, current, strict=True)]
-            valid = table.filter(pa.array(chosen, pa.bool_()))
-            for record in records_from_table(valid, valid["version"].to_pylist()):
-                found[record.shard_id] = record
+            found |= {record.shard_id: record for record in records_from_table(table, chosen=chosen)}
         return found
 
     def tidy(self) -> None:
@@ -126,6 +128,55 @@ class Segments:
             self._useless.append(name)
             return None
         return table_from_parquet(content)
+
+
+@dataclass(frozen=True)
+class StoredRecords:
+    """What one listing of a stage's shards told.
+
+    Attributes:
+        records: of the shards asked for that have one, by shard id.
+        single: those of them that no segment holds.
+        segments: the stage's segments.
+    """
+
+    records: dict[str, ShardRecord]
+    single: Sequence[ShardRecord]
+    segments: Segments
+
+
+def read_records(output: str, listing: Mapping[str, Entry], shard_ids: Iterable[str]) -> StoredRecords:
+    """Read records of shards: from segments, and one by one where no segment holds them.
+
+    Args:
+        output: URI of the folder of the stage's shards.
+        listing: all objects in it.
+        shard_ids: the shards; those without a record are left out, and with a warning those whose record is damaged.
+    """
+    wanted = dict.fromkeys(shard_id for shard_id in shard_ids if f"{shard_id}.json" in listing)
+    segments = Segments(output, listing)
+    records = segments.read(wanted)
+    missing = [shard_id for shard_id in wanted if shard_id not in records]
+
+    def read(shard_id: str) -> ShardRecord | None:
+        uri = storage.join(output, f"{shard_id}.json")
+        try:
+            value = json.loads(storage.read_bytes(uri))
+            # The listing is older than this read: at worst it names a version that is gone, never one yet to come.
+            return ShardRecord.from_json({**value, "version": listing[f"{shard_id}.json"].version})
+        except NotFoundError:
+            return None
+        except (ValueError, TypeError, IntegrityError) as error:
+            logger.warning("%s is damaged (%s); its shard is done again", uri, error)
+            return None
+
+    single: list[ShardRecord] = []
+    with ThreadPoolExecutor(_RECORD_THREADS) as pool:
+        for start in range(0, len(missing), _READ_AHEAD):
+            found = pool.map(read, missing[start : start + _READ_AHEAD])
+            single += (record for record in found if record is not None)
+    records |= {record.shard_id: record for record in single}
+    return StoredRecords(records, single, segments)
 
 
 class SegmentWriter:

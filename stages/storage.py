@@ -224,6 +224,17 @@ def local_copy(uri: str) -> Iterator[Path]:
         yield path
 
 
+def checksum(uri: str) -> Written:
+    """Read an object and return its checksum and size, without holding it in memory.
+
+    Raises:
+        NotFoundError: if there is no such object.
+        StorageError: if it cannot be read.
+    """
+    with local_copy(uri) as path:
+        return Written(sha256=_explained("read", uri, lambda: sha256_of(path)), num_bytes=path.stat().st_size)
+
+
 def check_writable(root: str) -> None:
     """Write, read back and delete a small object below ``root``.
 

@@ -112,7 +112,7 @@ class _StopsBeforeFinish(LocalExecutor):
 def resume(root: str, num_shards: int) -> dict[str, float]:
     """Decide what is left to do, as a new driver does."""
     imports_mib = _peak_mib()
-    started_at = time.monotonic()
+    started_at, cpu_at = time.monotonic(), time.process_time()
     rows = Manifest.read(root, "rows", "f" * 16)
     assert rows is not None
     manifest_s = time.monotonic() - started_at
@@ -127,6 +127,7 @@ def resume(root: str, num_shards: int) -> dict[str, float]:
         "plan_s": plan_s,
         "records_s": total_s - manifest_s - plan_s,
         "total_s": total_s,
+        "cpu_s": time.process_time() - cpu_at,
         "imports_mib": imports_mib,
         "peak_mib": _peak_mib(),
     }

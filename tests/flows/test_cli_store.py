@@ -1,0 +1,136 @@
+"""``unclip verify``, ``repair`` and ``gc`` on a real, small store."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from flows.project import open_project
+from stages.executor import LocalExecutor
+from stages.manifest import Manifest
+from stages.runner import run_stage
+from tests.conftest import free_port
+
+TINY = str(Path(__file__).parents[1] / "tiny.yaml")
+STAGES = ("source", "download", "filter")
+
+
+def config_of(folder: Path, root: Path, port: int, **settings: Any) -> str:
+    lines = [f"extends: {TINY}", f"root: {root}", "cluster: {executor: local}"]
+    lines.append(f"source: {{rows_per_shard: 8, shapes: {{num_images: 24, port: {port}}}}}")
+    path = folder / "config.yaml"
+    path.write_text("\n".join([*lines, *(f"{name}: {json.dumps(value)}" for name, value in settings.items())]) + "\n")
+    return str(path)
+
+
+def run(config: str) -> dict[str, Manifest]:
+    """Bring the first stages to their end, as `unclip run --until filter` does."""
+    project = open_project(config, [])
+    found: dict[str, Manifest] = {}
+    for name in STAGES:
+        stage = project.stages[name]
+        inputs = {up: found[up] for up in stage.upstream}
+        found[name] = run_stage(stage, project.fingerprints[name], inputs, LocalExecutor(), project.config.cluster)
+    return found
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    folder, port = tmp_path_factory.mktemp("made"), free_port()
+    run(config_of(folder, folder / "store", port))
+    return folder / "store", port
+
+
+@pytest.fixture
+def config(made: tuple[Path, int], tmp_path: Path) -> str:
+    shutil.copytree(made[0], tmp_path / "store")
+    return config_of(tmp_path, tmp_path / "store", made[1])
+
+
+def test_a_whole_store_passes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", config]) == 0
+    assert capsys.readouterr().out.startswith("3 results, 15 files, ")
+    assert main(["verify", config, "--all", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["num_results"], said["num_files"], said["findings"]) == (3, 15, [])
+    assert main(["repair", config]) == 0
+    assert "nothing to repair" in capsys.readouterr().out
+
+
+def test_damage_is_found_repaired_and_made_again(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = run(config)
+    root = Path(before["download"].root)
+    record = before["download"].records[1]
+    tar = root / record.files["images"].path
+    content = bytearray(tar.read_bytes())
+    content[700] ^= 0xFF
+    tar.write_bytes(content)
+    assert main(["verify", config, "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["stage"], finding["shard"], finding["kind"]) == ("download", record.shard_id, "damaged")
+    assert finding["path"] == record.files["images"].path and record.files["images"].sha256 in finding["expected"]
+    assert main(["verify", config]) == 1
+    assert "1 wrong" in capsys.readouterr().out
+    assert main(["repair", config, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert f"would delete download/shards/{record.shard_id}.json" in said and tar.exists()
+    assert main(["verify", config]) == 1
+    capsys.readouterr()
+    assert main(["repair", config]) == 0
+    said = capsys.readouterr().out
+    assert f"deleted download/shards/{record.shard_id}.json" in said
+    assert f"`unclip run {config}` then does again: download (1 shard)" in said
+    kept = {p: p.stat().st_mtime_ns for p in (root / "download/shards").glob("*.tar") if p != tar}
+    after = run(config)
+    assert {name: m.digest for name, m in after.items()} == {name: m.digest for name, m in before.items()}
+    assert {p: p.stat().st_mtime_ns for p in kept} == kept
+    assert main(["verify", config]) == 0
+
+
+def test_gc_shows_then_deletes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(open_project(config, []).config.root)
+    orphan, young = root / "download/shards/0123456789abcdef.tar", root / "download/shards/fedcba9876543210.tar"
+    for path in (orphan, young):
+        path.write_bytes(b"x" * 1000)
+    os.utime(orphan, (time.time() - 8 * 86_400,) * 2)
+    assert main(["gc", config]) == 0
+    said = capsys.readouterr().out
+    assert "shard of no result" in said and "nothing is deleted without --apply" in said and orphan.exists()
+    assert main(["gc", config, "--apply", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["applied"] and [item["path"] for item in said["garbage"]] == ["download/shards/0123456789abcdef.tar"]
+    assert not orphan.exists() and young.exists()
+    assert main(["gc", config, "--older-than", "0", "--apply"]) == 0
+    assert not young.exists() and main(["verify", config]) == 0
+
+
+def test_gc_of_stale_results_keeps_what_the_configs_reach(
+    config: str, made: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "new").mkdir()
+    new = config_of(tmp_path / "new", tmp_path / "store", made[1], filter={"min_caption_length": 2})
+    run(new)
+    assert main(["gc", config, new, "--stale", "--older-than", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["garbage"] == []
+    assert main(["gc", new, "--stale", "--older-than", "0", "--apply", "--json"]) == 0
+    garbage = json.loads(capsys.readouterr().out)["garbage"]
+    assert garbage and {item["stage"] for item in garbage} == {"filter"}
+    assert main(["verify", new, "--all"]) == 0
+
+
+def test_gc_refuses_two_stores_and_negative_ages(
+    config: str, made: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "other").mkdir()
+    other = config_of(tmp_path / "other", tmp_path / "elsewhere", made[1])
+    assert main(["gc", config, other]) == 2
+    assert "their stores differ" in capsys.readouterr().err
+    assert main(["gc", config, "--older-than", "-1"]) == 2
+    assert "--older-than -1: is negative" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""Garbage: what nothing names goes, and what anything names stays."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stages import storage
+from stages.audit import all_results, verify
+from stages.base import Stage
+from stages.errors import IntegrityError
+from stages.executor import ClusterConfig, LocalExecutor
+from stages.garbage import (
+    CHECKPOINT,
+    NO_MANIFEST,
+    NO_RESULT,
+    NOT_NAMED,
+    STALE,
+    TEMPORARY,
+    Garbage,
+    delete_garbage,
+    find_garbage,
+)
+from stages.manifest import Manifest
+from stages.runner import run_stage
+from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
+
+DAY_S = 86_400
+
+
+class Pipeline:
+    """The two toy stages with one set of settings."""
+
+    def __init__(self, root: str, *counts: int, power: int = 2) -> None:
+        self.root = root
+        numbers = Numbers(NumbersConfig(counts=counts or (3, 4, 5)), root=root)
+        self.stages: dict[str, Stage[Any]] = {
+            "numbers": numbers,
+            "squares": Squares(SquaresConfig(power=power), root=root),
+        }
+        self.names: dict[str, str] = {}
+        for name, stage in self.stages.items():
+            self.names[name] = stage.fingerprint(self.names)
+
+    def run(self) -> dict[str, Manifest]:
+        found: dict[str, Manifest] = {}
+        for name, stage in self.stages.items():
+            inputs = {up: found[up] for up in stage.upstream}
+            found[name] = run_stage(stage, self.names[name], inputs, LocalExecutor(), ClusterConfig())
+        return found
+
+
+def collect(*pipelines: Pipeline, older_than_days: float = 0.0, stale: bool = False) -> list[Garbage]:
+    stages, names = [p.stages for p in pipelines], [p.names for p in pipelines]
+    return find_garbage(pipelines[0].root, stages, names, older_than_days=older_than_days, stale=stale)
+
+
+def reasons(garbage: list[Garbage]) -> dict[str, str]:
+    return {item.path: item.reason for item in garbage}
+
+
+def test_a_finished_store_holds_no_garbage(root: str) -> None:
+    pipeline = Pipeline(root)
+    pipeline.run()
+    assert collect(pipeline) == []
+    assert collect(pipeline, stale=True) == []
+
+
+def test_other_results_stay_unless_stale(root: str) -> None:
+    old, new = Pipeline(root), Pipeline(root, power=3)
+    old.run()
+    new.run()
+    assert collect(new) == [] and collect(old, new, stale=True) == []
+    found = collect(new, stale=True)
+    assert found[0].path == f"squares/{old.names['squares']}/manifest.json" and found[0].reason == STALE
+    assert {item.stage for item in found} == {"squares"} and len(found) == 3 + 3 * 2  # the numbers are shared
+    assert collect(new, stale=True, older_than_days=1) == []
+    delete_garbage(root, found)
+    assert collect(new, stale=True) == []
+    listings = {stage: storage.list_entries(f"{root}/{stage}") for stage in new.stages}
+    kinds = {name: type(stage) for name, stage in new.stages.items()}
+    assert verify(root, all_results(listings), kinds).findings == []
+
+
+def test_unnamed_files_go_when_they_are_old(root: str) -> None:
+    pipeline = Pipeline(root)
+    squares = pipeline.run()["squares"]
+    unnamed = {
+        "squares/shards/0123456789abcdef.powers.json": NO_MANIFEST,
+        "squares/shards/0123456789abcdef.json": NO_MANIFEST,
+        "squares/shards/fedcba9876543210/checkpoints/step-000002/rank-0000.safetensors": CHECKPOINT,
+        f"squares/shards/{squares.records[0].shard_id}.other": NOT_NAMED,
+        f"squares/shards/{squares.records[0].shard_id}/checkpoints/step-000002/checkpoint.json": CHECKPOINT,
+        f"squares/{squares.fingerprint}/other.parquet": NOT_NAMED,
+        "squares/0000000000000000/sum.json": NO_RESULT,
+    }
+    kept = [f"squares/shards/{squares.records[0].shard_id}/tensorboard/events", "report.html", "else/where.bin"]
+    for path in (*unnamed, *kept):
+        storage.write_bytes(f"{root}/{path}", b"{}")
+    assert reasons(collect(pipeline)) == unnamed
+    assert collect(pipeline, older_than_days=1) == []
+    delete_garbage(root, collect(pipeline))
+    assert collect(pipeline) == []
+    assert all(storage.exists(f"{root}/{path}") for path in kept)
+    assert Pipeline(root).run()["squares"].digest == squares.digest
+
+
+def test_a_run_in_progress_of_a_given_config_keeps_its_shards(root: str) -> None:
+    pipeline = Pipeline(root)
+    squares = pipeline.run()["squares"]
+    storage.delete(squares.uri)  # as if it were still running
+    result = {f"squares/{squares.fingerprint}/{name}" for name in ("sum.json", "shards.parquet")}
+    assert reasons(collect(pipeline)).keys() == result  # what `finish` will write anew
+    checkpoint = f"squares/shards/{squares.records[0].shard_id}/checkpoints/step-000002/checkpoint.json"
+    storage.write_bytes(f"{root}/{checkpoint}", b"{}")
+    assert collect(pipeline, older_than_days=7) == []
+    other = Pipeline(root, power=5)
+    assert {path.split("/")[1] for path in reasons(collect(other))} == {"shards", squares.fingerprint}
+
+
+def test_age_is_that_of_the_newest_file_of_a_shard(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    pipeline = Pipeline(root)
+    pipeline.run()
+    folder = tmp_path / "squares" / "shards"
+    now_s = time.time()
+    for name, days in (
+        ("aa.json", 9),
+        ("aa.powers.json", 3),
+        ("bb.powers.json", 8),
+        (".bb.json.0f.tmp", 2),
+        (".cc.tmp", 0.5),
+    ):
+        (folder / name).write_bytes(b"{}")
+        os.utime(folder / name, (now_s - days * DAY_S,) * 2)
+    assert reasons(collect(pipeline, older_than_days=7)) == {
+        "squares/shards/bb.powers.json": NO_MANIFEST,
+        "squares/shards/.bb.json.0f.tmp": TEMPORARY,
+    }
+
+
+def test_an_unreadable_manifest_stops_the_collection(root: str) -> None:
+    pipeline = Pipeline(root)
+    squares = pipeline.run()["squares"]
+    storage.write_bytes(squares.uri, b"{}")
+    with pytest.raises(IntegrityError, match="repair"):
+        collect(pipeline)
