@@ -137,7 +137,9 @@ class Pca(Stage[PcaConfig]):
         metrics = spectrum_metrics(solution, k)
         metrics["reconstruction_mse_measured"] = float(lost.mean())
         # What rounding to the middle of a bucket adds to what the dropped components cost.
-        metrics["quantisation_mse"] = float(quantisation_errors(components, edges).mean(dtype=np.float64))
+        metrics["quantisation_mse"] = float(
+            quantisation_errors(components, edges, self.config.edges).mean(dtype=np.float64)
+        )
         metrics |= {"num_samples": sums.count, "num_edge_samples": len(components)}
         return Result(records=records, files={"pca": file}, metrics=metrics)
 
@@ -270,12 +272,23 @@ def bucket_edges(values: Array32, num_buckets: int, kind: Edges) -> Array32:
     return np.maximum.accumulate(edges.astype(np.float32), axis=1)
 
 
-def quantisation_errors(components: Array32, edges: Array32) -> Array32:
-    """Return the squared distance between components ``(n, k)`` and the middles of their buckets, ``(n,)``."""
+def quantisation_errors(components: Array32, edges: Array32, kind: Edges) -> Array32:
+    """Return the squared distance between components ``(n, k)`` and the middles of their buckets, ``(n,)``.
+
+    Args:
+        components: ``(n, k)``.
+        edges: from ``bucket_edges``, ``(k, num_buckets + 1)``.
+        kind: of the edges; in equally wide buckets nothing need be searched.
+    """
     errors = np.zeros(len(components), np.float32)
+    last = edges.shape[1] - 2
     for column, own in zip(components.T, edges, strict=True):
-        codes = np.searchsorted(own[1:-1], column, side="right")
-        errors += (column - ((own[:-1] + own[1:]) / 2)[codes]) ** 2
+        width = (own[-1] - own[0]) / (last + 1)
+        if kind == "uniform" and width > 0:
+            middles = own[0] + (np.clip(np.floor((column - own[0]) / width), 0, last) + np.float32(0.5)) * width
+        else:
+            middles = ((own[:-1] + own[1:]) / 2)[np.searchsorted(own[1:-1], column, side="right")]
+        errors += (column - middles) ** 2
     return errors
 
 

@@ -237,7 +237,17 @@ def test_uniform_edges_are_even_and_flat_columns_survive() -> None:
     for kind in ("uniform", "quantile"):
         flat = bucket_edges(values, 4, kind)[1]  # type: ignore[arg-type]
         assert (np.diff(flat) >= 0).all() and flat[-1] > flat[0] and abs(flat - 0.5).max() < 1e-6
-    assert (quantisation_errors(values, bucket_edges(values, 4, "uniform")) <= (28 / 4 / 2) ** 2 * 1.001).all()
+    assert (quantisation_errors(values, bucket_edges(values, 4, "uniform"), "uniform") <= 3.5**2 * 1.001).all()
+
+
+def test_quantisation_is_measured_alike_for_both_kinds_of_edges() -> None:
+    values = np.random.default_rng(0).standard_normal((400, 3)).astype(np.float32) * (1.0, 0.1, 5.0)
+    values = values.astype(np.float32)
+    edges = bucket_edges(values, 16, "uniform")
+    searched, computed = (quantisation_errors(values, edges, kind) for kind in ("quantile", "uniform"))  # type: ignore[arg-type]
+    np.testing.assert_allclose(computed, searched, rtol=2e-3)
+    widths = (edges[:, -1] - edges[:, 0]) / 16
+    assert computed.mean() == pytest.approx((widths**2 / 12).sum(), rel=0.1)  # of an even distribution
 
 
 @settings(max_examples=60, deadline=None)
