@@ -3,7 +3,8 @@
 unCLIP section 2.2: CLIP image embeddings have low rank; a few hundred components keep all but 1% of the mean squared
 error. Every shard contributes its count, sum and sum of outer products in float64. These add up, so appended shards
 cost one more small sum, and one eigenvalue problem solves the whole dataset; no embedding is left out or seen twice.
-A second, light pass over (at most ``num_edge_samples``) projected embeddings then places the bucket edges.
+A second, light pass over (at most ``num_edge_samples``) projected embeddings then places the bucket edges, and measures
+on them the reconstruction error that the spectrum predicts. The mathematics is in ``principal_axes.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from stages import storage
 from stages.base import Result, Shard, Stage, setting
 from stages.errors import InputError, IntegrityError
 from stages.manifest import Manifest, ShardRecord
+from stages.principal_axes import Solution, Sums, project, solve, spectrum_metrics, sums_of
 from stages.samples import embeddings_of, table_from_bytes
 
 _IO_THREADS = 8
@@ -31,6 +33,8 @@ _IO_THREADS = 8
 Array64 = npt.NDArray[np.float64]
 Array32 = npt.NDArray[np.float32]
 Edges = Literal["quantile", "uniform"]
+Solver = Literal["auto", "full", "partial"]
+FULL_UP_TO_DIM = 4096
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,12 @@ class PcaConfig:
         "share of the variance that the components keep, 0 to 1; not used when num_components is given",
         affects="stage",
     )
+    solver: Solver = setting(
+        "auto",
+        "`full`: all eigenvalues; `partial`: only the num_components largest, as exact and faster in many dimensions; "
+        f"`auto`: partial above {FULL_UP_TO_DIM} dimensions if num_components is given",
+        affects="stage",
+    )
     num_buckets: int = setting(1024, "buckets per component", affects="stage")
     num_dot_buckets: int = setting(64, "buckets of the dot product of image and text embedding", affects="stage")
     edges: Edges = setting(
@@ -64,6 +74,8 @@ class PcaConfig:
             raise ValueError(f"num_components: {self.num_components} is below 1; write for example 319, or null")
         if not 0 < self.variance_target <= 1:
             raise ValueError(f"variance_target: {self.variance_target} is not above 0 and at most 1; write 0.99")
+        if self.solver == "partial" and self.num_components is None:
+            raise ValueError("solver: `partial` needs to know how many; give num_components, or write `full`")
         for name in ("num_buckets", "num_dot_buckets", "num_edge_samples"):
             if getattr(self, name) < 2:
                 raise ValueError(f"{name}: {getattr(self, name)} is below 2; write 2 or more")
@@ -74,6 +86,7 @@ class Pca(Stage[PcaConfig]):
 
     name = "pca"
     counts = "curate"
+    version = 2
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -107,10 +120,10 @@ class Pca(Stage[PcaConfig]):
             InputError: if there are too few samples, or fewer dimensions than ``num_components``.
         """
         sums = self._merged(records)
-        solution = solve(sums)
-        k = choose_components(solution.eigenvalues, self.config)
+        solution = solve(sums, largest=num_wanted(sums.dim, self.config))
+        k = choose_components(solution, self.config)
         axes = solution.axes[:k]
-        components, dots = self._project(self._planned(records, inputs), solution.mean, axes)
+        components, dots, lost = self._project(self._planned(records, inputs), solution.mean, axes)
         edges = bucket_edges(components, self.config.num_buckets, self.config.edges)
         dot_edges = bucket_edges(dots[:, None], self.config.num_dot_buckets, self.config.edges)[0]
         arrays = {
@@ -122,9 +135,12 @@ class Pca(Stage[PcaConfig]):
             "dot_edges": dot_edges,
         }
         file = self.publish(storage.join(output, "pca.safetensors"), save_safetensors(arrays))
-        metrics = spectrum_metrics(solution.eigenvalues, k)
+        metrics = spectrum_metrics(solution, k)
+        metrics["reconstruction_mse_measured"] = float(lost.mean())
         # What rounding to the middle of a bucket adds to what the dropped components cost.
-        metrics["quantisation_mse"] = float(quantisation_errors(components, edges).mean(dtype=np.float64))
+        metrics["quantisation_mse"] = float(
+            quantisation_errors(components, edges, self.config.edges).mean(dtype=np.float64)
+        )
         metrics |= {"num_samples": sums.count, "num_edge_samples": len(components)}
         return Result(records=records, files={"pca": file}, metrics=metrics)
 
@@ -169,131 +185,57 @@ class Pca(Stage[PcaConfig]):
         shards = {shard.id: shard for shard in self.plan(inputs)}
         return [(shards[record.shard_id], record.num_kept) for record in records]
 
-    def _project(self, planned: Sequence[tuple[Shard, int]], mean: Array64, axes: Array64) -> tuple[Array32, Array32]:
+    def _project(
+        self, planned: Sequence[tuple[Shard, int]], mean: Array64, axes: Array64
+    ) -> tuple[Array32, Array32, Array64]:
         """Project the samples that the edges are measured on.
 
         Returns:
-            Components ``(m, k)`` and dot products of image and text embedding ``(m,)``, float32.
+            Components ``(m, k)`` and dot products of image and text embedding ``(m,)``, float32; and the squared
+            distance of every image embedding from what its components restore, ``(m,)``.
         """
         rows = spread_rows([num_samples for _, num_samples in planned], self.config.num_edge_samples)
 
-        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32]:
+        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32, Array64]:
             shard, chosen = pair
             table = self._selected(shard.inputs, ["image_embedding", "text_embedding"]).take(pa.array(chosen))
             image, text = (embeddings_of(table, name) for name in ("image_embedding", "text_embedding"))
-            return ((image - mean) @ axes.T).astype(np.float32), (image * text).sum(axis=1)
+            components, lost = project(image, mean, axes)
+            return components, (image * text).sum(axis=1), lost
 
         wanted = [(shard, chosen) for (shard, _), chosen in zip(planned, rows, strict=True) if len(chosen)]
-        parts = list(_map_ahead(read, wanted))
-        return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
+        components, dots, lost = zip(*_map_ahead(read, wanted), strict=True)
+        return np.concatenate(components), np.concatenate(dots), np.concatenate(lost)
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Sufficient statistics of a set of vectors; those of a union are their sum.
+def num_wanted(dim: int, config: PcaConfig) -> int | None:
+    """Return how many eigenvalues to solve for; None for all ``dim`` of them.
 
-    Attributes:
-        count: vectors.
-        total: their sum, ``(D,)``.
-        outer: sum of their outer products, ``(D, D)``.
+    Raises:
+        InputError: if there are fewer dimensions than ``num_components``.
     """
-
-    count: int
-    total: Array64
-    outer: Array64
-
-    @property
-    def dim(self) -> int:
-        """Dimension D."""
-        return len(self.total)
-
-    def merged(self, other: Sums) -> Sums:
-        """Return the statistics of both sets together."""
-        return Sums(self.count + other.count, self.total + other.total, self.outer + other.outer)
-
-    def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return plain arrays, for a file."""
-        return {"count": np.array([self.count], np.int64), "total": self.total, "outer": self.outer}
-
-    @classmethod
-    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> Sums:
-        """Rebuild from ``to_arrays``."""
-        return cls(int(arrays["count"][0]), arrays["total"], arrays["outer"])
+    if config.num_components is not None and config.num_components > dim:
+        raise InputError(
+            f"pca.num_components: {config.num_components} is more than the {dim} dimensions of the CLIP "
+            "embeddings; lower it, or set it to null and use pca.variance_target"
+        )
+    partial = config.solver == "partial" or (config.solver == "auto" and dim > FULL_UP_TO_DIM)
+    return config.num_components if partial else None
 
 
-def sums_of(x: Array32) -> Sums:
-    """Sum over vectors ``(n, D)`` in float64."""
-    wide = x.astype(np.float64)
-    return Sums(len(wide), wide.sum(axis=0), wide.T @ wide)
-
-
-@dataclass(frozen=True)
-class Solution:
-    """Principal axes.
-
-    Attributes:
-        mean: ``(D,)``.
-        variances: of every dimension, ``(D,)``, not negative.
-        axes: orthonormal rows in order of decreasing eigenvalue, ``(D, D)``.
-        eigenvalues: variance along every axis, ``(D,)``, not negative.
-    """
-
-    mean: Array64
-    variances: Array64
-    axes: Array64
-    eigenvalues: Array64
-
-
-def solve(sums: Sums) -> Solution:
-    """Diagonalise the covariance; the largest entry of every axis is made positive, so that signs are determined."""
-    mean = sums.total / sums.count
-    covariance = sums.outer / sums.count - np.outer(mean, mean)
-    values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    axes = np.ascontiguousarray(vectors.T[::-1])
-    largest = np.abs(axes).argmax(axis=1)
-    axes *= np.where(axes[np.arange(len(axes)), largest] < 0, -1.0, 1.0)[:, None]
-    return Solution(mean, np.maximum(covariance.diagonal(), 0.0), axes, np.maximum(values[::-1], 0.0))
-
-
-def choose_components(eigenvalues: Array64, config: PcaConfig) -> int:
+def choose_components(solution: Solution, config: PcaConfig) -> int:
     """Return k: ``num_components``, or the fewest that reach ``variance_target``.
 
     Raises:
-        InputError: if there are fewer dimensions than ``num_components``, or no variance at all.
+        InputError: if there is no variance at all.
     """
-    total = eigenvalues.sum()
-    if total <= 0:
+    if solution.total_variance <= 0:
         raise InputError("pca: all image embeddings are equal; the dataset or the CLIP is degenerate")
-    if config.num_components is None:
-        # The last sum can fall short of 1 by rounding; all components then.
-        reached = np.cumsum(eigenvalues) / total >= config.variance_target
-        return int(reached.argmax()) + 1 if reached.any() else len(eigenvalues)
-    if config.num_components > len(eigenvalues):
-        raise InputError(
-            f"pca.num_components: {config.num_components} is more than the {len(eigenvalues)} dimensions of the CLIP "
-            "embeddings; lower it, or set it to null and use pca.variance_target"
-        )
-    return config.num_components
-
-
-def spectrum_metrics(eigenvalues: Array64, k: int) -> dict[str, Any]:
-    """Describe a spectrum.
-
-    The effective rank is the exponential of the entropy of the normalised eigenvalues (Roy and Vetterli 2007). The
-    reconstruction error of k components, mean over samples of the squared distance, is the sum of the other
-    eigenvalues.
-    """
-    shares = eigenvalues / eigenvalues.sum()
-    positive = shares[shares > 0]
-    return {
-        "embedding_dim": len(eigenvalues),
-        "num_components": k,
-        "effective_rank": float(np.exp(-(positive * np.log(positive)).sum())),
-        "explained_variance_fraction": float(shares[:k].sum()),
-        "total_variance": float(eigenvalues.sum()),
-        "reconstruction_mse": float(eigenvalues[k:].sum()),
-        "spectrum": [float(f"{share:.6g}") for share in shares],
-    }
+    if config.num_components is not None:
+        return config.num_components
+    # The last sum can fall short of 1 by rounding; all components then.
+    reached = np.cumsum(solution.eigenvalues) / solution.total_variance >= config.variance_target
+    return int(reached.argmax()) + 1 if reached.any() else len(solution.eigenvalues)
 
 
 def spread_rows(shard_sizes: Sequence[int], limit: int) -> list[npt.NDArray[np.int64]]:
@@ -321,10 +263,9 @@ def bucket_edges(values: Array32, num_buckets: int, kind: Edges) -> Array32:
         Edges that nowhere decrease, float32 ``(k, num_buckets + 1)``; a column without spread gets narrow uniform ones.
     """
     positions = np.linspace(0, 1, num_buckets + 1)
-    wide = values.astype(np.float64)
-    low, high = wide.min(axis=0), wide.max(axis=0)
+    low, high = values.min(axis=0).astype(np.float64), values.max(axis=0).astype(np.float64)
     if kind == "quantile":
-        edges = np.stack([np.quantile(column, positions) for column in wide.T])
+        edges = np.stack([np.quantile(column.astype(np.float64), positions) for column in values.T])
     else:
         edges = low[:, None] + (high - low)[:, None] * positions
     flat = high - low < 1e-6
@@ -332,12 +273,23 @@ def bucket_edges(values: Array32, num_buckets: int, kind: Edges) -> Array32:
     return np.maximum.accumulate(edges.astype(np.float32), axis=1)
 
 
-def quantisation_errors(components: Array32, edges: Array32) -> Array32:
-    """Return the squared distance between components ``(n, k)`` and the middles of their buckets, ``(n,)``."""
+def quantisation_errors(components: Array32, edges: Array32, kind: Edges) -> Array32:
+    """Return the squared distance between components ``(n, k)`` and the middles of their buckets, ``(n,)``.
+
+    Args:
+        components: ``(n, k)``.
+        edges: from ``bucket_edges``, ``(k, num_buckets + 1)``.
+        kind: of the edges; in equally wide buckets nothing need be searched.
+    """
     errors = np.zeros(len(components), np.float32)
+    last = edges.shape[1] - 2
     for column, own in zip(components.T, edges, strict=True):
-        codes = np.searchsorted(own[1:-1], column, side="right")
-        errors += (column - ((own[:-1] + own[1:]) / 2)[codes]) ** 2
+        width = (own[-1] - own[0]) / (last + 1)
+        if kind == "uniform" and width > 0:
+            middles = own[0] + (np.clip(np.floor((column - own[0]) / width), 0, last) + np.float32(0.5)) * width
+        else:
+            middles = ((own[:-1] + own[1:]) / 2)[np.searchsorted(own[1:-1], column, side="right")]
+        errors += (column - middles) ** 2
     return errors
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load
 
-from stages import storage
+from stages import principal_axes, storage
 from stages.errors import InputError, IntegrityError, StageError
 from stages.manifest import Manifest
 from stages.pca import (
@@ -22,12 +22,11 @@ from stages.pca import (
     PcaConfig,
     bucket_edges,
     choose_components,
+    num_wanted,
     quantisation_errors,
-    solve,
-    spectrum_metrics,
     spread_rows,
-    sums_of,
 )
+from stages.principal_axes import Solution, project, solve, spectrum_metrics, sums_of
 from stages.samples import embedding_array, embeddings_of, selection_table, table_to_bytes
 from tests.stages.small_store import Given, run
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
@@ -98,6 +97,9 @@ def test_it_is_numpys_pca_of_the_selected_samples(root: str) -> None:
     np.testing.assert_allclose(pca["dot_edges"], np.quantile((x * z_t).sum(1), np.linspace(0, 1, 7)), atol=1e-5)
     rebuilt = components @ pca["axes"] + wide.mean(0)
     assert manifest.metrics["reconstruction_mse"] == pytest.approx(((wide - rebuilt) ** 2).sum(1).mean(), rel=1e-4)
+    assert manifest.metrics["reconstruction_mse_measured"] == pytest.approx(
+        manifest.metrics["reconstruction_mse"], rel=1e-9
+    )
     assert manifest.metrics["num_samples"] == manifest.num_kept == len(x)
     assert manifest.metrics["num_components"] == 4
 
@@ -148,23 +150,84 @@ def test_signs_are_determined() -> None:
     assert (np.diff(solution.eigenvalues) <= 0).all() and solution.eigenvalues.min() >= 0
 
 
+def with_eigenvalues(*values: float, known: int | None = None) -> Solution:
+    """Make a solution along the coordinate axes."""
+    every = np.asarray(values)
+    return Solution(np.zeros(len(every)), every, np.eye(len(every))[:known], every[:known])
+
+
 def test_components_by_variance_or_count() -> None:
-    eigenvalues = np.asarray([4.0, 3.0, 2.0, 1.0, 0.0])
+    solution = with_eigenvalues(4.0, 3.0, 2.0, 1.0, 0.0)
     for target, expected in ((0.4, 1), (0.41, 2), (0.7, 2), (0.95, 4), (1.0, 4)):
-        assert choose_components(eigenvalues, PcaConfig(variance_target=target)) == expected
-    assert choose_components(eigenvalues, PcaConfig(num_components=3)) == 3
-    with pytest.raises(InputError, match=r"pca\.num_components: 319 is more than the 5 dimensions"):
-        choose_components(eigenvalues, PcaConfig(num_components=319))
+        assert choose_components(solution, PcaConfig(variance_target=target)) == expected
+    assert choose_components(solution, PcaConfig(num_components=3)) == 3
     with pytest.raises(InputError, match="all image embeddings are equal"):
-        choose_components(np.zeros(4), PcaConfig())
+        choose_components(with_eigenvalues(0.0, 0.0), PcaConfig())
+
+
+def test_how_many_eigenvalues_are_solved_for() -> None:
+    for solver, num, dim, expected in (
+        ("auto", 319, 1024, None),
+        ("auto", 319, 8192, 319),
+        ("auto", None, 8192, None),
+        ("full", 319, 8192, None),
+        ("partial", 319, 1024, 319),
+    ):
+        assert num_wanted(dim, PcaConfig(solver=solver, num_components=num)) == expected  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"pca\.num_components: 319 is more than the 5 dimensions"):
+        num_wanted(5, PcaConfig(num_components=319))
+
+
+def test_the_partial_solver_gives_the_same_axes_and_says_what_it_does_not_know(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    curate, _, _ = publish_curate(root, (80, 60))
+    full, a = solved(root, curate, num_components=4, solver="full")
+    partial, b = solved(root, curate, num_components=4, solver="partial")
+    assert [r.shard_id for r in full.records] == [r.shard_id for r in partial.records]
+    assert b["eigenvalues"].shape == (4,)
+    for name in ("mean", "std", "axes", "edges", "dot_edges"):
+        np.testing.assert_allclose(b[name], a[name], atol=2e-6)
+    np.testing.assert_allclose(b["eigenvalues"], a["eigenvalues"][:4], rtol=1e-6)
+    assert partial.metrics["effective_rank"] is None and len(partial.metrics["spectrum"]) == 4
+    for name in ("total_variance", "reconstruction_mse", "explained_variance_fraction", "quantisation_mse"):
+        assert partial.metrics[name] == pytest.approx(full.metrics[name], rel=1e-5)
+
+
+def test_held_samples_measure_the_error_that_the_spectrum_predicts(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    curate = publish_curate(root, (3000, 2000))[0]
+    m = solved(root, curate, num_components=3, num_edge_samples=1000)[0].metrics
+    assert m["num_edge_samples"] == 1000
+    assert m["reconstruction_mse_measured"] == pytest.approx(m["reconstruction_mse"], rel=0.1)
+    assert m["reconstruction_mse_measured"] != pytest.approx(m["reconstruction_mse"], rel=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(num=st.integers(0, 40), block=st.integers(1, 12))
+def test_blocks_do_not_show(num: int, block: int) -> None:
+    x = low_rank(num)
+    wide = x.astype(np.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(principal_axes, "_BLOCK_ROWS", block)
+        sums = sums_of(x)
+        components, lost = project(x, np.full(DIM, 0.1), np.eye(DIM)[:4])
+    assert sums.count == num and sums.outer.flags.c_contiguous
+    np.testing.assert_allclose(sums.total, wide.sum(axis=0), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(sums.outer, wide.T @ wide, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(sums.outer, sums.outer.T)
+    np.testing.assert_array_equal(components, (wide - 0.1)[:, :4].astype(np.float32))
+    np.testing.assert_allclose(lost, ((wide - 0.1)[:, 4:] ** 2).sum(axis=1), rtol=1e-12)
 
 
 def test_the_spectrum_is_described() -> None:
-    flat = spectrum_metrics(np.full(8, 0.25), 6)
+    flat = spectrum_metrics(with_eigenvalues(*[0.25] * 8), 6)
     assert flat["effective_rank"] == pytest.approx(8)
     assert (flat["explained_variance_fraction"], flat["reconstruction_mse"]) == (0.75, 0.5)
-    assert spectrum_metrics(np.asarray([3.0, 0, 0]), 1)["effective_rank"] == pytest.approx(1)
-    assert spectrum_metrics(np.asarray([3.0, 1.0]), 1)["spectrum"] == [0.75, 0.25]
+    assert spectrum_metrics(with_eigenvalues(3.0, 0.0, 0.0), 1)["effective_rank"] == pytest.approx(1)
+    assert spectrum_metrics(with_eigenvalues(3.0, 1.0), 1)["spectrum"] == [0.75, 0.25]
+    first = spectrum_metrics(with_eigenvalues(4.0, 3.0, 2.0, 1.0, known=2), 1)
+    assert first["effective_rank"] is None and first["spectrum"] == [0.4, 0.3]
+    assert (first["reconstruction_mse"], first["total_variance"], first["embedding_dim"]) == (6.0, 10.0, 4)
 
 
 def test_uniform_edges_are_even_and_flat_columns_survive() -> None:
@@ -174,7 +237,17 @@ def test_uniform_edges_are_even_and_flat_columns_survive() -> None:
     for kind in ("uniform", "quantile"):
         flat = bucket_edges(values, 4, kind)[1]  # type: ignore[arg-type]
         assert (np.diff(flat) >= 0).all() and flat[-1] > flat[0] and abs(flat - 0.5).max() < 1e-6
-    assert (quantisation_errors(values, bucket_edges(values, 4, "uniform")) <= (28 / 4 / 2) ** 2 * 1.001).all()
+    assert (quantisation_errors(values, bucket_edges(values, 4, "uniform"), "uniform") <= 3.5**2 * 1.001).all()
+
+
+def test_quantisation_is_measured_alike_for_both_kinds_of_edges() -> None:
+    values = np.random.default_rng(0).standard_normal((400, 3)).astype(np.float32) * (1.0, 0.1, 5.0)
+    values = values.astype(np.float32)
+    edges = bucket_edges(values, 16, "uniform")
+    searched, computed = (quantisation_errors(values, edges, kind) for kind in ("quantile", "uniform"))  # type: ignore[arg-type]
+    np.testing.assert_allclose(computed, searched, rtol=2e-3)
+    widths = (edges[:, -1] - edges[:, 0]) / 16
+    assert computed.mean() == pytest.approx((widths**2 / 12).sum(), rel=0.1)  # of an even distribution
 
 
 @settings(max_examples=60, deadline=None)
@@ -244,6 +317,7 @@ def test_settings_are_checked() -> None:
         {"variance_target": 0.0},
         {"num_buckets": 1},
         {"num_edge_samples": 1},
+        {"solver": "partial"},
     )
     for wrong in wrongs:
         with pytest.raises(ValueError, match=next(iter(wrong))):
