@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from stages import shapes, storage
+from stages import shapes
 from stages.base import Resources, Result, Shard, Stage, setting
 from stages.errors import ConfigError, InputError, ShardError, StageError
 from stages.failure_codes import is_transient, remedy_of
@@ -175,8 +175,8 @@ class Download(Stage[DownloadConfig]):
             self.shard(index, inputs={"urls": record.files["urls"]}, **params) for index, record in enumerate(records)
         ]
         return with_retries(
+            self.root,
             shards,
-            storage.join(self.root, self.name, "shards"),
             lambda shard, rows: self.shard(0, inputs=shard.inputs, **params, rows=rows, retry_of=shard.id),
         )
 

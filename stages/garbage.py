@@ -7,6 +7,7 @@ config that is in progress.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from stages.storage import TEMPORARY_SUFFIX, Entry
 
 _THREADS = 16
 _DAY_S = 86_400
+_RESULT = re.compile(r"[0-9a-f]{16}")
 TEMPORARY_DAYS = 1.0
 
 TEMPORARY = "half-written temporary file"
@@ -219,6 +221,8 @@ def _why(stage: str, name: str, entry: Entry, names: _Names, newest: Mapping[str
     if f"{stage}/{name}" in names.paths or rest.startswith(f"{SEGMENTS_FOLDER}/"):
         return "", 0
     if folder != "shards":
+        if not _RESULT.fullmatch(folder):
+            return "", 0  # what a stage keeps beside its results: the rows to be tried again, the lists it has read
         if (stage, folder) not in names.results:
             return (STALE if rest == MANIFEST_NAME else NO_RESULT), entry.modified_ns
         return NOT_NAMED, entry.modified_ns

@@ -84,18 +84,21 @@ def remember_lists(root: str, settings: str, ranges: Sequence[KnownRange]) -> No
     sink = io.BytesIO()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    name = f"lists-{settings[:16]}.arrow"
-    storage.write_bytes(storage.join(root, "source", name), sink.getvalue())
+    storage.write_bytes(_uri(root, settings), sink.getvalue())
 
 
 def known_lists(root: str, settings: str) -> list[KnownRange]:
     """Return what was read last with these settings; nothing if nothing was."""
     try:
-        data = storage.read_bytes(storage.join(root, "source", f"lists-{settings[:16]}.arrow"))
+        data = storage.read_bytes(_uri(root, settings))
     except NotFoundError:
         return []
     rows = pa.ipc.open_file(io.BytesIO(data)).read_all().to_pylist()
     return [KnownRange(**{**row, "rows": File(**row["rows"])}) for row in rows]
+
+
+def _uri(root: str, settings: str) -> str:
+    return storage.join(root, "source", "lists", f"{settings[:16]}.arrow")
 
 
 def compare_lists(

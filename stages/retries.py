@@ -1,7 +1,8 @@
 """Second chances: rows whose download failed for reasons that pass, fetched again as shards of their own.
 
-The shards of a finished download are never rewritten. A request lies beside the shard whose rows it names
-(``<shard id>.retry``); the download's plan then has a further shard of exactly these rows, with the keys they had. In
+The shards of a finished download are never rewritten. A request names rows of a shard
+(``<root>/download/retries/<shard id>.json``); the download's plan then has a further shard of exactly these rows, with
+the keys they had. In
 the final records a row counts where it was tried last, so that the numbers still balance. A retry can be retried.
 """
 
@@ -21,7 +22,7 @@ from stages.samples import table_from_bytes
 
 RETRIED = "retried"  # role, in the record of a shard, of the table of those of its rows that were tried again
 _IO_THREADS = 16
-_SUFFIX = ".retry"
+_SUFFIX = ".json"
 
 
 def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> dict[str, int]:
@@ -34,7 +35,7 @@ def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> 
     Returns:
         reason -> rows that will be tried again.
     """
-    output = storage.join(download.root, download.stage, "shards")
+    folder = _folder(download.root)
     if any(is_transient(reason) for reason in download.dropped):
         storage.delete(download.uri)
 
@@ -43,7 +44,7 @@ def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> 
             return Counter()
         rows = _rows(download.root, record)
         failed = {position: reason for position, reason in rows.items() if reason and is_transient(reason)}
-        storage.write_json(storage.join(output, record.shard_id + _SUFFIX), sorted(failed))
+        storage.write_json(storage.join(folder, record.shard_id + _SUFFIX), sorted(failed))
         return Counter(failed.values())
 
     # A record that names a retry has already handed these rows on.
@@ -52,19 +53,19 @@ def request_retries(download: Manifest, is_transient: Callable[[str], bool]) -> 
         return dict(sum(pool.map(request, open_records), Counter[str]()))
 
 
-def with_retries(shards: Sequence[Shard], output: str, again: Callable[[Shard, Sequence[int]], Shard]) -> list[Shard]:
-    """Add the shards that were asked for to a plan, behind all others, so that earlier samples stay earlier.
+def with_retries(root: str, shards: Sequence[Shard], again: Callable[[Shard, Sequence[int]], Shard]) -> list[Shard]:
+    """Add the shards that were asked for to a plan, behind all others.
 
     Args:
+        root: the store.
         shards: the plan without them.
-        output: URI of the folder of the stage's shards.
         again: builds the shard of some rows of another.
     """
-    requested = {name.removesuffix(_SUFFIX) for name in storage.list_files(output) if name.endswith(_SUFFIX)}
+    requested = {name.removesuffix(_SUFFIX) for name in storage.list_files(_folder(root))}
     found = list(shards)
     for shard in found:  # grows meanwhile: a retry can be retried
         if shard.id in requested:
-            positions = storage.read_json(storage.join(output, shard.id + _SUFFIX))
+            positions = storage.read_json(storage.join(_folder(root), shard.id + _SUFFIX))
             found.append(replace(again(shard, positions), index=len(found)))
     return found
 
@@ -98,6 +99,10 @@ def settled(root: str, records: Sequence[ShardRecord], retry_of: Mapping[str, st
 
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         return list(pool.map(settle, records))
+
+
+def _folder(root: str) -> str:
+    return storage.join(root, "download", "retries")
 
 
 def _rows(root: str, record: ShardRecord) -> dict[int, str | None]:

@@ -86,28 +86,29 @@ def write_list(path: Path, rows: Sequence[tuple[str, str | None]]) -> None:
     path.write_text("".join(json.dumps({"url": url, "caption": caption}) + "\n" for url, caption in rows))
 
 
-def run_data(root: str, lists: Path, **settings: Mapping[str, Any]) -> dict[str, Manifest]:
-    """Bring the data stages to their end; settings by stage."""
+def stages_of(root: str, lists: Path, **settings: Mapping[str, Any]) -> dict[str, Stage[Any]]:
+    """Build the data stages; settings by stage."""
     given = {name: dict(settings.get(name, {})) for name in ("source", "download", "filter", "embed", "curate")}
     allowed = {"allowed_networks": ("127.0.0.0/8",), "backoff_s": 0.0, "retries": 0, "max_transient_fraction": 1.0}
+    stored = {"image_format": "png", "image_quality": 1, "keep_encoded": True}
     weights = lists.with_name("clip.safetensors")
     if not weights.exists():
         small_clip().save(weights)
     stages: list[Stage[Any]] = [
         Clip(ClipConfig(kind="pretrained", name=str(weights)), root=root),
         Source(SourceConfig(**{"lists": (str(lists),), "rows_per_shard": 8} | given["source"]), root=root),
-        Download(
-            DownloadConfig(
-                **allowed | {"image_format": "png", "image_quality": 1, "keep_encoded": True} | given["download"]
-            ),
-            root=root,
-        ),
+        Download(DownloadConfig(**allowed | stored | given["download"]), root=root),
         Filter(FilterConfig(**{"near_duplicate_bits": None} | given["filter"]), root=root),
         Embed(EmbedConfig(**given["embed"]), root=root),
         Curate(CurateConfig(**given["curate"]), root=root),
         Ledger(LedgerConfig(), root=root),
     ]
+    return {stage.name: stage for stage in stages}
+
+
+def run_data(root: str, lists: Path, **settings: Mapping[str, Any]) -> dict[str, Manifest]:
+    """Bring the data stages to their end; settings by stage."""
     found: dict[str, Manifest] = {}
-    for stage in stages:
-        found[stage.name] = run(stage, {name: found[name] for name in stage.upstream})
+    for name, stage in stages_of(root, lists, **settings).items():
+        found[name] = run(stage, {upstream: found[upstream] for upstream in stage.upstream})
     return found

@@ -9,11 +9,12 @@ import pytest
 
 from stages import storage
 from stages.failure_codes import is_transient
+from stages.garbage import find_garbage
 from stages.life import find_lives
 from stages.manifest import Manifest
 from stages.retries import request_retries
 from stages.samples import table_from_bytes
-from tests.stages.data_run import Pictures, run_data, serving, write_list
+from tests.stages.data_run import Pictures, run_data, serving, stages_of, write_list
 
 NUM_ROWS = 20
 FAILING = (1, 2, 12)
@@ -73,6 +74,12 @@ def test_only_what_may_pass_is_fetched_again_and_counts_once(tmp_path: Path, ser
     assert last["download"].dropped == {"http_404": 1} and last["download"].num_in == NUM_ROWS
     assert last["ledger"].metrics == {"num_rows": NUM_ROWS, "num_kept": NUM_ROWS - 1}
     assert request_retries(last["download"], is_transient) == {}
+    # All that was asked for, and the lists as they were read, is there for good.
+    stages = stages_of(root, lists)
+    names = {name: last[name].fingerprint for name in stages}
+    assert [
+        g.reason for g in find_garbage(root, [stages], [names], older_than_days=0) if "/shards/" not in g.path
+    ] == []
     assert storage.exists(last["download"].uri), "nothing to retry leaves a download done"
 
 
