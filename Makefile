@@ -10,7 +10,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 SOURCES := flows stages unclip_models cluster tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast chaos lint format types lock clean
+.PHONY: help setup quickstart test test-fast chaos bench-data lint format types lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ test-fast: setup ## the tests that take seconds
 
 chaos: setup ## the kill drill: SIGKILL in the middle of every kind of stage, Ray included, on S3
 	$(BIN)/pytest -m chaos $(DRILL)
+
+bench-data: setup ## the data plane against other software: ratios, side by side
+	for name in download embed pca near_duplicates resume; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

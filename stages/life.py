@@ -123,7 +123,7 @@ def _life(
         return None
     row = own["download"].filter(pc.field("key") == key).slice(0, 1).to_pylist()[0]
     verdicts = verdicts_of(own, key)
-    is_kept = verdicts[-1].reason is None and verdicts[-1].stage == list(DECIDING)[-1]
+    passed = {verdict.stage for verdict in verdicts if verdict.reason is None}
     return Life(
         key=key,
         list=row["list"],
@@ -132,15 +132,13 @@ def _life(
         caption=row["caption"],
         shard=record.files["images"].path,
         verdicts=verdicts,
-        trained=_trainings(manifests) if is_kept else (),
+        trained=_trainings(manifests, passed),
     )
 
 
-def _trainings(manifests: Mapping[str, Manifest]) -> list[str]:
-    """Name the finished stages that learned from the selection."""
-    return [
-        name for name, manifest in manifests.items() if "weights" in _roles(manifest) and "curate" in manifest.inputs
-    ]
+def _trainings(manifests: Mapping[str, Manifest], passed: set[str]) -> list[str]:
+    """Name the finished stages that learned from the samples kept by one of the stages that this one has passed."""
+    return [name for name, m in manifests.items() if "weights" in _roles(m) and passed & m.inputs.keys()]
 
 
 def _roles(manifest: Manifest) -> set[str]:

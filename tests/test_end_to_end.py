@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -27,7 +28,7 @@ from stages import storage
 from stages.config import load_config
 from stages.graph import STAGE_NAMES, build_stages, fingerprints
 from stages.manifest import Manifest
-from stages.samples import read_tar
+from stages.samples import read_tar, table_from_bytes
 from tests.conftest import free_port, s3_environment
 from unclip_models.checkpoint import load_model
 from unclip_models.decoder import Decoder
@@ -179,6 +180,38 @@ def test_every_manipulation_and_exchange_of_weights(
         assert isinstance(load_model(exported / f"{name}.safetensors")[0], kind)
     assert main(["export", *config, "--format", "diffusers", "--only", "decoder", "-o", str(exported)]) == 2
     assert "diffusers has one number for all" in capsys.readouterr().err  # 8 channels: too narrow for it
+
+
+def test_the_store_answers_for_every_row(
+    undisturbed: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = [*undisturbed.command()[2:]]
+    monkeypatch.chdir(undisturbed.watched.parent)
+
+    def unclip(command: str, *words: str) -> str:
+        assert main([command, *config, *words]) == 0, capsys.readouterr().err
+        return capsys.readouterr().out
+
+    manifests = undisturbed.manifests()
+    funnel = json.loads(unclip("funnel", "--json"))
+    assert [stage["stage"] for stage in funnel] == ["source", "download", "filter", "embed", "curate"]
+    assert all(before["kept"] == after["in"] for before, after in pairwise(funnel))
+    assert "download" in unclip("funnel")
+    ledger = manifests["ledger"].records[0].files["ledger"].read(undisturbed.root)
+    rows = table_from_bytes(ledger).to_pylist()
+    for row in (next(r for r in rows if r["state"] == "kept"), next(r for r in rows if r["state"] == "dropped")):
+        (life,) = json.loads(unclip("explain", row["key"], "--json"))
+        assert life["state"] == ("kept" if row["state"] == "kept" else f"dropped by {row['stage']}: {row['reason']}")
+        assert life["trained"] == (list(MODELS) if row["state"] == "kept" else [])
+        assert row["url"] in unclip("explain", row["key"])
+    verified = json.loads(unclip("verify", "--json"))
+    assert verified["findings"] == []
+    assert "0 files" in unclip("gc", "--older-than", "0")
+    unclip("export-embeddings", str(tmp_path / "embeddings"))
+    assert len(list((tmp_path / "embeddings" / "img_emb").iterdir())) == len(manifests["curate"].records)
+    takedown = json.loads(unclip("takedown", "--key", rows[0]["key"], "--json"))
+    assert not takedown["applied"] and [model["stage"] for model in takedown["models"]] == sorted(MODELS)
+    assert json.loads(unclip("verify", "--json"))["findings"] == []  # a look changes nothing
 
 
 def test_an_ablation_trains_its_variants_and_judges_the_claims(
