@@ -1,34 +1,46 @@
-"""Curate stage: CLIP scores -> the final selection that every training reads.
+"""Curate stage: scores of embedded samples -> the final selection that every training reads.
 
-The shards only collect scores. The thresholds are applied to the whole dataset at the end, so changing one costs no
-embedding and no pass over images.
+The shards only collect scores: CLIP score, and how much of each unwanted concept an image shows. The thresholds are
+applied to the whole data set at the end, so changing one costs no embedding and no pass over images.
+
+Like the filter's, the decision depends on the samples and their rank alone (``stages/ranks.py``).
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from stages import storage
 from stages.base import Result, Shard, Stage, setting
+from stages.concepts import NAME, Concept, Head, ZeroShot, head_sums, load_heads, load_zero_shot, score_concepts
 from stages.errors import InputError, IntegrityError
+from stages.keepers import NONE, Rows
 from stages.manifest import Manifest, ShardRecord
-from stages.samples import selection_table, table_from_bytes, table_to_bytes
+from stages.ranks import in_given_order, parts_of, rank_order
+from stages.samples import embeddings_of, selection_table, table_from_bytes, table_to_bytes
+from stages.semantic_duplicates import Embeddings, semantic_duplicates
+from stages.weights import weights_of
 
+RULE_VERSION = 2  # of what the rules mean; raised whenever equal settings would decide otherwise
+REASONS = ("clip_score_min", "concept_<name>", "semantic_duplicate", "keep_fraction")
+KEPT, LEFT_OUT = -1, -2
 _IO_THREADS = 16
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
-KEPT, BELOW_MIN, BELOW_FRACTION = 0, 1, 2
-_REASONS: dict[int, str | None] = {KEPT: None, BELOW_MIN: "clip_score_min", BELOW_FRACTION: "keep_fraction"}
 
 Scores = npt.NDArray[np.float32]
-Verdicts = npt.NDArray[np.int8]
+Codes = npt.NDArray[np.int16]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +50,14 @@ class CurateConfig:
     clip_score_min: float | None = setting(
         None, "lowest cosine of image and caption embedding; null: no limit", affects="stage"
     )
+    concepts: Mapping[str, Concept] = setting(
+        factory=dict, help="unwanted concepts by name: prompts and against, or head; and max, the highest score kept"
+    )
+    semantic_duplicate_cosine: float | None = setting(
+        None, "cosine from which two image embeddings count as the same image; null: off", affects="stage"
+    )
     keep_fraction: float = setting(
-        1.0, "share of the samples above clip_score_min to keep, best CLIP scores first, 0 to 1", affects="stage"
+        1.0, "share to keep of the samples that pass all other rules, best CLIP scores first, 0 to 1", affects="stage"
     )
 
     def __post_init__(self) -> None:
@@ -47,8 +65,35 @@ class CurateConfig:
             raise ValueError(
                 f"clip_score_min: {self.clip_score_min} is no cosine; write a number from -1 to 1, or null"
             )
+        if self.semantic_duplicate_cosine is not None and not 0 < self.semantic_duplicate_cosine <= 1:
+            raise ValueError(
+                f"semantic_duplicate_cosine: {self.semantic_duplicate_cosine} is not above 0 and at most 1; write for "
+                "example 0.95, or null"
+            )
         if not 0 < self.keep_fraction <= 1:
             raise ValueError(f"keep_fraction: {self.keep_fraction} is not above 0 and at most 1; write 1 to keep all")
+        wrong = next((name for name in self.concepts if not NAME.fullmatch(name)), None)
+        if wrong is not None:
+            raise ValueError(f"concepts: '{wrong}' is no name; write lower-case letters, digits and _")
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Reason codes in the order in which the rules apply."""
+        concepts = (f"concept_{name}" for name in sorted(self.concepts))
+        return ("clip_score_min", *concepts, "semantic_duplicate", "keep_fraction")
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """The decision on n samples.
+
+    Attributes:
+        codes: position in ``CurateConfig.reasons``, ``KEPT`` or ``LEFT_OUT``; int16 ``(n,)``.
+        keepers: of semantic duplicates, the row that keeps them out, else ``NONE``; int64 ``(n,)``.
+    """
+
+    codes: Codes
+    keepers: Rows
 
 
 class Curate(Stage[CurateConfig]):
@@ -56,31 +101,91 @@ class Curate(Stage[CurateConfig]):
 
     name = "curate"
     counts = "embed"
+    version = RULE_VERSION
+
+    def __init__(self, config: CurateConfig, *, root: str, seed: int = 0) -> None:
+        super().__init__(config, root=root, seed=seed)
+        self._loaded: tuple[Any, dict[str, Head | ZeroShot]] | None = None
+
+    @property
+    def _has_prompts(self) -> bool:
+        return any(concept.head is None for concept in self.config.concepts.values())
 
     @property
     def upstream(self) -> tuple[str, ...]:
-        """The embeddings."""
-        return ("embed",)
+        """The embeddings; and the CLIP that embeds the prompts of concepts."""
+        return ("embed", "clip") if self._has_prompts else ("embed",)
+
+    def external(self) -> Any:
+        """Identify the heads of concepts by content.
+
+        Raises:
+            InputError: if a file is missing.
+        """
+        return head_sums(self.config.concepts) or None
 
     def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
-        """Plan one shard per shard of the embed stage."""
+        """Plan one shard per shard of the embed stage.
+
+        Raises:
+            InputError: if the file of a head is missing.
+        """
+        sums = head_sums(self.config.concepts)
+        params = {"heads": sums} if sums else {}
+        weights = {"weights": weights_of(inputs["clip"])} if self._has_prompts else {}
         return [
-            self.shard(i, inputs={"images": r.inputs["images"], "embeddings": r.files["embeddings"]})
-            for i, r in enumerate(inputs["embed"].records)
+            self.shard(
+                i,
+                inputs={
+                    "images": r.inputs["images"],
+                    "selection": r.inputs["selection"],
+                    "embeddings": r.files["embeddings"],
+                    **weights,
+                },
+                **params,
+            )
+            # Shards of which nothing was embedded are all alike.
+            for i, r in enumerate(record for record in inputs["embed"].records if record.num_kept)
         ]
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
-        """Extract the scores of one shard."""
+        """Collect the scores of one shard, and the rank of its samples.
+
+        Raises:
+            IntegrityError: if a sample was embedded that the filter does not know.
+        """
         started_at = time.monotonic()
-        scores = table_from_bytes(shard.inputs["embeddings"].read(self.root), ["key", "clip_score"])
+        columns = ["key", "clip_score", *(["image_embedding"] if self.config.concepts else [])]
+        table = table_from_bytes(shard.inputs["embeddings"].read(self.root), columns)
+        scores = {"key": table["key"], **self._origin(shard, table["key"]), "clip_score": table["clip_score"]}
+        if self.config.concepts:
+            images = embeddings_of(table, "image_embedding")
+            found = score_concepts(self._scorers(shard, images.shape[1]), sorted(self.config.concepts), images)
+            scores |= {f"concept_{name}": pa.array(values) for name, values in found.items()}
         return self.commit(
             shard,
             output,
-            {"scores": ("scores.parquet", table_to_bytes(scores))},
+            {"scores": ("scores.parquet", table_to_bytes(pa.table(scores)))},
             started_at=started_at,
-            num_in=scores.num_rows,
-            num_kept=scores.num_rows,
+            num_in=table.num_rows,
+            num_kept=table.num_rows,
         )
+
+    def decide(
+        self, records: Sequence[ShardRecord], among: npt.NDArray[np.bool_] | None = None
+    ) -> list[list[str | None]]:
+        """Say why each sample of each shard is dropped, None where it is kept; writes nothing to the store.
+
+        Args:
+            records: of the shards that ``process`` scored.
+            among: which samples to decide about, as if the others had never come, bool ``(n,)``; all by default.
+
+        Returns:
+            The reasons of every shard, in the order of ``records`` and of the samples in them; ``left_out`` for those
+            not decided about.
+        """
+        _, verdicts = self._decided(records, among)
+        return [self._reasons(verdicts.codes[part]) for part in parts_of(records)]
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
         """Apply the thresholds to the whole dataset and write every shard's selection.
@@ -88,78 +193,178 @@ class Curate(Stage[CurateConfig]):
         Raises:
             InputError: if nothing is left.
         """
+        scores, verdicts = self._decided(records)
+        clip_scores = _clip_scores(scores)
+        kept = clip_scores[verdicts.codes == KEPT]
+        if not len(kept):
+            raise InputError(self._nothing_left(clip_scores, verdicts.codes))
         with ThreadPoolExecutor(_IO_THREADS) as pool:
-            scores = list(pool.map(self._scores, records))
-            every = np.concatenate([np.zeros(0, np.float32), *scores])
-            verdicts = judge(every, self.config)
-            if not (verdicts == KEPT).any():
-                raise InputError(self._nothing_left(every, verdicts))
-            parts = np.split(verdicts, np.cumsum([len(s) for s in scores])[:-1])
-            selected = list(
-                pool.map(lambda pair: self._select(pair[0], pair[1], output), zip(records, parts, strict=True))
-            )
-        kept = every[verdicts == KEPT]
+            select = partial(self._select, scores, verdicts, output)
+            selected = list(pool.map(select, records, parts_of(records)))
         metrics = {
-            "clip_score_mean": float(every.mean(dtype=np.float64)),
+            "clip_score_mean": float(clip_scores.mean(dtype=np.float64)),
             "clip_score_mean_kept": float(kept.mean(dtype=np.float64)),
             "clip_score_min_kept": float(kept.min()),
-            **{f"clip_score_p{q:02d}": float(np.percentile(every, q)) for q in _QUANTILES},
+            **{f"clip_score_p{q:02d}": float(np.percentile(clip_scores, q)) for q in _QUANTILES},
         }
         return Result(records=selected, metrics=metrics)
 
-    def _scores(self, record: ShardRecord) -> Scores:
-        table = table_from_bytes(record.files["scores"].read(self.root), ["clip_score"])
+    # ---- scores -----------------------------------------------------------------------------------------------------
+
+    def _origin(self, shard: Shard, keys: pa.ChunkedArray) -> dict[str, pa.ChunkedArray]:
+        """Look up the list and row of embedded samples in the filter's selection."""
+        known = table_from_bytes(shard.inputs["selection"].read(self.root), ["key", "list", "row"])
+        places = pc.index_in(keys, value_set=known["key"].combine_chunks())
+        if places.null_count:
+            raise IntegrityError(
+                f"{self.uri(shard.inputs['embeddings'])}: {places.null_count} of its samples are unknown to the "
+                "filter's selection; run embed again with --force"
+            )
+        return {name: known[name].take(places) for name in ("list", "row")}
+
+    def _scorers(self, shard: Shard, dim: int) -> dict[str, Head | ZeroShot]:
+        """Load heads and prompts on the first shard; later shards of the same find them loaded."""
+        weights = shard.inputs.get("weights")
+        identity = (weights and weights.sha256, shard.params.get("heads"), dim)
+        if self._loaded is None or self._loaded[0] != identity:
+            scorers: dict[str, Head | ZeroShot] = {}
+            scorers |= load_heads(self.config.concepts, shard.params.get("heads", {}), dim)
+            if weights is not None:
+                scorers |= load_zero_shot(self.config.concepts, self.root, weights)
+            self._loaded = (identity, scorers)
+        return self._loaded[1]
+
+    # ---- the decision -----------------------------------------------------------------------------------------------
+
+    def _decided(
+        self, records: Sequence[ShardRecord], among: npt.NDArray[np.bool_] | None = None
+    ) -> tuple[pa.Table, Verdicts]:
+        """Return the scores of all samples in the order of the records, and the verdicts on them."""
+        if not any(record.num_in for record in records):
+            raise InputError("curate: no embedded sample came in; see what `unclip status` says of embed and filter")
+        with ThreadPoolExecutor(_IO_THREADS) as pool:
+            scores = pa.concat_tables(pool.map(self._scores, records))
+        order = rank_order(scores["list"], scores["row"])
+        left_out = np.zeros(0, np.int64)
+        if among is not None:
+            order, left_out = order[among[order]], order[~among[order]]
+        duplicates = partial(self._duplicates, records, order)
+        ranked = decide(scores.take(order), self.config, duplicates)
+        codes = np.concatenate([ranked.codes, np.full(len(left_out), LEFT_OUT, np.int16)])
+        keepers = np.concatenate([ranked.keepers, np.full(len(left_out), NONE, np.int64)])
+        return scores, Verdicts(*in_given_order(np.concatenate([order, left_out]), codes, keepers))
+
+    def _scores(self, record: ShardRecord) -> pa.Table:
+        table = table_from_bytes(record.files["scores"].read(self.root))
         if table.num_rows != record.num_in:
             raise IntegrityError(
                 f"{self.uri(record.files['scores'])}: {table.num_rows} scores where the record says {record.num_in}; "
                 "run curate again with --force"
             )
-        return np.asarray(table["clip_score"].to_numpy(), np.float32)
+        # Texts get long offsets, for those of a large data set exceed 2 GiB.
+        texts = {name: table[name].cast(pa.large_string()) for name in ("key", "list")}
+        return pa.table({name: texts.get(name, table[name]) for name in table.column_names})
 
-    def _select(self, record: ShardRecord, verdicts: Verdicts, output: str) -> ShardRecord:
+    def _duplicates(self, records: Sequence[ShardRecord], order: Rows, ranks: Rows) -> Rows:
+        """Find the semantic duplicates among some samples.
+
+        Args:
+            records: of all samples.
+            order: positions, in the order of the records, of those decided about, by rank.
+            ranks: the samples to search, ascending.
+
+        Returns:
+            For each of ``ranks`` the position in ``ranks`` of its keeper, or ``NONE``.
+        """
+        assert self.config.semantic_duplicate_cosine is not None
+        if not len(ranks):
+            return np.zeros(0, np.int64)
+        num_samples = sum(record.num_in for record in records)
+        place = np.full(num_samples, NONE, np.int64)  # of every sample, its row among those searched
+        place[order[ranks]] = np.arange(len(ranks))
+        with tempfile.TemporaryFile(prefix="unclip-") as file:
+            embeddings: Embeddings | None = None
+            for record, part in zip(records, parts_of(records), strict=True):
+                wanted = place[part] != NONE
+                if wanted.any():
+                    own = table_from_bytes(record.inputs["embeddings"].read(self.root), ["image_embedding"])
+                    values = embeddings_of(own, "image_embedding").astype(np.float16)
+                    if embeddings is None:
+                        embeddings = np.memmap(file, np.float16, "w+", shape=(len(ranks), values.shape[1]))
+                    embeddings[place[part][wanted]] = values[wanted]
+            assert embeddings is not None
+            return semantic_duplicates(embeddings, min_cosine=self.config.semantic_duplicate_cosine)
+
+    def _select(
+        self, scores: pa.Table, verdicts: Verdicts, output: str, record: ShardRecord, part: slice
+    ) -> ShardRecord:
         """Publish one shard's selection and return its final record."""
-        table = table_from_bytes(record.files["scores"].read(self.root))
-        reasons = [_REASONS[int(verdict)] for verdict in verdicts]
-        scores: dict[str, pa.ChunkedArray] = {"clip_score": table["clip_score"]}
-        selection = selection_table(table["key"].to_pylist(), reasons, scores)
+        own, codes, keepers = scores[part], verdicts.codes[part], verdicts.keepers[part]
+        columns = {name: own[name] for name in own.column_names if name != "key"}
+        columns["duplicate_of"] = scores["key"].take(pa.array(keepers, mask=keepers == NONE))
+        columns["rule_version"] = pa.array(np.full(len(codes), RULE_VERSION, np.int32))
+        selection = selection_table(own["key"].to_pylist(), self._reasons(codes), columns)
         file = self.publish(storage.join(output, f"{record.shard_id}.selection.parquet"), table_to_bytes(selection))
-        dropped = {str(_REASONS[v]): int((verdicts == v).sum()) for v in (BELOW_MIN, BELOW_FRACTION)}
+        counts = self._counts(codes)
         return replace(
             record,
             files={**record.files, "selection": file},
-            num_kept=int((verdicts == KEPT).sum()),
-            dropped={reason: count for reason, count in dropped.items() if count},
+            num_kept=int((codes == KEPT).sum()),
+            dropped=dict(sorted(counts.items())),
         )
 
-    def _nothing_left(self, scores: Scores, verdicts: Verdicts) -> str:
-        if not len(scores):
-            return "curate: no embedded sample came in; see what `unclip status` says of embed and filter"
-        return (
-            f"curate: nothing is left: {len(scores)} samples came in and curate.clip_score_min: "
-            f"{self.config.clip_score_min} dropped all of them (their CLIP scores lie between {scores.min():.4f} and "
-            f"{scores.max():.4f}, half of them above {np.median(scores):.4f}); lower it, or use curate.keep_fraction"
-        )
+    def _reasons(self, codes: Codes) -> list[str | None]:
+        names = [*self.config.reasons, "left_out", None]  # LEFT_OUT and KEPT are the last
+        return [names[code] for code in codes.tolist()]
+
+    def _counts(self, codes: Codes) -> dict[str, int]:
+        counts = {reason: int((codes == code).sum()) for code, reason in enumerate(self.config.reasons)}
+        return {reason: count for reason, count in counts.items() if count}
+
+    def _nothing_left(self, scores: Scores, codes: Codes) -> str:
+        counts = self._counts(codes)
+        if counts.keys() == {"clip_score_min"}:
+            return (
+                f"curate: nothing is left: {len(scores)} samples came in and curate.clip_score_min: "
+                f"{self.config.clip_score_min} dropped all of them (their CLIP scores lie between {scores.min():.4f} "
+                f"and {scores.max():.4f}, half of them above {np.median(scores):.4f}); lower it, or use "
+                "curate.keep_fraction"
+            )
+        listed = ", ".join(f"{reason}: {count}" for reason, count in counts.items())
+        return f"curate: nothing is left: {len(scores)} samples came in and all were dropped ({listed}); loosen these"
 
 
-def judge(scores: Scores, config: CurateConfig) -> Verdicts:
+def decide(scores: pa.Table, config: CurateConfig, duplicates: Callable[[Rows], Rows]) -> Verdicts:
     """Decide over all samples of a dataset.
 
-    Samples below ``clip_score_min`` go first. Of the n others, the ``ceil(keep_fraction * n)`` best stay; of equal
-    scores the earlier in the dataset's order.
+    A sample is dropped for the first rule that applies, in the order of ``config.reasons``. Of the n samples that pass
+    all others, ``keep_fraction`` keeps the ``ceil(keep_fraction * n)`` best; of equal CLIP scores the earlier.
 
     Args:
-        scores: CLIP scores in the order of the dataset, float32 ``(N,)``.
+        scores: one row per sample in rank order, with columns ``clip_score`` and ``concept_<name>``.
         config: the thresholds.
-
-    Returns:
-        ``KEPT``, ``BELOW_MIN`` or ``BELOW_FRACTION`` of every sample, int8 ``(N,)``.
+        duplicates: finds semantic duplicates among rows (ascending): of each, the position of its keeper, or ``NONE``.
     """
-    verdicts = np.full(len(scores), KEPT, np.int8)
+    clip_scores = _clip_scores(scores)
+    codes, keepers = np.full(len(clip_scores), KEPT, np.int16), np.full(len(clip_scores), NONE, np.int64)
+    code_of = {reason: code for code, reason in enumerate(config.reasons)}
     if config.clip_score_min is not None:
-        verdicts[scores < config.clip_score_min] = BELOW_MIN
-    remaining = np.flatnonzero(verdicts == KEPT)
+        codes[clip_scores < config.clip_score_min] = code_of["clip_score_min"]
+    for name, concept in sorted(config.concepts.items()):
+        too_much = scores[f"concept_{name}"].to_numpy() > np.float32(concept.max)
+        codes[(codes == KEPT) & too_much] = code_of[f"concept_{name}"]
+    if config.semantic_duplicate_cosine is not None:
+        open_ = np.flatnonzero(codes == KEPT)
+        found = duplicates(open_)
+        codes[open_[found != NONE]] = code_of["semantic_duplicate"]
+        keepers[open_[found != NONE]] = open_[found[found != NONE]]
+    remaining = np.flatnonzero(codes == KEPT)
     # 0.1 * 30 is a little more than 3 in binary; that must not keep a fourth sample.
     num_kept = math.ceil(config.keep_fraction * len(remaining) - 1e-9)
-    best_first = remaining[np.argsort(-scores[remaining], kind="stable")]
-    verdicts[best_first[num_kept:]] = BELOW_FRACTION
-    return verdicts
+    best_first = remaining[np.argsort(-clip_scores[remaining], kind="stable")]
+    codes[best_first[num_kept:]] = code_of["keep_fraction"]
+    return Verdicts(codes, keepers)
+
+
+def _clip_scores(scores: pa.Table) -> Scores:
+    return np.asarray(scores["clip_score"].to_numpy(), np.float32)

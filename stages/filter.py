@@ -33,7 +33,7 @@ from stages.filter_rules import KEPT, REASONS, RULE_VERSION, Codes, FilterConfig
 from stages.image_hash import NUM_TONES, measure_image
 from stages.keepers import NONE
 from stages.manifest import Manifest, ShardRecord, digest_of
-from stages.ranks import rank_order
+from stages.ranks import in_given_order, parts_of, rank_order
 from stages.samples import read_tar, selection_table, table_from_bytes, table_to_bytes
 
 _IO_THREADS = 16
@@ -146,7 +146,7 @@ class Filter(Stage[FilterConfig]):
             The reasons of every shard, in the order of ``records`` and of the samples in them.
         """
         _, verdicts = self._decided(records)
-        return [_reasons(verdicts.codes[part]) for part in _parts(records)]
+        return [_reasons(verdicts.codes[part]) for part in parts_of(records)]
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
         """Decide on every sample of the data set and publish one selection per shard.
@@ -157,7 +157,7 @@ class Filter(Stage[FilterConfig]):
         samples, verdicts = self._decided(records)
         with ThreadPoolExecutor(_IO_THREADS) as pool:
             write = partial(self._select, samples, verdicts, output)
-            final = list(pool.map(write, records, _parts(records)))
+            final = list(pool.map(write, records, parts_of(records)))
         if not any(record.num_kept for record in final):
             totals = sum((Counter(record.dropped) for record in final), Counter[str]())
             listed = ", ".join(f"{reason}: {count}" for reason, count in totals.most_common())
@@ -193,10 +193,7 @@ class Filter(Stage[FilterConfig]):
         order = rank_order(samples["list"], samples["row"])
         is_sorted = bool((order[1:] > order[:-1]).all())
         ranked = decide(samples if is_sorted else samples.take(order), self.config, self._lists())
-        codes, keepers = np.empty_like(ranked.codes), np.empty_like(ranked.keepers)
-        codes[order] = ranked.codes
-        keepers[order] = np.where(ranked.keepers == NONE, NONE, order[ranked.keepers])
-        return samples, Verdicts(codes, keepers)
+        return samples, Verdicts(*in_given_order(order, ranked.codes, ranked.keepers))
 
     def _samples(self, record: ShardRecord) -> pa.Table:
         """Join the measurements of a shard to its table.
@@ -233,12 +230,6 @@ class Filter(Stage[FilterConfig]):
             num_kept=int((codes == KEPT).sum()),
             dropped=dict(sorted((reason, count) for reason, count in counts.items() if count)),
         )
-
-
-def _parts(records: Sequence[ShardRecord]) -> list[slice]:
-    """Return which rows of the whole data set are each record's."""
-    stops = np.cumsum([record.num_in for record in records], dtype=np.int64).tolist()
-    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
 def _reasons(codes: Codes) -> list[str | None]:
