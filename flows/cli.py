@@ -366,6 +366,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "status": (_status, _json_arguments, "show what the store holds"),
     "funnel": (cli_ledger.funnel, cli_ledger.funnel_arguments, "show what every stage dropped, and why"),
     "explain": (cli_ledger.explain, cli_ledger.explain_arguments, "tell what became of one sample, and why"),
+    "what-if": (cli_ledger.what_if_, cli_ledger.what_if_arguments, "show what other thresholds would keep, in seconds"),
     "takedown": (
         cli_takedown.takedown,
         cli_takedown.takedown_arguments,

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -14,7 +15,7 @@ from rich.table import Table
 
 from flows.console import PLAIN, open_console
 from flows.project import open_project
-from stages.errors import InputError
+from stages.errors import ConfigError, InputError
 from stages.ledger import DATA_STAGES
 
 if TYPE_CHECKING:
@@ -25,6 +26,18 @@ if TYPE_CHECKING:
 def _common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--json", action="store_true", help="print JSON to standard output")
+
+
+def what_if_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip what-if``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument(
+        "-s", "--set", action="append", default=[], metavar="K=V", help="the change, e.g. curate.clip_score_min=0.28"
+    )
+    parser.add_argument(
+        "-b", "--base", action="append", default=[], metavar="K=V", help="a setting of the run as it is, not a change"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON to standard output")
 
 
@@ -98,3 +111,30 @@ def funnel_rows(manifests: Mapping[str, Manifest]) -> list[dict[str, Any]]:
     """Return samples in, dropped by reason, and kept, of every finished data stage."""
     found: Sequence[Manifest] = [manifests[name] for name in DATA_STAGES if name in manifests]
     return [{"stage": m.stage, "in": m.num_in, "dropped": m.dropped, "kept": m.num_kept} for m in found]
+
+
+def what_if_(args: argparse.Namespace) -> int:
+    """Show what other thresholds would keep."""
+    from stages.config import load_config
+    from stages.graph import build_stages
+    from stages.what_if import what_if
+
+    if not args.set:
+        raise ConfigError("what-if: no change given; add for example -s curate.clip_score_min=0.28")
+    project = open_project(args.config, args.base)
+    changed = build_stages(load_config(args.config, [*args.base, *args.set]))
+    found = what_if(project.stages, changed, project.manifests)
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return 0
+    console = open_console(sys.stdout)
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("stage", "reason", "now", "then", "difference"):
+        table.add_column(name, justify="left" if name in ("stage", "reason") else "right")
+    lines = [(stage, reason, *counts) for stage, reasons in found.dropped.items() for reason, counts in reasons.items()]
+    for stage, reason, now, then in [*lines, ("", "kept", *found.kept)]:
+        table.add_row(stage, reason, f"{now:,}", f"{then:,}", f"{then - now:+,}")
+    console.print(table)
+    waiting = f"; {found.not_embedded:,} more would have to be embedded first" if found.not_embedded else ""
+    console.print(f"{found.gained:,} samples gained, {found.lost:,} lost{waiting}", **PLAIN)
+    return 0

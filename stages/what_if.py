@@ -8,8 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from stages.base import Stage, identity_of
+from stages.base import Affects, Stage, identity_of
 from stages.curate import Curate
 from stages.errors import ConfigError, InputError
 from stages.filter import Filter
@@ -17,6 +20,8 @@ from stages.manifest import Manifest, ShardRecord
 from stages.samples import table_from_bytes
 
 _DECIDING = ("filter", "curate")
+
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,17 +66,22 @@ def what_if(
     assert isinstance(filter_, Filter) and isinstance(curate, Curate)
     filter_records, curate_records = manifests["filter"].records, manifests["curate"].records
     filter_reasons = filter_.decide(filter_records)
-    passed = _kept_keys(manifests["filter"], filter_records, filter_reasons)
-    embedded = [key for record in curate_records for key in _keys(manifests["curate"], record)]
-    among = np.array([key in passed for key in embedded], bool)
-    curate_reasons = [reason for part in curate.decide(curate_records, among) for reason in part]
-    now = _kept_now(manifests["curate"])
-    then = {key for key, reason in zip(embedded, curate_reasons, strict=True) if reason is None}
+    passed = {
+        record.inputs["images"].sha256: _kept_keys(manifests["filter"], record, reasons)
+        for record, reasons in zip(filter_records, filter_reasons, strict=True)
+    }
+    among = [_is_in(_keys(manifests["curate"], r, "scores"), passed[r.inputs["images"].sha256]) for r in curate_records]
+    curate_reasons = [reason for part in curate.decide(curate_records, np.concatenate(among)) for reason in part]
+    now = np.concatenate([_kept(manifests["curate"], record) for record in curate_records])
+    then = np.array([reason is None for reason in curate_reasons], bool)
     found = {
         "filter": Counter(reason for part in filter_reasons for reason in part if reason is not None),
         "curate": Counter(reason for reason in curate_reasons if reason not in (None, "left_out")),
     }
-    undecodable = sum(manifests["embed"].dropped.values())
+    num_known = sum(
+        int(_is_in(_keys(manifests["embed"], record, "selection"), passed[record.inputs["images"].sha256]).sum())
+        for record in manifests["embed"].records
+    )
     return WhatIf(
         dropped={
             name: {
@@ -80,40 +90,37 @@ def what_if(
             }
             for name in _DECIDING
         },
-        kept=(len(now), len(then)),
-        not_embedded=max(0, len(passed) - int(among.sum()) - undecodable),
-        gained=len(then - now),
-        lost=len(now - then),
+        kept=(int(now.sum()), int(then.sum())),
+        not_embedded=sum(len(keys) for keys in passed.values()) - num_known,
+        gained=int((then & ~now).sum()),
+        lost=int((now & ~then).sum()),
     )
 
 
 def _refuse_other_measurements(stages: Mapping[str, Stage[Any]], changed: Mapping[str, Stage[Any]]) -> None:
     for name, stage in stages.items():
         # Of the deciding stages, only what their measurements are made with must stay.
-        scopes = ("shard",) if name in _DECIDING else ("shard", "stage")
+        scopes: Sequence[Affects] = ("shard",) if name in _DECIDING else ("shard", "stage")
         if identity_of(stage.config, scopes) != identity_of(changed[name].config, scopes):
             raise ConfigError(
-                f"what-if: the change touches what {name} measures or makes; only thresholds of filter and curate can be "
-                "tried from stored scores: `unclip run` with the change makes the rest"
+                f"what-if: the change touches what {name} measures or makes; only thresholds of filter and curate can "
+                "be tried from stored scores: `unclip run` with the change makes the rest"
             )
 
 
-def _keys(manifest: Manifest, record: ShardRecord) -> list[str]:
-    return list(table_from_bytes(record.files["scores"].read(manifest.root), ["key"])["key"].to_pylist())
+def _keys(manifest: Manifest, record: ShardRecord, role: str) -> pa.Array:
+    table = table_from_bytes(record.files[role].read(manifest.root), ["key"])
+    return table["key"].combine_chunks()
 
 
-def _kept_keys(manifest: Manifest, records: Sequence[ShardRecord], reasons: Sequence[Sequence[str | None]]) -> set[str]:
-    return {
-        key
-        for record, part in zip(records, reasons, strict=True)
-        for key, reason in zip(_keys(manifest, record), part, strict=True)
-        if reason is None
-    }
+def _kept_keys(manifest: Manifest, record: ShardRecord, reasons: Sequence[str | None]) -> pa.Array:
+    return _keys(manifest, record, "scores").filter(pa.array([reason is None for reason in reasons], pa.bool_()))
 
 
-def _kept_now(manifest: Manifest) -> set[str]:
-    found: set[str] = set()
-    for record in manifest.records:
-        table = table_from_bytes(record.files["selection"].read(manifest.root), ["key", "kept"])
-        found.update(table.filter(table["kept"])["key"].to_pylist())
-    return found
+def _kept(manifest: Manifest, record: ShardRecord) -> Mask:
+    table = table_from_bytes(record.files["selection"].read(manifest.root), ["kept"])
+    return np.asarray(table["kept"].to_numpy(), bool)
+
+
+def _is_in(keys: pa.Array, others: pa.Array) -> Mask:
+    return np.asarray(pc.is_in(keys, value_set=others).to_numpy(zero_copy_only=False), bool)

@@ -98,7 +98,7 @@ def test_thresholds_mean_what_they_say(root: str) -> None:
     above = scores[scores >= np.float32(0.1)]
     cutoff = np.sort(above)[::-1][math.ceil(len(above) / 2) - 1]
     tables = selections_of(manifest)
-    for shard, record, table in zip(shards, manifest.records, tables, strict=True):
+    for shard, record, table in zip(filter(len, shards), manifest.records, tables, strict=True):  # no empty one
         values = np.asarray(shard, np.float32)
         assert table["kept"].to_pylist() == (values >= cutoff).tolist()
         expected = [
