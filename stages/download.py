@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import tempfile
 import time
 import types
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -373,15 +375,46 @@ def _resizer(module: Any, config: DownloadConfig) -> Resize:
         encode_format=config.image_format,
         encode_quality=config.image_quality,
         skip_reencode=config.keep_encoded,
+        max_aspect_ratio=_max_aspect_ratio(config),
     )
+    decode = _decode_as_stored if config.keep_encoded else _decode
+    cv2.setNumThreads(1)  # as img2dataset does for every image, which costs as much as a small image's decoding
     call = rebound(
         module.Resizer.__call__,
-        cv2=types.SimpleNamespace(**{**vars(cv2), "imdecode": _decode_as_stored if config.keep_encoded else _decode}),
+        A=_lasting_transforms(module.A),
+        cv2=types.SimpleNamespace(**{**vars(cv2), "imdecode": decode, "setNumThreads": lambda _: None}),
         # It would point file descriptors 1 and 2 of the whole process elsewhere during every resize: other threads'
         # progress bars and logs would vanish.
         SuppressStdoutStderr=contextlib.nullcontext,
     )
     return lambda stream, boxes=None: call(resize, stream, boxes)
+
+
+def _max_aspect_ratio(config: DownloadConfig) -> float:
+    """Return the ratio of sides above which an image is refused: a strip of one pixel would become gigabytes large."""
+    enlarges_shorter_side = config.resize_mode in ("keep_ratio", "center_crop") and not config.resize_only_if_bigger
+    return max(config.max_pixels / config.image_size_px**2, 10.0) if enlarges_shorter_side else math.inf
+
+
+def _lasting_transforms(albumentations: Any) -> Any:
+    """Return the transforms that img2dataset's resizer uses, built once instead of once per image."""
+    names = ("SmallestMaxSize", "LongestMaxSize", "CenterCrop", "PadIfNeeded")
+
+    def lasting(build: Callable[..., Any]) -> Callable[..., Any]:
+        built: dict[str, Any] = {}
+
+        def find(**settings: Any) -> Any:
+            key = repr(sorted(settings.items()))
+            if key not in built:
+                with warnings.catch_warnings():
+                    # img2dataset uses a name of `border` that is on its way out.
+                    warnings.simplefilter("ignore")
+                    built[key] = build(**settings)
+            return built[key]
+
+        return find
+
+    return types.SimpleNamespace(**{name: lasting(getattr(albumentations, name)) for name in names})
 
 
 def _decode(buffer: npt.NDArray[np.uint8], flags: int) -> Any:

@@ -164,7 +164,11 @@ FAILURE_CODES: tuple[FailureCode, ...] = (
         meaning="the file is not the one that download.hash_column names",
         remedy="the files have changed since the list was made, or download.hash_algorithm is another one",
     ),
-    FailureCode(code="too_many_pixels", meaning="more than download.max_pixels", remedy="raise download.max_pixels"),
+    FailureCode(
+        code="too_many_pixels",
+        meaning="more than download.max_pixels, as served or after resizing",
+        remedy="raise download.max_pixels",
+    ),
     FailureCode(
         code="decode",
         meaning="not a complete image of a known format: a page, an SVG, a damaged file",

@@ -86,6 +86,15 @@ def _embedded_in(ip: _Address) -> list[ipaddress.IPv4Address]:
     return [inner for inner in found if inner is not None]
 
 
+def _ends_as_it_should(data: bytes) -> bool:
+    """Tell whether the last scan of a JPEG file is followed by the end-of-image marker; False: it has to be decoded.
+
+    Within a scan neither marker can occur, so that a file that was cut anywhere in its picture has none behind its last
+    start-of-scan. Pictures after the main one (previews, gain maps) may be cut: only a decoder can tell.
+    """
+    return data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda") > 0
+
+
 @dataclass(frozen=True)
 class Redirect:
     """Where a server sends the fetch instead of answering."""
@@ -173,6 +182,8 @@ def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
             if width * height > max_pixels:
                 raise FetchError("too_many_pixels", f"{width}x{height}")
             if image.format == "JPEG":
+                if _ends_as_it_should(data):
+                    return width, height
                 # The scaled decode reads the whole file at a fraction of the cost.
                 image.draft("RGB", (1, 1))
             image.load()

@@ -6,6 +6,7 @@ wrote is not trusted: the tar, the table and the statistics must agree, sample b
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 FACTS = ("width", "height", "original_width", "original_height", "sha256")
 _REPORT_EVERY_S = 0.5
-_NOT_DECODED = "Image decoding error"  # in img2dataset's words
+# What img2dataset's resizer says -> our reason code; anything else is about resizing and encoding.
+_RESIZER_REASONS = {"Image decoding error": "decode", "aspect ratio too large": "too_many_pixels"}
 
 Resize = Callable[..., Any]
 
@@ -111,7 +113,7 @@ def run_unit(
     fetch = _fetch_function(fetcher, urls.num_rows, report)
     run = rebound(downloader.Downloader.download_shard, download_image_with_retry=fetch, traceback=tracing, **quiet)
     work = downloader.Downloader(
-        sample_writer_class=writer.WebDatasetSampleWriter,
+        sample_writer_class=_plain_writer(writer),
         resizer=resize,
         thread_count=num_threads,
         save_caption=True,
@@ -134,6 +136,13 @@ def run_unit(
     for unit in read_shards(whole):
         run(work, unit)
     return _verified(scratch, urls)
+
+
+def _plain_writer(module: Any) -> Any:
+    """Return img2dataset's writer, without the fractions of seconds whose extra headers double the size of the work."""
+    base = module.WebDatasetSampleWriter
+    webdataset = types.SimpleNamespace(TarWriter=functools.partial(module.wds.TarWriter, mtime=0))
+    return type(base.__name__, (base,), {"__init__": rebound(base.__init__, wds=webdataset)})
 
 
 def _fetch_function(fetcher: RowFetcher, total: int, report: Callable[[Progress], None]) -> Callable[..., Any]:
@@ -202,4 +211,4 @@ def _row(row: Mapping[str, Any], sample: Sample | None) -> UnitRow:
         return UnitRow(None, sample.image, {name: row[name] for name in FACTS})
     if row["status"] == "failed_to_download":
         return UnitRow(row["error_message"], None, {})
-    return UnitRow("decode" if row["error_message"] == _NOT_DECODED else "resize", None, {})
+    return UnitRow(_RESIZER_REASONS.get(row["error_message"], "resize"), None, {})

@@ -60,6 +60,8 @@ def special_file(name: str) -> bytes:
     if name == "bomb":
         side = 20_000  # complete and valid: 220 kB that decode to 400 MB or more
         return png(side, side, (b"\0" + bytes(side // 8)) * side, bit_depth=1, colour_type=0)
+    if name == "strip":
+        return encoded(Image.new("RGB", (20_000, 1)), "PNG")
     if name == "svg":
         return b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9" height="9"/></svg>'
     if name == "html":

@@ -25,6 +25,7 @@ from stages.manifest import Manifest
 from stages.shapes import ShapesConfig
 from stages.source import Source, SourceConfig
 from tests.stages.download_data import rows_of, run, samples_of, source_of, table_of
+from tests.stages.hostile_server import encoded, serve
 
 NUM_ROWS = 60
 FAST = {"backoff_s": 0.0, "timeout_s": 5.0, "num_threads": 8}
@@ -111,6 +112,7 @@ def test_served_bytes_can_be_kept(tmp_path: Path, pictures: ShapesConfig) -> Non
     [
         ({"resize_mode": "center_crop", "image_size_px": 32}, 32),
         ({"resize_mode": "keep_ratio", "image_size_px": 100, "resize_only_if_bigger": False}, 100),
+        ({"resize_mode": "border", "image_size_px": 32}, 32),
         ({"resize_mode": "no"}, 64),
     ],
 )
@@ -119,12 +121,6 @@ def test_sizes(tmp_path: Path, config: dict[str, Any], side: int) -> None:
     manifest = download_shapes(tmp_path, pictures, **config)
     assert manifest.num_kept > 0
     assert {pixels_of(sample.image).shape for sample in samples_of(manifest)} == {(side, side, 3)}
-
-
-def encoded(image: Image.Image, image_format: str, **options: Any) -> bytes:
-    sink = io.BytesIO()
-    image.save(sink, image_format, **options)
-    return sink.getvalue()
 
 
 @pytest.mark.parametrize("stored", [("jpg", 95), ("png", 1)])
@@ -148,6 +144,33 @@ def test_unusual_images_keep_their_look(img2dataset: Any, stored: tuple[str, int
     glass = Image.fromarray(np.full((20, 20, 4), (255, 0, 0, 0), np.uint8))
     image, *_ = resize(io.BytesIO(encoded(glass, "PNG")))
     assert pixels_of(image).min() >= 250, "transparent is white"
+
+
+@pytest.mark.parametrize("mode", ["keep_ratio", "center_crop", "border", "keep_ratio_largest", "no"])
+@pytest.mark.parametrize("only_if_bigger", [True, False])
+def test_a_strip_is_not_blown_up(img2dataset: Any, mode: Any, only_if_bigger: bool) -> None:
+    """One pixel high and 20,000 wide: with its height brought to 256, it would take four gigabytes."""
+    config = DownloadConfig(resize_mode=mode, resize_only_if_bigger=only_if_bigger)
+    strip = encoded(Image.new("RGB", (20_000, 1)), "PNG")
+    image, width, height, *_, error = _resizer(img2dataset[2], config)(io.BytesIO(strip))
+    if mode in ("keep_ratio", "center_crop") and not only_if_bigger:
+        assert (image, error) == (None, "aspect ratio too large")
+    else:
+        assert error is None and width * height <= 20_000 * 256
+        assert pixels_of(image).shape == (height, width, 3)
+
+
+def test_what_cannot_be_stored_has_a_reason(tmp_path: Path) -> None:
+    """WebP holds no more than 16,383 pixels in a row; an image refused by its sides is one of too many pixels."""
+    with serve() as server:
+        source = source_of(tmp_path, rows_of([f"{server.url}/special/strip.png", f"{server.url}/image"]))
+        for settings, reason in (
+            ({"resize_mode": "no", "image_format": "webp"}, "resize"),
+            ({"resize_only_if_bigger": False}, "too_many_pixels"),
+        ):
+            config = DownloadConfig(**FAST, allowed_networks=("127.0.0.0/8",), **settings)
+            manifest = run(Download(config, root=str(tmp_path)), {"source": source})
+            assert [row["reason"] for row in table_of(manifest)] == [reason, None]
 
 
 def test_a_repeated_shard_is_the_same_and_progress_is_reported(tmp_path: Path, pictures: ShapesConfig) -> None:

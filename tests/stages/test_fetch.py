@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import email.utils
+import io
 import socket
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from stages.failure_codes import FetchError, is_transient
 from stages.fetch import FetchLimits, check_image, seconds_to_wait
@@ -199,6 +201,29 @@ def test_complete_images_pass_and_cut_ones_do_not(image_format: str) -> None:
     assert check_image(data, 10_000) == (60, 60)
     with pytest.raises(FetchError, match="decode"):
         check_image(data[: len(data) // 2], 10_000)
+
+
+def jpeg_with_preview() -> bytes:
+    """A camera's file: its preview has markers of its own."""
+    preview = encoded(noise(16), "JPEG")
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x927C] = preview
+    data = encoded(noise(60), "JPEG", exif=exif, progressive=True)
+    assert data.count(b"\xff\xda") > 2 and data.find(preview) > 0
+    return data
+
+
+@pytest.mark.parametrize("kind", ["baseline", "progressive", "preview"])
+def test_a_cut_jpeg_is_told_as_the_decoder_tells_it(kind: str) -> None:
+    """Most files are told whole by their markers; the decoder of the whole file has to agree, wherever the cut is."""
+    data = jpeg_with_preview() if kind == "preview" else encoded(noise(60), "JPEG", progressive=kind == "progressive")
+    assert check_image(data, 10_000) == check_image(data + b"\0" * 7, 10_000) == (60, 60)
+    for end in (*range(0, len(data), 37), len(data) - 3):
+        cut = data[:end]
+        with pytest.raises(FetchError, match="decode"):
+            check_image(cut, 10_000)
+        with pytest.raises((OSError, SyntaxError)), Image.open(io.BytesIO(cut)) as image:
+            image.load()
 
 
 @pytest.mark.parametrize(
