@@ -24,7 +24,7 @@ from stages.keepers import Pairs, Rows, keepers_of
 Embeddings = npt.NDArray[np.float16]
 
 EXACT_ROWS = 20_000
-ROWS_PER_BLOCK = 4096
+ROWS_PER_BLOCK = 8192
 _ROWS_PER_CELL = 1000
 _MAX_CELLS = 4096
 _NEAREST_CELLS = 4
@@ -72,15 +72,19 @@ class CosineRelation:
         self._members: list[Rows] = []
 
     def among(self, rows: Rows) -> Pairs:
-        """Compare all pairs, in stripes."""
+        """Compare cell by cell, in stripes, with the later rows of linked cells."""
         x, cells = _unit(self._embeddings[rows]), self._cells[rows]
         earlier, later = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for start in range(0, len(rows), _ROWS_PER_STRIPE):
-            cosines = x[start : start + _ROWS_PER_STRIPE] @ x[start:].T
-            i, j = np.divmod(np.flatnonzero(cosines >= self._min_cosine), cosines.shape[1])
-            near = (i < j) & self._linked[cells[start + i], cells[start + j]]
-            earlier.append(rows[start + i[near]])
-            later.append(rows[start + j[near]])
+        for cell in np.unique(cells):
+            own, others = np.flatnonzero(cells == cell), np.flatnonzero(self._linked[cell, cells])
+            of_others = x[others].T
+            for start in range(0, len(own), _ROWS_PER_STRIPE):
+                stripe = own[start : start + _ROWS_PER_STRIPE]
+                cosines = x[stripe] @ of_others
+                i, j = np.divmod(np.flatnonzero(cosines >= self._min_cosine), len(others))
+                a, b = stripe[i], others[j]
+                earlier.append(rows[a[a < b]])
+                later.append(rows[b[a < b]])
         return np.concatenate(earlier), np.concatenate(later)
 
     def narrow(self, rows: Rows) -> None:
