@@ -18,6 +18,7 @@ POINTS = {
 }
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("point", POINTS)
 @pytest.mark.parametrize("stage", DATA_STAGES)
 def test_killed_while(finished: Run, stage: str, point: str) -> None:
