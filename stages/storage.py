@@ -426,6 +426,10 @@ def _remedy(error: Exception, uri: str) -> str:
     number = getattr(error, "errno", None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"no space left on the device ({error}); free some space or move `root`, then run again"
+    if number == errno.EFBIG:
+        return (
+            f"a limit on the size of files is reached ({error}); raise it (`ulimit -f`) or move `root`, then run again"
+        )
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         hint = "check the permissions" if is_local(uri) else "check the credentials and the bucket policy"
         return f"permission denied ({error}); {hint}"

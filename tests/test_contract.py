@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from stages import storage
+from stages.audit import results_of, verify
 from stages.base import Stage, identity_of
 from stages.config import Config, load_config
 from stages.executor import LocalExecutor
-from stages.graph import STAGE_NAMES, build_stages, fingerprints, inspect_all
+from stages.garbage import CHECKPOINT, find_garbage
+from stages.graph import STAGE_NAMES, STAGES, build_stages, fingerprints, inspect_all
 from stages.manifest import Manifest, ShardRecord
 from stages.runner import output_uri, run_stage
 from tests.conftest import free_port
@@ -125,6 +127,18 @@ def test_written_manifest_is_read_back(finished: Finished, name: str) -> None:
 def test_all_is_done(finished: Finished) -> None:
     states = inspect_all(finished.stages, fingerprints(finished.stages))
     assert {state.status for state in states.values()} == {"done"}
+
+
+def test_the_store_is_what_its_manifests_say(finished: Finished) -> None:
+    names, kinds = fingerprints(finished.stages), {kind.name: kind for kind in STAGES}
+    verified = verify(finished.config.root, results_of(names, finished.config.root), kinds)
+    assert verified.findings == [] and verified.num_results == len(STAGE_NAMES)
+
+
+def test_only_checkpoints_of_finished_trainings_are_garbage(finished: Finished) -> None:
+    names = fingerprints(finished.stages)
+    garbage = find_garbage(finished.config.root, [finished.stages], [names], older_than_days=0.0, stale=True)
+    assert garbage and {item.reason for item in garbage} == {CHECKPOINT}
 
 
 def test_a_copied_store_is_as_good(finished: Finished, tmp_path: Path) -> None:

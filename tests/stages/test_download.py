@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import hashlib
 import io
@@ -343,7 +344,7 @@ def test_nothing_is_served_for_ordinary_lists(tmp_path: Path) -> None:
 
 def test_an_empty_source_is_refused(tmp_path: Path) -> None:
     source = source_of(tmp_path, rows_of(["http://a/1"]))
-    empty = Manifest(**(vars(source) | {"records": ()}))
+    empty = dataclasses.replace(source, records=())
     with pytest.raises(InputError, match="source has no rows"):
         Download(DownloadConfig(), root=str(tmp_path)).plan({"source": empty})
 

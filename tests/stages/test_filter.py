@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import io
 import tempfile
@@ -443,7 +444,7 @@ def test_damage_is_not_skipped(store: Store) -> None:
     other = store.download([[row(0), row(1), row(2)]]).records[0].files["table"]
     (shard,) = stage.plan({"download": manifest})
     record = stage.process(shard, f"{store.root}/filter/shards")
-    mixed = ShardRecord(**(vars(record) | {"inputs": {**record.inputs, "table": other}}))
+    mixed = dataclasses.replace(record, inputs={**record.inputs, "table": other})
     with pytest.raises(ShardError, match="different samples"):
         stage.finish([mixed], f"{store.root}/filter/x", {})
 
