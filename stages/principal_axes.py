@@ -128,7 +128,7 @@ def project(x: Array32, mean: Array64, axes: Array64) -> tuple[Array32, Array64]
 
 
 def _squared_lengths(x: Array32) -> Array64:
-    return np.einsum("ij,ij->i", x, x, dtype=np.float64)
+    return np.asarray(np.einsum("ij,ij->i", x, x, dtype=np.float64))
 
 
 def spectrum_metrics(solution: Solution, k: int) -> dict[str, Any]:
