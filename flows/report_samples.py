@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from html import escape
+from typing import Any
+
+import numpy as np
 
 from flows.charts import Series, histogram, line_chart
 from flows.report_data import Probe, bins, clip_scores, distributions, probe_clip, spectrum
@@ -115,18 +118,42 @@ def _probe_chart(probe: Probe) -> str:
 
 def _spectrum_chart(pca: Manifest) -> str:
     shares = spectrum(pca)
+    metrics = pca.metrics
+    k = int(metrics.get("num_components", len(shares)))
+    rule = (float(k), f"k = {k}")
     points = [(i + 1.0, float(share)) for i, share in enumerate(shares) if share > 1e-9]
-    k = int(pca.metrics.get("num_components", len(shares)))
     chart = line_chart(
         [Series(name="share of variance", points=points)],
         label="Spectrum of the principal components",
-        x_label="component",
+        x_label="component: share of the variance",
         log_y=len(points) > 1,
-        rule=(float(k), f"k = {k}"),
+        rule=rule,
         width=NARROW_PX,
     )
-    facts = [f"Share of the image embeddings' variance of each of the {len(shares)} components; {k} are kept"]
+    total = line_chart(
+        [Series(name="variance explained", points=[(i + 1.0, float(x)) for i, x in enumerate(np.cumsum(shares))])],
+        label="Cumulative explained variance",
+        x_label="components: share of the variance, together",
+        rule=rule,
+        width=NARROW_PX,
+    )
+    dim = int(metrics.get("embedding_dim", len(shares)))
+    known = f"{dim}" if dim == len(shares) else f"first {len(shares)} of {dim}"
+    facts = [f"Share of the image embeddings' variance of each of the {known} components; {k} are kept"]
     facts.append(f"with {float(shares[:k].sum()):.1%} of the variance")
-    if "effective_rank" in pca.metrics:
-        facts.append(f"effective rank {float(pca.metrics['effective_rank']):.1f}")
-    return chart + soft(", ".join(facts) + ".")
+    if metrics.get("effective_rank") is not None:
+        facts.append(f"effective rank {float(metrics['effective_rank']):.1f}")
+    return chart + total + soft(", ".join(facts) + "." + _errors(metrics))
+
+
+def _errors(metrics: Mapping[str, Any]) -> str:
+    """Say what keeping k components and rounding them to buckets costs, in mean squared distance."""
+    if "quantisation_mse" not in metrics:
+        return ""
+    lost, rounded = float(metrics["reconstruction_mse"]), float(metrics["quantisation_mse"])
+    text = f" Mean squared error: {lost:.3g} from the components left out"
+    if "reconstruction_mse_measured" in metrics:
+        samples = f"{int(metrics['num_edge_samples']):,} samples"
+        text += f" (measured on {samples}: {float(metrics['reconstruction_mse_measured']):.3g})"
+    share = (lost + rounded) / float(metrics["total_variance"])
+    return f"{text}, {rounded:.3g} from rounding to buckets; together {share:.2%} of the variance."

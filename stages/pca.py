@@ -198,7 +198,9 @@ class Pca(Stage[PcaConfig]):
 
         def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32, Array64]:
             shard, chosen = pair
-            table = self._selected(shard.inputs, ["image_embedding", "text_embedding"]).take(pa.array(chosen))
+            table = self._selected(shard.inputs, ["image_embedding", "text_embedding"])
+            if len(chosen) < table.num_rows:
+                table = table.take(pa.array(chosen))
             image, text = (embeddings_of(table, name) for name in ("image_embedding", "text_embedding"))
             components, lost = project(image, mean, axes)
             return components, (image * text).sum(axis=1), lost

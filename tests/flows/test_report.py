@@ -120,6 +120,30 @@ def test_the_whole_report(manifests: Mapping[str, Manifest], config: Config) -> 
         assert part in page.text
 
 
+def test_principal_components_whose_spectrum_is_known_in_part(
+    manifests: Mapping[str, Manifest], config: Config
+) -> None:
+    metrics = {
+        "embedding_dim": 8192,
+        "num_components": 2,
+        "effective_rank": None,
+        "spectrum": [0.5, 0.25],
+        "total_variance": 0.4,
+        "reconstruction_mse": 0.1,
+        "reconstruction_mse_measured": 0.11,
+        "quantisation_mse": 0.02,
+        "num_edge_samples": 1000,
+    }
+    text = Page(render({"pca": dataclasses.replace(manifests["pca"], metrics=metrics)}, config)).text
+    for part in (
+        "each of the first 2 of 8192 components; 2 are kept, with 75.0% of the variance.",
+        "Mean squared error: 0.1 from the components left out (measured on 1,000 samples: 0.11), 0.02 from rounding",
+        "together 30.00% of the variance",
+    ):
+        assert part in text
+    assert "effective rank" not in text
+
+
 def test_every_prefix_of_a_run_has_a_report(manifests: Mapping[str, Manifest], config: Config) -> None:
     names = list(manifests)
     for count in range(len(names)):

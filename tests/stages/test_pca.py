@@ -98,7 +98,7 @@ def test_it_is_numpys_pca_of_the_selected_samples(root: str) -> None:
     rebuilt = components @ pca["axes"] + wide.mean(0)
     assert manifest.metrics["reconstruction_mse"] == pytest.approx(((wide - rebuilt) ** 2).sum(1).mean(), rel=1e-4)
     assert manifest.metrics["reconstruction_mse_measured"] == pytest.approx(
-        manifest.metrics["reconstruction_mse"], rel=1e-9
+        manifest.metrics["reconstruction_mse"], rel=1e-4
     )
     assert manifest.metrics["num_samples"] == manifest.num_kept == len(x)
     assert manifest.metrics["num_components"] == 4
@@ -215,8 +215,8 @@ def test_blocks_do_not_show(num: int, block: int) -> None:
     np.testing.assert_allclose(sums.total, wide.sum(axis=0), rtol=0, atol=1e-12)
     np.testing.assert_allclose(sums.outer, wide.T @ wide, rtol=0, atol=1e-12)
     np.testing.assert_array_equal(sums.outer, sums.outer.T)
-    np.testing.assert_array_equal(components, (wide - 0.1)[:, :4].astype(np.float32))
-    np.testing.assert_allclose(lost, ((wide - 0.1)[:, 4:] ** 2).sum(axis=1), rtol=1e-12)
+    np.testing.assert_allclose(components, (wide - 0.1)[:, :4], rtol=0, atol=1e-7)
+    np.testing.assert_allclose(lost, ((wide - 0.1)[:, 4:] ** 2).sum(axis=1), rtol=0, atol=1e-6)
 
 
 def test_the_spectrum_is_described() -> None:
