@@ -48,7 +48,7 @@ REASONS = (
 )
 KEPT = -1
 _CODES = {reason: code for code, reason in enumerate(REASONS)}
-_SPACES = "".join(chr(code) for code in range(0x110000) if chr(code).isspace())
+_SPACES = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # none lies beyond
 _LETTER = r"[\p{L}\p{M}]"  # with the marks that vowels of many scripts are written with
 _SPACE = r"[\s\p{Z}]"
 _LANGUAGE = re.compile(r"[a-z]{2,3}")
