@@ -10,10 +10,11 @@ on them the reconstruction error that the spectrum predicts. The mathematics is 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,10 @@ from stages.principal_axes import Solution, Sums, project, solve, spectrum_metri
 from stages.samples import embeddings_of, table_from_bytes
 
 _IO_THREADS = 8
+_BLOCK_ROWS = 4096  # components that are quantised together, so that they stay in cache
 
+T = TypeVar("T")
+R = TypeVar("R")
 Array64 = npt.NDArray[np.float64]
 Array32 = npt.NDArray[np.float32]
 Edges = Literal["quantile", "uniform"]
@@ -196,18 +200,26 @@ class Pca(Stage[PcaConfig]):
         """
         rows = spread_rows([num_samples for _, num_samples in planned], self.config.num_edge_samples)
 
-        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32, Array64]:
+        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32]:
             shard, chosen = pair
             table = self._selected(shard.inputs, ["image_embedding", "text_embedding"])
             if len(chosen) < table.num_rows:
                 table = table.take(pa.array(chosen))
             image, text = (embeddings_of(table, name) for name in ("image_embedding", "text_embedding"))
-            components, lost = project(image, mean, axes)
-            return components, (image * text).sum(axis=1), lost
+            return image, np.einsum("ij,ij->i", image, text)
 
         wanted = [(shard, chosen) for (shard, _), chosen in zip(planned, rows, strict=True) if len(chosen)]
-        components, dots, lost = zip(*_map_ahead(read, wanted), strict=True)
-        return np.concatenate(components), np.concatenate(dots), np.concatenate(lost)
+        num = sum(len(chosen) for _, chosen in wanted)
+        components = np.empty((num, len(axes)), np.float32)
+        dots, lost = np.empty(num, np.float32), np.empty(num)
+        end = 0
+        # Threads read; products are computed here, one after the other, each by all of BLAS's threads.
+        for image, image_dots in _map_ahead(read, wanted):
+            part = slice(end, end + len(image))
+            components[part], lost[part] = project(image, mean, axes)
+            dots[part] = image_dots
+            end = part.stop
+        return components, dots, lost
 
 
 def num_wanted(dim: int, config: PcaConfig) -> int | None:
@@ -285,18 +297,25 @@ def quantisation_errors(components: Array32, edges: Array32, kind: Edges) -> Arr
     """
     errors = np.zeros(len(components), np.float32)
     last = edges.shape[1] - 2
-    for column, own in zip(components.T, edges, strict=True):
-        width = (own[-1] - own[0]) / (last + 1)
-        if kind == "uniform" and width > 0:
-            middles = own[0] + (np.clip(np.floor((column - own[0]) / width), 0, last) + np.float32(0.5)) * width
-        else:
-            middles = ((own[:-1] + own[1:]) / 2)[np.searchsorted(own[1:-1], column, side="right")]
-        errors += (column - middles) ** 2
+    for start in range(0, len(components), _BLOCK_ROWS):
+        rows = slice(start, start + _BLOCK_ROWS)
+        for column, own in zip(np.ascontiguousarray(components[rows].T), edges, strict=True):
+            width = (own[-1] - own[0]) / (last + 1)
+            if kind == "uniform" and width > 0:
+                middles = own[0] + (np.clip(np.floor((column - own[0]) / width), 0, last) + np.float32(0.5)) * width
+            else:
+                middles = ((own[:-1] + own[1:]) / 2)[np.searchsorted(own[1:-1], column, side="right")]
+            errors[rows] += (column - middles) ** 2
     return errors
 
 
-def _map_ahead(function: Any, items: Sequence[Any]) -> Iterator[Any]:
+def _map_ahead(function: Callable[[T], R], items: Sequence[T]) -> Iterator[R]:
     """Map in order on threads, a few items ahead of the consumer, so that memory holds only those."""
     with ThreadPoolExecutor(_IO_THREADS) as pool:
-        for start in range(0, len(items), _IO_THREADS):
-            yield from pool.map(function, items[start : start + _IO_THREADS])
+        waiting: deque[Future[R]] = deque()
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > _IO_THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
