@@ -30,6 +30,7 @@ from PIL import Image
 
 from stages.connections import Connection, Connections, Origin, remaining
 from stages.failure_codes import FetchError
+from stages.pixel_budget import PixelBudget
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -84,6 +85,13 @@ def _embedded_in(ip: _Address) -> list[ipaddress.IPv4Address]:
     if ip in _NAT64:
         found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
     return [inner for inner in found if inner is not None]
+
+
+def _decode(data: bytes) -> None:
+    with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
+        # Of a JPEG, the scaled decode reads the whole file at a fraction of the cost.
+        image.draft("RGB", (1, 1))
+        image.load()
 
 
 def _ends_as_it_should(data: bytes) -> bool:
@@ -167,8 +175,13 @@ def fetch(url: str | None, limits: FetchLimits, connections: Connections, deadli
     raise AssertionError("a fresh connection is never stale")
 
 
-def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
+def check_image(data: bytes, max_pixels: int, budget: PixelBudget | None = None) -> tuple[int, int]:
     """Check the size in the header of an image file, then that the file is complete.
+
+    Args:
+        data: the file.
+        max_pixels: largest width x height.
+        budget: of all threads that decode.
 
     Returns:
         width, height in pixels.
@@ -179,15 +192,13 @@ def check_image(data: bytes, max_pixels: int) -> tuple[int, int]:
     try:
         with Image.open(io.BytesIO(data), formats=_IMAGE_FORMATS) as image:
             width, height = image.size
-            if width * height > max_pixels:
-                raise FetchError("too_many_pixels", f"{width}x{height}")
-            if image.format == "JPEG":
-                if _ends_as_it_should(data):
-                    return width, height
-                # The scaled decode reads the whole file at a fraction of the cost.
-                image.draft("RGB", (1, 1))
-            image.load()
-            return width, height
+            is_jpeg = image.format == "JPEG"
+        if width * height > max_pixels:
+            raise FetchError("too_many_pixels", f"{width}x{height}")
+        if not (is_jpeg and _ends_as_it_should(data)):
+            with budget.spend(width * height) if budget else contextlib.nullcontext():
+                _decode(data)
+        return width, height
     except FetchError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

@@ -94,7 +94,7 @@ def run_unit(
     Args:
         urls: table of ``url`` and ``caption``.
         fetcher: of the same rows.
-        resize: called with the stream of a file as img2dataset calls its ``Resizer``.
+        resize: called with the stream of a file as img2dataset calls its ``Resizer``, from several threads.
         image_format: of the stored images.
         num_threads: that fetch.
         scratch: an empty folder.
@@ -110,11 +110,11 @@ def run_unit(
     quiet = {"print": _log_instead_of_print}
     tracing = types.SimpleNamespace(print_exc=lambda: logger.debug("img2dataset", exc_info=True))
     read_shards = rebound(reader.Reader.__iter__, **quiet)
-    fetch = _fetch_function(fetcher, urls.num_rows, report)
+    fetch = _fetch_function(fetcher, resize, urls.num_rows, report)
     run = rebound(downloader.Downloader.download_shard, download_image_with_retry=fetch, traceback=tracing, **quiet)
     work = downloader.Downloader(
         sample_writer_class=_plain_writer(writer),
-        resizer=resize,
+        resizer=lambda file, _boxes=None: file.resized,
         thread_count=num_threads,
         save_caption=True,
         extract_exif=False,
@@ -145,11 +145,20 @@ def _plain_writer(module: Any) -> Any:
     return type(base.__name__, (base,), {"__init__": rebound(base.__init__, wds=webdataset)})
 
 
-def _fetch_function(fetcher: RowFetcher, total: int, report: Callable[[Progress], None]) -> Callable[..., Any]:
-    """Build the replacement of img2dataset's fetch function, which also reports progress.
+class _ResizedFile(io.BytesIO):
+    """A file as it was served, with what img2dataset's resizer made of it."""
+
+    resized: Any
+
+
+def _fetch_function(
+    fetcher: RowFetcher, resize: Resize, total: int, report: Callable[[Progress], None]
+) -> Callable[..., Any]:
+    """Build the replacement of img2dataset's fetch function, which also resizes and reports progress.
 
     img2dataset calls it once per row and takes the rows in whatever order they come back, so a call is a turn: it
-    returns the next row that is finished, whichever that is.
+    returns the next row that is finished, whichever that is. By itself img2dataset resizes in the one thread that
+    writes, which then is what everything waits for.
     """
     lock = threading.Lock()
     done, reported_at = 0, time.monotonic()
@@ -157,13 +166,17 @@ def _fetch_function(fetcher: RowFetcher, total: int, report: Callable[[Progress]
     def fetch(_row: tuple[int, str | None], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
         nonlocal done, reported_at
         fetched = fetcher.next_row()
+        file = None
+        if fetched.data is not None:
+            file = _ResizedFile(fetched.data)
+            with fetcher.budget.spend(fetched.num_pixels):
+                file.resized = resize(file)
         with lock:
             done += 1
             if time.monotonic() - reported_at > _REPORT_EVERY_S or done == total:
                 reported_at = time.monotonic()
                 report(Progress(done=done, total=total, unit="images"))
-        stream = None if fetched.data is None else io.BytesIO(fetched.data)
-        return fetched.row, stream, fetched.reason
+        return fetched.row, file, fetched.reason
 
     return fetch
 

@@ -18,10 +18,13 @@ from stages import robots
 from stages.connections import Connections
 from stages.failure_codes import FetchError
 from stages.fetch import FetchLimits, Redirect, check_image, fetch
+from stages.pixel_budget import PixelBudget
 from stages.politeness import Courtesy, Ended, HostQueues, Request
 from stages.resolver import Resolver
 
 logger = logging.getLogger(__name__)
+
+_PIXELS_AT_ONCE = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ class FetchedRow:
         row: its position.
         data: the file as it was served, or None.
         reason: why there is none, or None.
+        num_pixels: width x height of the image.
     """
 
     row: int
     data: bytes | None = None
     reason: str | None = None
+    num_pixels: int = 0
 
 
 class RowFetcher:
@@ -72,6 +77,9 @@ class RowFetcher:
         courtesy: what the hosts are spared.
         hashes: of the files, if they are known.
         resolver: resolves the names; by default the system's.
+
+    Attributes:
+        budget: of all threads that decode images of the unit.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class RowFetcher:
         hashes: ExpectedHashes | None = None,
         resolver: Resolver | None = None,
     ) -> None:
+        self.budget = PixelBudget(_PIXELS_AT_ONCE)
         self._limits = limits
         self._rules_limits = dataclasses.replace(limits, max_bytes=robots.MAX_BYTES, opt_out_directives=())
         self._hashes = hashes
@@ -157,8 +166,8 @@ class RowFetcher:
         try:
             if self._hashes is not None:
                 self._hashes.check(request.row, data)
-            check_image(data, self._limits.max_pixels)
+            width, height = check_image(data, self._limits.max_pixels, self.budget)
         except FetchError as error:
             logger.debug("%s: %s", request.url, error)
             return FetchedRow(request.row, reason=error.reason)
-        return FetchedRow(request.row, data)
+        return FetchedRow(request.row, data, num_pixels=width * height)

@@ -60,6 +60,9 @@ def special_file(name: str) -> bytes:
     if name == "bomb":
         side = 20_000  # complete and valid: 220 kB that decode to 400 MB or more
         return png(side, side, (b"\0" + bytes(side // 8)) * side, bit_depth=1, colour_type=0)
+    if name == "glass":
+        side = 6_000  # transparent, 36 million pixels: allowed, and large in memory
+        return png(side, side, (b"\0" + bytes(4 * side)) * side, colour_type=6)
     if name == "strip":
         return encoded(Image.new("RGB", (20_000, 1)), "PNG")
     if name == "svg":

@@ -174,6 +174,16 @@ def test_what_cannot_be_stored_has_a_reason(tmp_path: Path) -> None:
             assert [row["reason"] for row in table_of(manifest)] == [reason, None]
 
 
+def test_transparency_is_laid_on_white_as_img2dataset_does(img2dataset: Any) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (600, 700, 4), dtype=np.uint8)
+    file = encoded(Image.fromarray(pixels), "PNG")
+    config = DownloadConfig(resize_mode="no", image_format="png", image_quality=1)
+    ours, *_ = _resizer(img2dataset[2], config)(io.BytesIO(file))
+    bare = img2dataset[2].Resizer(256, "no", False, encode_format="png", encode_quality=1)
+    theirs, *_ = bare(io.BytesIO(file))
+    assert (pixels_of(ours) == pixels_of(theirs)).all()
+
+
 def test_a_repeated_shard_is_the_same_and_progress_is_reported(tmp_path: Path, pictures: ShapesConfig) -> None:
     manifest = download_shapes(tmp_path, pictures)
     source = Source(SourceConfig(kind="shapes", rows_per_shard=40, shapes=pictures), root=str(tmp_path))
