@@ -10,6 +10,7 @@ row order, with keys derived from the rows, and published. Why a row has no imag
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import math
 import tempfile
@@ -28,6 +29,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+from PIL import Image
 
 from stages import shapes
 from stages.base import Resources, Result, Shard, Stage, setting
@@ -423,8 +425,26 @@ def _lasting_transforms(albumentations: Any) -> Any:
 def _decode(buffer: npt.NDArray[np.uint8], flags: int) -> Any:
     """Decode for img2dataset, which by itself ignores the rotation that cameras note in JPEG files."""
     is_jpeg = buffer[:2].tobytes() == b"\xff\xd8"
+    if buffer[:8].tobytes() == b"\x89PNG\r\n\x1a\n" and buffer[24:26].tobytes() == b"\x08\x06":
+        return _transparent_png_on_white(buffer)
     image = _decode_as_stored(buffer, cv2.IMREAD_ANYCOLOR if is_jpeg else flags)
     return _on_white(image) if image is not None and image.ndim == 3 and image.shape[2] == 4 else image
+
+
+def _transparent_png_on_white(buffer: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Decode a PNG of 8-bit RGBA, laid on white; OpenCV takes twice the memory for it.
+
+    Returns:
+        uint8 ``(H, W, 3)``, BGR.
+    """
+    with Image.open(io.BytesIO(buffer.tobytes())) as image:
+        width, height = image.size
+        laid = np.empty((height, width, 3), np.uint8)
+        step = max(1, _ROWS_AT_ONCE_PX // width)
+        for top in range(0, height, step):
+            rows = np.asarray(image.crop((0, top, width, min(top + step, height))))[..., [2, 1, 0, 3]]
+            laid[top : top + step] = _on_white(np.ascontiguousarray(rows))
+    return laid
 
 
 def _on_white(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import threading
 from collections.abc import Iterator
 
@@ -26,9 +27,20 @@ class PixelBudget:
         with self._changed:
             self._changed.wait_for(lambda: self._free >= share)
             self._free -= share
+        is_large = num_pixels > self._total // 4
+        if is_large:
+            _give_back_memory()
         try:
             yield
         finally:
+            if is_large:
+                _give_back_memory()
             with self._changed:
                 self._free += share
                 self._changed.notify_all()
+
+
+def _give_back_memory() -> None:
+    """Return freed memory to the system: by itself every thread's heap keeps that of the largest image it decoded."""
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)

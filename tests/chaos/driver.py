@@ -27,10 +27,10 @@ import torch
 import unclip_models.clip  # noqa: F401
 from stages import storage
 from stages.config import Config, load_config
-from stages.download import _load_img2dataset
 from stages.errors import UnclipError
 from stages.executor import LocalExecutor
 from stages.graph import build_stages, fingerprints
+from stages.img2dataset_unit import load_img2dataset
 from stages.manifest import Manifest
 from stages.runner import run_stage
 
@@ -130,7 +130,7 @@ def in_child(config: Config, order: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     config = load_config(Path(sys.argv[1]))
-    _load_img2dataset()
+    load_img2dataset()
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(in_child(config, json.loads(line))), flush=True)
