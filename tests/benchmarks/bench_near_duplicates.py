@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import resource
 import time
 
 import numpy as np
 
 from stages.image_hash import NUM_TONES
 from stages.near_duplicates import Hashes, Tones, near_duplicates, plan_search
+from tests.resident import resident_mib
 
 
 def planted(num: int, fraction: float, max_bits: int, seed: int) -> tuple[Hashes, Tones, np.ndarray, np.ndarray]:
@@ -39,15 +39,10 @@ def planted(num: int, fraction: float, max_bits: int, seed: int) -> tuple[Hashes
     return hashes, tones, place[source], place[len(originals) :]
 
 
-def peak_mib() -> float:
-    """Return the most memory this process has held."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
 def measure(num: int, fraction: float, max_bits: int, seed: int) -> None:
     """Search once and print a row."""
     hashes, tones, originals, copies = planted(num, fraction, max_bits, seed)
-    before = peak_mib()
+    before = resident_mib("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
     keepers = near_duplicates(hashes, tones, max_bits=max_bits, max_levels=12)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
@@ -55,10 +50,11 @@ def measure(num: int, fraction: float, max_bits: int, seed: int) -> None:
     first, last = np.minimum(originals, copies), np.maximum(originals, copies)
     found = (keepers[last] >= 0) | (keepers[first] >= 0)
     plan = plan_search(num, max_bits)
+    above_mib = resident_mib("VmHWM") - before
     way = "all pairs" if plan.num_shared == 0 else f"{plan.num_tables} tables"
     print(
         f"radius {max_bits:2}  {way:10}  {wall:7.1f} s wall  {cpu:7.1f} s CPU  {found.sum()} of {len(found)} planted "
-        f"pairs  {(keepers >= 0).sum()} dropped  {peak_mib() - before:6.0f} MiB above the data",
+        f"pairs  {(keepers >= 0).sum()} dropped  {above_mib:6.0f} MiB above the data",
         flush=True,
     )
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -25,6 +24,7 @@ from stages import runner, storage
 from stages.base import Shard, Stage, setting
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import File, Manifest, ShardRecord
+from tests.resident import resident_mib
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +111,7 @@ class _StopsBeforeFinish(LocalExecutor):
 
 def resume(root: str, num_shards: int) -> dict[str, float]:
     """Decide what is left to do, as a new driver does."""
-    imports_mib = _peak_mib()
+    imports_mib = resident_mib("VmHWM")
     started_at, cpu_at = time.monotonic(), time.process_time()
     rows = Manifest.read(root, "rows", "f" * 16)
     assert rows is not None
@@ -129,7 +129,7 @@ def resume(root: str, num_shards: int) -> dict[str, float]:
         "total_s": total_s,
         "cpu_s": time.process_time() - cpu_at,
         "imports_mib": imports_mib,
-        "peak_mib": _peak_mib(),
+        "peak_mib": resident_mib("VmHWM"),
     }
 
 
@@ -148,16 +148,16 @@ def finish(root: str, num_shards: int) -> dict[str, float]:
     started_at = time.monotonic()
     runner.run_stage(stage, "e" * 16, {"rows": rows}, LocalExecutor(), ClusterConfig())
     run_s = time.monotonic() - started_at
-    return {"run_s": run_s, "peak_mib": _peak_mib()}
+    return {"run_s": run_s, "peak_mib": resident_mib("VmHWM")}
 
 
 def read(root: str, num_shards: int) -> dict[str, float]:
     """Read a finished manifest."""
-    before = _peak_mib()
+    before = resident_mib("VmHWM")
     started_at = time.monotonic()
     manifest = Manifest.read(root, "empty", "e" * 16)
     assert manifest is not None and len(manifest.records) == num_shards
-    return {"read_s": time.monotonic() - started_at, "imports_mib": before, "peak_mib": _peak_mib()}
+    return {"read_s": time.monotonic() - started_at, "imports_mib": before, "peak_mib": resident_mib("VmHWM")}
 
 
 def overhead(root: str, num_shards: int) -> dict[str, float]:
@@ -189,10 +189,6 @@ def _fsync_ms(folder: Path) -> float:
         os.fsync(descriptor)
     os.close(descriptor)
     return 1000 * (time.monotonic() - started_at) / count
-
-
-def _peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 PHASES = {f.__name__: f for f in (build, resume, without_segments, finish, read, overhead)}

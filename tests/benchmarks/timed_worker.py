@@ -11,7 +11,6 @@ import ctypes
 import gc
 import json
 import os
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.benchmarks.model_sizes import Task
+from tests.resident import resident_mib
 
 MIB = 2**20
 
@@ -97,7 +97,7 @@ def _measure(task: Task, build: Callable[[Task], Work], replies: TextIO) -> None
     work = build(task)
     _own_weights(work.model)
     _forget_peak(task.device)
-    built_mib = _resident_mib("VmRSS") - _weights_mib(work.model)
+    built_mib = resident_mib("VmRSS") - _weights_mib(work.model)
     call = _operation(task, work)
     with FlopCounterMode(display=False) as counter:
         first = call()
@@ -107,7 +107,7 @@ def _measure(task: Task, build: Callable[[Task], Work], replies: TextIO) -> None
     print(json.dumps({**_facts(task, work), "output": float(first.float().abs().mean()), "flop": flop}), file=replies)
     while sys.stdin.readline().strip():
         print(json.dumps(_seconds(call, num_calls, task.device)._asdict()), file=replies)
-    peak = torch.cuda.max_memory_allocated() / MIB if task.device == "cuda" else _resident_mib("VmHWM") - built_mib
+    peak = torch.cuda.max_memory_allocated() / MIB if task.device == "cuda" else resident_mib("VmHWM") - built_mib
     print(json.dumps({"peak_mib": peak}), file=replies)
 
 
@@ -191,13 +191,6 @@ def _forget_peak(device: str) -> None:
     else:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _resident_mib(name: str) -> float:
-    """Return VmRSS (now) or VmHWM (peak). ``ru_maxrss`` would begin with the peak of the process that started this."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert found is not None, name
-    return int(found[1]) / 1024
 
 
 def _facts(task: Task, work: Work) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import pickle
-import resource
 import sys
 import time
 from pathlib import Path
 
 from stages.download import Download
+from tests.resident import resident_mib
 from tests.stages.download_data import run
 
 
@@ -26,7 +26,7 @@ def main() -> None:
     answer = {
         "manifest": manifest.uri,
         "wall_s": time.monotonic() - started_at,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": resident_mib("VmHWM"),
     }
     print(json.dumps(answer))
 
