@@ -111,6 +111,7 @@ class MetricsWindow:
         self._grad_norms: list[float] = []
         self._terms: list[Mapping[str, Tensor]] = []
         self._waited_s = 0.0
+        self._saving_s = 0.0
         self._started_at = time.monotonic()
 
     def add(self, loss: float, grad_norm: float, applied: bool, terms: Mapping[str, Tensor], waited_s: float) -> None:
@@ -122,6 +123,10 @@ class MetricsWindow:
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
         self._terms.append(terms)
+
+    def add_saving(self, seconds: float) -> None:
+        """Take in what the steps lost to a checkpoint."""
+        self._saving_s += seconds
 
     def close(self, engine: Engine, learning_rate: float) -> dict[str, float]:
         """Average over the window and all ranks (collective), and start the next one."""
@@ -135,6 +140,7 @@ class MetricsWindow:
             "learning_rate": learning_rate,
             "samples_per_s": num_steps * self._global_batch_size / elapsed_s,
             "data_wait_fraction": totals[-1] / engine.world_size / elapsed_s,
+            "checkpoint_wait_fraction": self._saving_s / elapsed_s,
             "num_skipped_steps": float(self._num_skipped),
         }
         values = dict(zip(sums, totals[:-1], strict=True))

@@ -59,7 +59,9 @@ def settings(world_size: int, zero_stage: int) -> EngineSettings:
 def save_and_load(engine: Engine, folder: Path) -> None:
     """Save with all ranks, and take the state up again from the files."""
     folder.mkdir(exist_ok=True)
-    engine.save(folder)
+    snapshot = engine.snapshot()
+    if snapshot is not None:
+        snapshot.write(folder)
     engine.gather(None)
     load(engine, folder, engine.layout)
 
