@@ -10,6 +10,7 @@ the checkpoint it resumed from. What is shown while the training runs lies in it
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from stages import storage
 from stages.engine import Engine
+from stages.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -63,14 +67,20 @@ class MetricsLog:
             self.publish()
 
     def publish(self) -> None:
-        """Show the present state in the training's folder."""
+        """Show the present state in the training's folder; a store that fails is no reason to stop the training."""
+        try:
+            self._publish()
+        except (StorageError, OSError) as error:
+            logger.warning("the metrics cannot be shown at present: %s", error)
+        self._published_at = time.monotonic()
+
+    def _publish(self) -> None:
         storage.write_bytes(storage.join(self._folder, METRICS_NAME), self.content)
         if self._writer is not None:
             self._writer.flush()
         if self._scratch is not None:
             for path in sorted(Path(self._scratch.name).iterdir()):
                 storage.upload(path, storage.join(self._folder, TENSORBOARD_NAME, path.name))
-        self._published_at = time.monotonic()
 
     def close(self) -> None:
         """Publish a last time and release the writer."""
