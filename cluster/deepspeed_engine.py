@@ -37,7 +37,7 @@ from stages.engine import (
     trainable,
 )
 from stages.errors import ConfigError
-from stages.sharded_state import Fragment, ShardedState, rank_file
+from stages.sharded_state import Fragment, ShardedState, Snapshot
 from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
@@ -110,10 +110,9 @@ class DeepSpeedEngine:
         """See ``Engine.gather``."""
         return gather_from_ranks(value, self.world_size)
 
-    def save(self, folder: Path) -> None:
-        """See ``Engine.save``; in stage 0 all ranks hold the same, so the first one writes."""
-        if self.rank == 0 or self._settings.zero_stage > 0:
-            self._state.save(folder / rank_file(self.rank))
+    def snapshot(self) -> Snapshot | None:
+        """See ``Engine.snapshot``; in stage 0 all ranks hold the same, so the first one's counts."""
+        return self._state.snapshot(self.rank) if self.rank == 0 or self._settings.zero_stage > 0 else None
 
     def load(self, files: Sequence[Path]) -> None:
         """See ``Engine.load``."""
