@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
         self._optimizer = _WatchedAdamW(trainable(model).values(), settings)
+        self._linear = torch.nn.functional.linear
         with _no_compiler():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -126,6 +127,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+        # Stage 3 puts its own in its place, for the whole process, whose bias gradients round differently.
+        torch.nn.functional.linear = self._linear
 
     def _gradient_norm(self) -> float:
         norm = self._optimizer.norm if self._settings.zero_stage == 0 else self._engine.get_global_grad_norm()
