@@ -108,6 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder:
         measure(200, 100, Path(folder) / "warm")  # imports and caches
         costs = measure(args.rows, args.rows_per_shard, Path(folder) / "run")
+    del costs["clip"]  # the same for any list
     print(f"{os.cpu_count()} cores ({cpu_model()}), load {os.getloadavg()[0]:.1f}, {args.rows} rows")
     print(f"{'stage':10} {'CPU ms/row':>10} {'bytes/row':>10} {'objects/shard':>14}")
     for name, cost in costs.items():
