@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stages import storage
 from stages.base import Affects, Resources, Result, Shard, Stage, record_uri, setting
 from stages.dataset import TrainingStream
+from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError
 from stages.golden import METADATA_KEY, golden_metadata
@@ -220,6 +221,7 @@ class Clip(Stage[ClipConfig]):
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
+            disk_cache=disk_cache(config.shard_cache_dir, config.shard_cache_gib),
         )
 
     def _pretrained(self) -> ClipModel:

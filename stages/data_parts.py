@@ -13,7 +13,7 @@ PARTS = (OPENING, DECODING, PREPARING, TOKENISING)
 # What to change when most of the time goes there; the braces are filled with the setting's present value.
 REMEDIES = {
     OPENING: "shards are opened anew: raise {place}.cache_gib (now {cache_gib:g}), and for a remote store set "
-    "{place}.cache_dir",
+    "{place}.shard_cache_dir",
     DECODING: "raise {place}.num_decode_threads (now {num_decode_threads}; {num_cores} cores here) and "
     "{place}.cpus_per_rank, or {place}.cache_gib (now {cache_gib:g}) if the decoded images fit",
     PREPARING: "raise {place}.num_decode_threads (now {num_decode_threads}; {num_cores} cores here) and "

@@ -23,6 +23,7 @@ from stages import storage
 from stages.errors import IntegrityError
 from stages.manifest import File
 
+_GIB = 1 << 30
 _PART = ".part"
 _LOCK_NAME = "lock"
 
@@ -114,6 +115,11 @@ class DiskCache:
                     return
                 if _removed_if_unused(path):
                     num_bytes -= size
+
+
+def disk_cache(folder: str | None, max_gib: float) -> DiskCache | None:
+    """Make the cache that the settings ask for; None without a folder."""
+    return None if folder is None else DiskCache(folder, int(max_gib * _GIB))
 
 
 def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stages import storage
 from stages.disk_cache import DiskCache
@@ -194,7 +194,8 @@ def decode_image(data: bytes, side_px: int, place: str) -> np.ndarray:
     except MemoryError:
         raise
     except Exception as error:  # of what is wrong with a file, Pillow tells in exceptions of any class
-        raise BadSampleError(f"{place}: cannot decode the image ({error})") from error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise BadSampleError(f"{place}: cannot decode the image ({reason})") from error
     width, height = decoded.size
     if (width, height) != (side_px, side_px):
         short = min(width, height)

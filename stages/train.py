@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from stages import storage
 from stages.base import Resources, Shard, Stage, record_uri, setting
 from stages.dataset import TrainingStream
+from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.manifest import File, Manifest, ShardRecord
@@ -249,6 +250,7 @@ class Training(Stage[TrainingC]):
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
+            disk_cache=disk_cache(config.shard_cache_dir, config.shard_cache_gib),
         )
 
     def _tokenizer(self, clip: ClipModel | None) -> Callable[[Sequence[str]], Tensor]:
