@@ -7,7 +7,6 @@ preprocessing, and the golden embeddings by which later stages notice drift (``s
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import tempfile
@@ -30,6 +29,7 @@ from stages.golden import METADATA_KEY, golden_metadata
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.training import TrainingConfig, model_loss, train
+from stages.weights import content_sum
 from unclip_models.clip import ClipModel, ClipModelConfig
 
 if TYPE_CHECKING:
@@ -283,7 +283,7 @@ def _content_of(place: str) -> str | None:
         InputError: if a folder is missing or empty.
     """
     if Path(place).is_file():
-        return _sha256_of(place, Path(place).stat().st_mtime_ns, Path(place).stat().st_size)
+        return content_sum(Path(place))
     if not place.startswith("local-dir:"):
         return None
     folder = Path(place.removeprefix("local-dir:"))
@@ -292,12 +292,6 @@ def _content_of(place: str) -> str | None:
         raise InputError(f"clip.name: {place}: there is no such folder, or it is empty; name a folder of open_clip")
     digest = hashlib.sha256()
     for path in files:
-        content = _sha256_of(str(path), path.stat().st_mtime_ns, path.stat().st_size)
+        content = content_sum(path)
         digest.update(f"{path.relative_to(folder)}:{content}\n".encode())
     return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256_of(path: str, modified_ns: int, num_bytes: int) -> str:
-    """Hash a file once as long as it stays what it is."""
-    return storage.sha256_of(Path(path))
