@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
-from stages.errors import ConfigError
-
 
 class Turn(NamedTuple):
     """What a position reads: the data set, and the position in that data set's own stream."""
@@ -65,13 +63,15 @@ def shares_of(weights: Sequence[float], place: str) -> list[Fraction]:
         place: the setting, for messages.
 
     Raises:
-        ConfigError: if a weight is not positive, or nothing remains for the main data set.
+        ValueError: if a weight is not positive, or nothing remains for the main data set.
     """
     exact = [Fraction(repr(weight)) for weight in weights]
     if exact and min(exact) <= 0:
-        raise ConfigError(f"{place}: weight {min(weights):g} is not positive; write the share of samples, for example 0.2")
+        raise ValueError(
+            f"{place}: weight {min(weights):g} is not positive; write the share of samples, for example 0.2"
+        )
     if sum(exact) >= 1:
-        raise ConfigError(
+        raise ValueError(
             f"{place}: the weights add up to {float(sum(exact)):g}; they must leave a share below 1 for this run's own "
             "samples"
         )

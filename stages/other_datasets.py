@@ -52,11 +52,7 @@ class OtherDatasets:
 
     @property
     def shares(self) -> list[Fraction]:
-        """Shares of the run's own samples and of all others, in order.
-
-        Raises:
-            ConfigError: if the weights leave nothing for the run's own.
-        """
+        """Shares of the run's own samples and of all others, in order."""
         return shares_of([one.weight for one in self._settings], self._place)
 
     def digests(self) -> list[str]:
@@ -81,7 +77,7 @@ class OtherDatasets:
                     f"{self._place}.{i}: {manifest.uri} has {manifest.num_kept} samples, fewer than num_streams: "
                     f"{num_streams}; leave it out"
                 )
-            if clip is not None:
+            if clip is not None and self._embeddings:
                 self._check_clip(f"{self._place}.{i}", root, manifest, clip)
 
     def read(self, digests: Sequence[str]) -> list[MixedIn]:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages.errors import ConfigError, InputError
+from stages.errors import InputError
 from stages.mixture import Mixture, shares_of
 from stages.sample_order import Place, SampleOrder
 
@@ -139,9 +139,9 @@ def test_weights_are_taken_as_written() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match=r"prior.datasets: weight 0 is not positive"):
+    with pytest.raises(ValueError, match=r"prior.datasets: weight 0 is not positive"):
         shares_of([0.5, 0.0], "prior.datasets")
-    with pytest.raises(ConfigError, match=r"prior.datasets: the weights add up to 1; they must leave a share"):
+    with pytest.raises(ValueError, match=r"prior.datasets: the weights add up to 1; they must leave a share"):
         shares_of([0.7, 0.3], "prior.datasets")
     with pytest.raises(InputError, match="2 samples are kept, fewer than num_streams: 4"):
         SampleOrder(
