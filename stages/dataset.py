@@ -256,8 +256,8 @@ class TrainingStream:
 def _stacked(samples: Sequence[Any]) -> dict[str, Tensor]:
     """Join samples, which are images uint8 ``(S, S, 3)`` or tensors by name, to a batch."""
     if isinstance(samples[0], np.ndarray):
-        images = torch.from_numpy(np.stack(samples))  # (B, S, S, 3)
-        return {"image": images.permute(0, 3, 1, 2).contiguous()}  # (B, 3, S, S)
+        images = np.stack(samples).transpose(0, 3, 1, 2)  # (B, 3, S, S)
+        return {"image": torch.from_numpy(np.ascontiguousarray(images))}
     return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 

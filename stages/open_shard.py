@@ -21,6 +21,7 @@ from stages.disk_cache import DiskCache
 from stages.errors import IntegrityError, NotFoundError, StorageError
 from stages.manifest import File
 from stages.samples import IMAGE_EXTENSIONS, embeddings_of, kept_keys, table_from_bytes
+from stages.tar_index import members_of
 
 T = TypeVar("T")
 
@@ -212,13 +213,12 @@ class _Tar:
         self.name = name
         self.places: dict[str, tuple[int, int]] = {}
         self._captions: dict[str, tuple[int, int]] = {}
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                if extension in IMAGE_EXTENSIONS:
-                    self.places[key] = (member.offset_data, member.size)
-                elif extension == "txt":
-                    self._captions[key] = (member.offset_data, member.size)
+        for name, place in members_of(path):
+            key, _, extension = name.partition(".")
+            if extension in IMAGE_EXTENSIONS:
+                self.places[key] = place
+            elif extension == "txt":
+                self._captions[key] = place
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def image(self, key: str) -> bytes:
