@@ -39,7 +39,7 @@ chaos: setup ## the kill drill: SIGKILL in the middle of every kind of stage, Ra
 	$(BIN)/pytest -m chaos $(DRILL)
 
 bench-data: setup ## the data plane against other software: ratios, side by side
-	for name in download embed pca near_duplicates resume; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+	for name in download embed pca near_duplicates resume loader; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -97,9 +97,7 @@ class OtherDatasets:
 
     def _manifest(self, i: int) -> Manifest:
         if i not in self._manifests:
-            self._manifests[i] = finished(
-                self._roots[i], "curate", self._settings[i].fingerprint, f"{self._place}.{i}"
-            )
+            self._manifests[i] = finished(self._roots[i], "curate", self._settings[i].fingerprint, f"{self._place}.{i}")
         return self._manifests[i]
 
     def _read(self, i: int, digest: str) -> MixedIn:

@@ -6,8 +6,8 @@ permutes the segments, and the samples inside each, by (seed, epoch, stream). Ev
 of samples from every stream. The streams are dealt to the ranks in blocks, so the samples of step k are the same for
 any world size that divides ``num_streams``, and the position in the data is one integer: the step.
 
-Several data sets are each cut into as many streams of their own; ``stages/mixture.py`` says which of them every position
-of a stream reads. A sample that turns out to be unreadable is replaced by one of those that follow it (``substitutes``).
+Several data sets are each cut into as many streams of their own; ``stages/mixture.py`` says which of them every
+position of a stream reads. An unreadable sample is replaced by one of those that follow it (``substitutes``).
 """
 
 from __future__ import annotations

@@ -120,7 +120,8 @@ class Training(Stage[TrainingC]):
         return self._from_other_runs() or None
 
     def _from_other_runs(self) -> dict[str, Any]:
-        config, found = self.config, {}
+        config = self.config
+        found: dict[str, Any] = {}
         if config.datasets:
             found["datasets"] = self._other_datasets.digests()
         if config.init_from is not None:

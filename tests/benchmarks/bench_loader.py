@@ -7,9 +7,9 @@ them, in batches:
 * webdataset: one shard after the other, unshuffled, with our decoder (JPEGs decoded at reduced size);
 * webdataset, plain: likewise, with the usual decoder (Pillow at full size, then resized).
 
-On one core all read in one process, on two webdataset has two worker processes and ours two threads. Each measurement is
-a process of its own, pinned to its cores; rounds are interleaved, medians are printed. At the end: the time to the first
-batch, and for the first hundred, from step 0 and from 90% of an epoch.
+On one core all read in one process, on two webdataset has two worker processes and ours two threads. Each measurement
+is a process of its own, pinned to its cores; rounds are interleaved, medians are printed. At the end: the time to the
+first batch, and to the hundredth, from step 0 and from 90% of an epoch.
 """
 
 from __future__ import annotations
@@ -186,7 +186,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.measure:
         kind, root, *rest = args.measure
-        print(json.dumps(measure(root, rest[0], int(rest[1])) if kind == "read" else measure_start(root, float(rest[0]))))
+        print(
+            json.dumps(measure(root, rest[0], int(rest[1])) if kind == "read" else measure_start(root, float(rest[0])))
+        )
         return
     with tempfile.TemporaryDirectory(prefix="unclip-bench-") as root:
         shards = write_shards(root, args.shards, args.samples)

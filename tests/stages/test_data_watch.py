@@ -61,7 +61,10 @@ def test_a_bad_sample_is_replaced_in_its_place_and_named(tmp_path: Path, caplog:
     assert sum(batch.num_bad for batch in batches) == sum(w in BAD for row in wanted for w in row) > 3
     messages = [record.message for record in caplog.records]
     assert len(messages) == len(BAD)  # each is named once
-    assert any("download/1.tar: sample 0001000005: cannot decode the image (unknown format); " in message for message in messages)
+    assert any(
+        "download/1.tar: sample 0001000005: cannot decode the image (unknown format); " in message
+        for message in messages
+    )
 
 
 def test_who_stands_in_depends_on_nothing_but_the_position(tmp_path: Path) -> None:
@@ -92,9 +95,7 @@ def run(shards: Sequence[TrainingShard], root: str, folder: Path, stop_after: in
     )
     asked = itertools.count(1)
     options: dict[str, Any] = {"make_engine": TorchEngine, "seed": 5, "folder": str(folder), "place": "tiny"}
-    return train(
-        TinyModel(), stream_of(shards, root), config, should_stop=lambda: next(asked) == stop_after, **options
-    )
+    return train(TinyModel(), stream_of(shards, root), config, should_stop=lambda: next(asked) == stop_after, **options)
 
 
 def test_the_count_goes_on_after_a_restart(tmp_path: Path) -> None:

@@ -83,9 +83,7 @@ def numbers(stage: Decoder, own: dict[str, Manifest], num_steps: int, **position
     return [batch.tensors["image"][:, 0, 0, 0].tolist() for batch in taken]
 
 
-def test_batches_hold_the_shares_whatever_the_world_size(
-    own: dict[str, Manifest], other: dict[str, Manifest]
-) -> None:
+def test_batches_hold_the_shares_whatever_the_world_size(own: dict[str, Manifest], other: dict[str, Manifest]) -> None:
     stage = decoder(mixed(DECODER, other), own)
     whole = numbers(stage, own, 20)
     counts = Counter(number >= FIRST_OF_OTHER for row in whole for number in row)

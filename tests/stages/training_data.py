@@ -48,7 +48,9 @@ def write_dataset(
         numbers = list(range(number, number + size))
         number += size
         images = write_tar(
-            Sample(key=key, image=b"no picture" if n in bad else _png(n, side_px), extension="png", caption=f"sample {n}")
+            Sample(
+                key=key, image=b"no picture" if n in bad else _png(n, side_px), extension="png", caption=f"sample {n}"
+            )
             for key, n in zip(keys, numbers, strict=True)
         )
         vectors = np.stack([unit_vector(n) for n in numbers])
@@ -74,7 +76,7 @@ def unit_vector(number: int) -> np.ndarray:
 
 
 def _png(number: int, side_px: int) -> bytes:
-    pixels = np.full((side_px, side_px + 6, 3), number, dtype=np.uint8)
+    pixels = np.full((side_px, side_px + 6, 3), number % 256, dtype=np.uint8)
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return sink.getvalue()
