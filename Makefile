@@ -10,7 +10,7 @@ PARALLEL := -n $(WORKERS) --dist loadfile
 SOURCES := flows stages unclip_models cluster tests
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-fast chaos bench-data lint format types lock clean
+.PHONY: help setup quickstart test test-fast chaos bench-data bench-train lint format types lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -40,6 +40,9 @@ chaos: setup ## the drills: kills, faults and lost nodes, up to a whole run kill
 
 bench-data: setup ## the data plane against other software: ratios, side by side
 	for name in download embed pca near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+
+bench-train: setup ## the training plane against other software, likewise
+	for name in loader models degradation; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -7,7 +7,6 @@ preprocessing, and the golden embeddings by which later stages notice drift (``s
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import tempfile
@@ -23,12 +22,14 @@ from torch import Tensor, nn
 from stages import storage
 from stages.base import Affects, Resources, Result, Shard, Stage, record_uri, setting
 from stages.dataset import TrainingStream
+from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError
 from stages.golden import METADATA_KEY, golden_metadata
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.training import TrainingConfig, model_loss, train
+from stages.weights import content_sum
 from unclip_models.clip import ClipModel, ClipModelConfig
 
 if TYPE_CHECKING:
@@ -220,6 +221,7 @@ class Clip(Stage[ClipConfig]):
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
+            disk_cache=disk_cache(config.shard_cache_dir, config.shard_cache_gib),
         )
 
     def _pretrained(self) -> ClipModel:
@@ -281,7 +283,7 @@ def _content_of(place: str) -> str | None:
         InputError: if a folder is missing or empty.
     """
     if Path(place).is_file():
-        return _sha256_of(place, Path(place).stat().st_mtime_ns, Path(place).stat().st_size)
+        return content_sum(Path(place))
     if not place.startswith("local-dir:"):
         return None
     folder = Path(place.removeprefix("local-dir:"))
@@ -290,12 +292,6 @@ def _content_of(place: str) -> str | None:
         raise InputError(f"clip.name: {place}: there is no such folder, or it is empty; name a folder of open_clip")
     digest = hashlib.sha256()
     for path in files:
-        content = _sha256_of(str(path), path.stat().st_mtime_ns, path.stat().st_size)
+        content = content_sum(path)
         digest.update(f"{path.relative_to(folder)}:{content}\n".encode())
     return digest.hexdigest()
-
-
-@functools.lru_cache(maxsize=256)
-def _sha256_of(path: str, modified_ns: int, num_bytes: int) -> str:
-    """Hash a file once as long as it stays what it is."""
-    return storage.sha256_of(Path(path))

@@ -338,7 +338,7 @@ def _did_you_mean(path: Sequence[str], kind: type[Any]) -> str:
 def _dataclasses_in(hint: Any) -> Iterable[type[Any]]:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union, typing.Annotated):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union, typing.Annotated, tuple):
         return [nested for part in typing.get_args(hint) for nested in _dataclasses_in(part)]
     return []
 

@@ -14,18 +14,24 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from stages import storage
+from stages.disk_cache import DiskCache
 from stages.errors import IntegrityError, NotFoundError, StorageError
 from stages.manifest import File
 from stages.samples import IMAGE_EXTENSIONS, embeddings_of, kept_keys, table_from_bytes
+from stages.tar_index import members_of
 
 T = TypeVar("T")
 
 _ATTEMPTS = 4
 _BACKOFF_S = 1.0
 _ROW_BYTES = 200  # key, caption and place of one sample in Python objects, roughly
+
+
+class BadSampleError(IntegrityError):
+    """One image cannot be decoded; the rest of its shard can be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +60,7 @@ class OpenShard:
         image_size_px: side of the images; None leaves images alone.
         captions: whether captions are wanted.
         vectors: whether embeddings are wanted.
+        cache: where files of a remote store are kept; None reads them anew every time.
 
     Raises:
         IntegrityError: if a file differs from its record, or a selected key is missing from one of the files.
@@ -61,16 +68,25 @@ class OpenShard:
     """
 
     def __init__(
-        self, shard: TrainingShard, root: str, *, image_size_px: int | None, captions: bool, vectors: bool
+        self,
+        shard: TrainingShard,
+        root: str,
+        *,
+        image_size_px: int | None,
+        captions: bool,
+        vectors: bool,
+        cache: DiskCache | None = None,
     ) -> None:
         self._root = root
+        self._cache = None if storage.is_local(root) else cache
         self._side = image_size_px
         self._images: dict[int, np.ndarray] = {}
+        self._bad: dict[int, str] = {}
         self._stack = contextlib.ExitStack()
         self.vectors: Mapping[str, np.ndarray] = {}
         self._captions: Sequence[str] | None = None
         self._tar: _Tar | None = None
-        self.keys = kept_keys(table_from_bytes(_read(shard.selection, root), ["key", "kept"]))
+        self.keys = kept_keys(table_from_bytes(self._read(shard.selection), ["key", "kept"]))
         if len(self.keys) != shard.num_kept:
             raise IntegrityError(
                 f"{shard.selection.path}: selects {len(self.keys)} samples, its record says {shard.num_kept}; "
@@ -88,12 +104,21 @@ class OpenShard:
         Args:
             row: of the sample.
             keep: whether to keep it in memory for the next epoch.
+
+        Raises:
+            BadSampleError: if it cannot be decoded.
         """
         found = self._images.get(row)
         if found is None:
             assert self._tar is not None and self._side is not None
-            place = f"{self._tar.name}: sample {self.keys[row]}"
-            found = decode_image(self._tar.image(self.keys[row]), self._side, place)
+            if row in self._bad:
+                raise BadSampleError(self._bad[row])
+            try:
+                place = f"{self._tar.name}: sample {self.keys[row]}"
+                found = decode_image(self._tar.image(self.keys[row]), self._side, place)
+            except BadSampleError as error:
+                self._bad[row] = str(error)
+                raise
             if keep:
                 self._images[row] = found
                 self.num_bytes += found.nbytes
@@ -110,7 +135,7 @@ class OpenShard:
 
     def _join_embeddings(self, file: File, vectors: bool) -> None:
         names = ["image_embedding", "text_embedding"] if vectors else []
-        table = table_from_bytes(_read(file, self._root), ["key", "caption", *names])
+        table = table_from_bytes(self._read(file), ["key", "caption", *names])
         rows = _rows_of(self.keys, table, file)
         self._captions = table["caption"].take(pa.array(rows)).to_pylist()
         # Kept in half precision, as they are stored; batches turn them into float32.
@@ -118,7 +143,7 @@ class OpenShard:
         self.num_bytes += sum(values.nbytes for values in self.vectors.values())
 
     def _join_images(self, file: File, captions: bool) -> None:
-        self._tar = _open_tar(file, self._root, self._stack)
+        self._tar = self._open_tar(file)
         if missing := next((key for key in self.keys if key not in self._tar.places), None):
             self.close()
             raise IntegrityError(f"{file.path}: holds no sample {missing}, which is selected; run download again")
@@ -127,12 +152,39 @@ class OpenShard:
         if not storage.is_local(self._root):
             self.num_bytes += file.num_bytes
 
+    def _read(self, file: File) -> bytes:
+        if self._cache is None:
+            return _retried(lambda: file.read(self._root))
+        with contextlib.ExitStack() as stack:
+            return self._cached(self._cache, file, stack).read_bytes()
+
+    def _cached(self, cache: DiskCache, file: File, stack: contextlib.ExitStack) -> Path:
+        return _retried(lambda: stack.enter_context(cache.local(file, self._root)))
+
+    def _open_tar(self, file: File) -> _Tar:
+        """Open a tar where it is, or a copy if the store is remote, once its checksum is right."""
+        try:
+            if self._cache is not None:
+                path = self._cached(self._cache, file, self._stack)
+            else:
+                uri = storage.join(self._root, file.path)
+                path = _retried(lambda: self._stack.enter_context(storage.local_copy(uri)))
+                if path.stat().st_size != file.num_bytes or storage.sha256_of(path) != file.sha256:
+                    raise IntegrityError(f"{uri}: differs from its record, it is damaged; run `unclip repair`")
+            return self._stack.enter_context(contextlib.closing(_Tar(path, file.path)))
+        except tarfile.TarError as error:
+            self._stack.close()
+            raise IntegrityError(f"{file.path}: not a tar ({error}); run `unclip repair`") from error
+        except BaseException:
+            self._stack.close()
+            raise
+
 
 def decode_image(data: bytes, side_px: int, place: str) -> np.ndarray:
     """Decode an image file, cut its central square and resize that; uint8 ``(side_px, side_px, 3)``.
 
     Raises:
-        IntegrityError: if the image cannot be decoded; names ``place``.
+        BadSampleError: if the image cannot be decoded; names ``place``.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -140,8 +192,11 @@ def decode_image(data: bytes, side_px: int, place: str) -> np.ndarray:
             # the filter below.
             image.draft("RGB", (2 * side_px, 2 * side_px))
             decoded = image.convert("RGB")
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise IntegrityError(f"{place}: cannot decode the image ({error}); run download again") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # of what is wrong with a file, Pillow tells in exceptions of any class
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
+        raise BadSampleError(f"{place}: cannot decode the image ({reason})") from error
     width, height = decoded.size
     if (width, height) != (side_px, side_px):
         short = min(width, height)
@@ -158,13 +213,12 @@ class _Tar:
         self.name = name
         self.places: dict[str, tuple[int, int]] = {}
         self._captions: dict[str, tuple[int, int]] = {}
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                if extension in IMAGE_EXTENSIONS:
-                    self.places[key] = (member.offset_data, member.size)
-                elif extension == "txt":
-                    self._captions[key] = (member.offset_data, member.size)
+        for name, place in members_of(path):
+            key, _, extension = name.partition(".")
+            if extension in IMAGE_EXTENSIONS:
+                self.places[key] = place
+            elif extension == "txt":
+                self._captions[key] = place
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def image(self, key: str) -> bytes:
@@ -183,20 +237,10 @@ class _Tar:
 
     def _read(self, place: tuple[int, int]) -> bytes:
         offset, size = place
-        return os.pread(self._descriptor, size, offset)
-
-
-def _open_tar(file: File, root: str, stack: contextlib.ExitStack) -> _Tar:
-    """Open a tar where it is, or a scratch copy if the store is remote, once its checksum is right."""
-    path = _retried(lambda: stack.enter_context(storage.local_copy(storage.join(root, file.path))))
-    if path.stat().st_size != file.num_bytes or storage.sha256_of(path) != file.sha256:
-        stack.close()
-        raise IntegrityError(f"{file.path}: differs from its record, it is damaged; run download again")
-    try:
-        return stack.enter_context(contextlib.closing(_Tar(path, file.path)))
-    except tarfile.TarError as error:
-        stack.close()
-        raise IntegrityError(f"{file.path}: not a tar ({error}); run download again") from error
+        try:
+            return os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise StorageError(f"{self.name}: cannot read from the disk ({error}); check the disk") from error
 
 
 def _rows_of(keys: Sequence[str], table: pa.Table, file: File) -> np.ndarray:
@@ -207,17 +251,13 @@ def _rows_of(keys: Sequence[str], table: pa.Table, file: File) -> np.ndarray:
     return np.array([positions[key] for key in keys], dtype=np.int64)
 
 
-def _read(file: File, root: str) -> bytes:
-    return _retried(lambda: file.read(root))
-
-
 def _retried(action: Callable[[], T]) -> T:
     """Try again when the store fails for a moment: a training of days must not stop at a lost connection."""
     for attempt in range(_ATTEMPTS - 1):
         try:
             return action()
-        except NotFoundError:
-            raise
+        except NotFoundError as error:
+            raise NotFoundError(f"{error}; run `unclip repair`, which has it made again") from error
         except StorageError:
             time.sleep(_BACKOFF_S * 2**attempt)
     return action()

@@ -220,8 +220,21 @@ def local_copy(uri: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="unclip-") as folder:
         path = Path(folder) / uri.rsplit("/", 1)[-1]
-        _explained("read", uri, lambda: _remote().get_file(uri, str(path)))
+        copy_to(uri, path)
         yield path
+
+
+def copy_to(uri: str, path: Path) -> None:
+    """Copy an object into a local file, which is overwritten in place.
+
+    Raises:
+        NotFoundError: if there is no such object.
+        StorageError: if it cannot be read.
+    """
+    if is_local(uri):
+        _explained("read", uri, lambda: shutil.copyfile(uri, path))
+    else:
+        _explained("read", uri, lambda: _remote().get_file(uri, str(path)))
 
 
 def checksum(uri: str) -> Written:

@@ -21,13 +21,17 @@ import torch
 from torch import Tensor, nn
 
 from stages import storage
-from stages.base import Resources, Shard, Stage, record_uri, setting
+from stages.base import Affects, Resources, Shard, Stage, record_uri, setting
 from stages.dataset import TrainingStream
+from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.manifest import File, Manifest, ShardRecord
+from stages.mixture import shares_of
 from stages.open_shard import TrainingShard
+from stages.other_datasets import OtherDataset, OtherDatasets
 from stages.training import Trained, TrainingConfig, model_loss, train
+from stages.warm_start import InitFrom, SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
 from unclip_models.checkpoint import build, save_model
@@ -43,21 +47,36 @@ _GAMMA_SAMPLES = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorTraining(TrainingConfig):
+class GeneratorTraining(TrainingConfig):
+    """What the trainings of the four models have beside the settings of every training."""
+
+    datasets: tuple[OtherDataset, ...] = setting((), "further curated sets, mixed in by weight")
+    init_from: InitFrom | None = setting(None, "weights to start from; null: random ones")
+    frozen: tuple[str, ...] = setting((), "parameters to leave as they are: patterns such as `text_encoder.*`")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        shares_of([other.weight for other in self.datasets], "datasets")
+        if self.frozen and self.init_from is None:
+            raise ValueError("frozen: without init_from, random weights would stay random; name weights to start from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorTraining(GeneratorTraining):
     """The prior: caption -> image embedding (unCLIP, section 2.2)."""
 
     model: DiffusionPriorConfig | ARPriorConfig = setting(help="the prior's size; `kind` says which of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoderTraining(TrainingConfig):
+class DecoderTraining(GeneratorTraining):
     """The decoder: image embedding and caption -> small image (unCLIP, section 2.1)."""
 
     model: DecoderConfig = setting(help="the decoder's size and conditioning")
 
 
 @dataclass(frozen=True, kw_only=True)
-class UpsamplerTraining(TrainingConfig):
+class UpsamplerTraining(GeneratorTraining):
     """An upsampler: small image -> larger image (unCLIP, section 2.1)."""
 
     model: UpsamplerConfig = setting(help="the upsampler's size and degradation")
@@ -92,6 +111,39 @@ class Training(Stage[TrainingC]):
             num_cpus=config.cpus_per_rank, num_gpus=config.gpus_per_rank, max_workers=1, num_ranks=config.num_ranks
         )
 
+    def external(self) -> Any:
+        """Identify by content what the config names of other runs.
+
+        Raises:
+            InputError: if it is not there.
+        """
+        return self._from_other_runs() or None
+
+    def _from_other_runs(self) -> dict[str, Any]:
+        config = self.config
+        found: dict[str, Any] = {}
+        if config.datasets:
+            found["datasets"] = self._other_datasets.digests()
+        if config.init_from is not None:
+            found["init_from"] = SourceWeights(config.init_from, root=self.root, stage=self.name).sha256()
+        return found
+
+    def _work(self, scopes: Sequence[Affects]) -> dict[str, Any]:
+        """Leave out what the config does not use of other runs: such a training is what it was without the setting."""
+        work = super()._work(scopes)
+        unused = [name for name in ("datasets", "init_from", "frozen") if not getattr(self.config, name)]
+        return {**work, "config": {key: value for key, value in work["config"].items() if key not in unused}}
+
+    @property
+    def _other_datasets(self) -> OtherDatasets:
+        return OtherDatasets(
+            self.config.datasets,
+            root=self.root,
+            place=f"{self.name}.datasets",
+            images=self.needs_images,
+            embeddings=self.needs_embeddings,
+        )
+
     def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
         """Make the one shard: the whole training.
 
@@ -114,19 +166,26 @@ class Training(Stage[TrainingC]):
                 files[f"images#{index}"] = record.inputs["images"]
             if self.needs_embeddings:
                 files[f"embeddings#{index}"] = record.inputs["embeddings"]
-        return [self.shard(0, inputs=files | self.extra_files(inputs), num_kept=num_kept)]
+        others = self._from_other_runs()
+        return [self.shard(0, inputs=files | self.extra_files(inputs), num_kept=num_kept, **others)]
 
     def check_inputs(self, inputs: Mapping[str, Manifest]) -> None:
         """Refuse a model that does not fit the data.
 
         Raises:
             ConfigError: names the setting, both values and the remedy.
+            InputError: if a further data set is missing, or too small.
         """
         if getattr(self.config.model, "raw_embeddings", False):
             raise ConfigError(
                 f"{self.name}.model.raw_embeddings: true, but the embed stage stores embeddings of unit norm; write "
                 "false (raw embeddings are for imported models)"
             )
+        self._other_datasets.check(self.config.num_streams, inputs.get("clip"))
+        if self.config.frozen:
+            with torch.device("meta"):
+                names = [name for name, _ in build(self.config.model).named_parameters()]
+            frozen_names(names, self.config.frozen, f"{self.name}.frozen")
         if "clip" not in inputs:
             return
         model: Any = self.config.model
@@ -174,6 +233,7 @@ class Training(Stage[TrainingC]):
         started_at = time.monotonic()
         clip = self._clip(shard)
         model = self.build_model(shard, clip)
+        freeze(model, self.config.frozen, f"{self.name}.frozen")
         make_efficient(model, compile=self.config.compile, channels_last=self.config.channels_last)
         trained = train(
             model,
@@ -195,12 +255,20 @@ class Training(Stage[TrainingC]):
         return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
 
     def build_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
-        """Build the model with fresh weights, the same on every rank.
+        """Build the model as the training begins, the same on every rank: with fresh weights, or those to start from.
 
         Args:
             shard: the training.
             clip: the frozen CLIP, where its text is read.
         """
+        model = self.fresh_model(shard, clip)
+        if self.config.init_from is not None:
+            source = SourceWeights(self.config.init_from, root=self.root, stage=self.name)
+            source.load_into(model, shard.params["init_from"])
+        return model
+
+    def fresh_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
+        """Build the model with fresh weights and what it carries of the data; see ``build_model``."""
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
             model = build(self.config.model)
@@ -236,9 +304,12 @@ class Training(Stage[TrainingC]):
             )
             for index, num_kept in enumerate(shard.params["num_kept"])
         ]
+        others = self._other_datasets
         return TrainingStream(
             shards,
             root=self.root,
+            mixed_in=others.read(shard.params.get("datasets", ())),
+            shares=others.shares,
             num_streams=config.num_streams,
             global_batch_size=config.global_batch_size,
             seed=self.seed,
@@ -249,6 +320,7 @@ class Training(Stage[TrainingC]):
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
+            disk_cache=disk_cache(config.shard_cache_dir, config.shard_cache_gib),
         )
 
     def _tokenizer(self, clip: ClipModel | None) -> Callable[[Sequence[str]], Tensor]:
@@ -280,6 +352,7 @@ class Training(Stage[TrainingC]):
                 num_kept=num_samples,
                 metrics={
                     **trained.metrics,
+                    **self._other_datasets.cards(),
                     "num_parameters": float(sum(param.numel() for param in model.parameters())),
                 },
             )
@@ -322,9 +395,9 @@ class Prior(Training[PriorTraining]):
         files = super().extra_files(inputs)
         return files | {"pca": inputs["pca"].files["pca"]} if self._reads_pca else files
 
-    def build_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
+    def fresh_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
         """Build the prior; the autoregressive one gets its quantiser, the other its measured scaling."""
-        model = super().build_model(shard, clip)
+        model = super().fresh_model(shard, clip)
         if not self._reads_pca:
             return model
         file = shard.inputs["pca"]

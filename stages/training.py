@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stages.base import Progress, setting
 from stages.checkpoints import CheckpointFolder
+from stages.data_watch import DataWatch
 from stages.dataset import Batch, Stream
 from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
 from stages.errors import ConfigError, StageError
@@ -74,6 +75,9 @@ class TrainingConfig:
     num_decode_threads: int = setting(0, "threads that decode images; 0: the prefetching one", affects="nothing")
     prefetch_batches: int = setting(4, "batches made ahead of the training", affects="nothing")
     cache_gib: float = setting(1.0, "open shards and decoded images kept per rank, GiB", affects="nothing")
+    shard_cache_dir: str | None = setting(None, "local folder that keeps files of a remote store", affects="nothing")
+    shard_cache_gib: float = setting(100.0, "what that folder may take, GiB, per host", affects="nothing")
+    max_bad_fraction: float = setting(0.01, "samples that may be impossible to decode", affects="nothing")
 
     def __post_init__(self) -> None:
         self._check_positive()
@@ -92,6 +96,8 @@ class TrainingConfig:
             raise ValueError(
                 f"micro_batch_size: {self.micro_batch_size} does not divide the {num_local} samples of a rank's batch"
             )
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction: {self.max_bad_fraction} is not between 0 and 1")
         if self.gpus_per_rank not in (0, 1):
             raise ValueError(f"gpus_per_rank: {self.gpus_per_rank:g}; a rank trains on the CPU (0) or on one GPU (1)")
 
@@ -99,7 +105,7 @@ class TrainingConfig:
         for name in (
             *("num_steps", "global_batch_size", "num_streams", "num_ranks", "keep_last", "prefetch_batches"),
             *("checkpoint_every_steps", "log_every_steps", "max_nonfinite_steps", "learning_rate", "eps"),
-            *("max_failed_saves", "checkpoint_every_minutes", "keep_every_steps"),
+            *("max_failed_saves", "checkpoint_every_minutes", "keep_every_steps", "shard_cache_gib"),
             *("gradient_clipping", "cpus_per_rank"),
         ):
             value = getattr(self, name)
@@ -225,6 +231,8 @@ def train(
         log = _open_log(stack, folder, config, lines, first_step) if rank == 0 else None
         num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
         window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
+        num_bad = int(read_metrics(lines)[-1].get("num_bad_samples", 0)) if lines else 0
+        watch = DataWatch(vars(config), place, num_bad)
         batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
         saver = Saver(
             checkpoints,
@@ -235,7 +243,7 @@ def train(
             max_failures=config.max_failed_saves,
         )
         stack.callback(saver.close)
-        loop = _Loop(engine, config, seed, place, window, saver, log, report, stop)
+        loop = _Loop(engine, config, seed, place, window, watch, saver, log, report, stop)
         loop.run(batches, first_step)
         if log is None:
             return Trained(None, {}, b"")
@@ -261,6 +269,7 @@ class _Loop:
     seed: int
     place: str
     window: MetricsWindow
+    watch: DataWatch
     saver: Saver
     log: MetricsLog | None
     report: Callable[[Progress], None]
@@ -277,6 +286,7 @@ class _Loop:
             batch = next(batches)
             waited_s = time.monotonic() - waited_from
             assert batch.step == step, f"the stream gave step {batch.step} for step {step}"
+            self.watch.took(batch, waited_s)
             learning_rate = learning_rate_at(config, step)
             result = engine.step(self._micro_batches(batch), learning_rate)
             self.window.add(result.loss, result.grad_norm, result.applied, result.terms, waited_s)
@@ -299,7 +309,7 @@ class _Loop:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
         saving = saving or ending
         if saving or done % self.config.log_every_steps == 0:
-            metrics = self.window.close(self.engine, learning_rate)
+            metrics = self.window.close(self.engine, learning_rate) | self.watch.close(self.engine, done)
             if self.log is not None:
                 self.log.write(done, metrics)
         if saving:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,17 @@ def weights_of(manifest: Manifest) -> File:
         if ROLE in files:
             return files[ROLE]
     raise InputError(f"{manifest.uri} names no {ROLE}; run {manifest.stage} again with --force")
+
+
+def content_sum(path: Path) -> str:
+    """Hash a local file, once as long as it stays what it is; sha256 in hex digits."""
+    status = path.stat()
+    return _sha256_of(str(path), status.st_mtime_ns, status.st_size)
+
+
+@functools.lru_cache(maxsize=256)
+def _sha256_of(path: str, modified_ns: int, num_bytes: int) -> str:
+    return storage.sha256_of(Path(path))
 
 
 @contextmanager

@@ -78,9 +78,7 @@ def rows_of(output: Path) -> dict[int, dict[str, str]]:
         for line in path.read_text().splitlines():
             step, rows = json.loads(line)
             for index, digest in rows.items():
-                assert seen.setdefault(step, {}).setdefault(index, digest) == digest, (
-                    "not the sample of before"
-                )
+                assert seen.setdefault(step, {}).setdefault(index, digest) == digest, "not the sample of before"
     return seen
 
 

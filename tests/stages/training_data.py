@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,16 +30,27 @@ def put(root: str, path: str, data: bytes) -> File:
 
 
 def write_dataset(
-    root: str, sizes: Sequence[int] = (7, 12, 5), *, side_px: int = 24, dropped_every: int = 4
+    root: str,
+    sizes: Sequence[int] = (7, 12, 5),
+    *,
+    side_px: int = 24,
+    dropped_every: int = 4,
+    first_number: int = 0,
+    bad: Collection[int] = (),
 ) -> list[TrainingShard]:
-    """Write shards of ``sizes`` samples, every fourth not selected; pixel value and vectors tell samples apart."""
-    shards, number = [], 0
+    """Write shards of ``sizes`` samples, every fourth not selected; pixel value and vectors tell samples apart.
+
+    Samples are numbered from ``first_number`` on; those in ``bad`` have no image that could be decoded.
+    """
+    shards, number = [], first_number
     for index, size in enumerate(sizes):
         keys = [f"{index:04d}{i:06d}" for i in range(size)]
         numbers = list(range(number, number + size))
         number += size
         images = write_tar(
-            Sample(key=key, image=_png(n, side_px), extension="png", caption=f"sample {n}")
+            Sample(
+                key=key, image=b"no picture" if n in bad else _png(n, side_px), extension="png", caption=f"sample {n}"
+            )
             for key, n in zip(keys, numbers, strict=True)
         )
         vectors = np.stack([unit_vector(n) for n in numbers])
@@ -65,7 +76,7 @@ def unit_vector(number: int) -> np.ndarray:
 
 
 def _png(number: int, side_px: int) -> bytes:
-    pixels = np.full((side_px, side_px + 6, 3), number, dtype=np.uint8)
+    pixels = np.full((side_px, side_px + 6, 3), number % 256, dtype=np.uint8)
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, "PNG")
     return sink.getvalue()
