@@ -29,11 +29,18 @@ class ClusterConfig:
     object_store_gib: float = setting(0.5, "shared memory of a local Ray, GiB", affects="nothing")
     max_attempts: int = setting(3, "tries of a shard before it is quarantined", affects="nothing")
     backoff_s: float = setting(2.0, "seconds before the second try of a shard; doubles each time", affects="nothing")
+    lease_ttl_s: float = setting(
+        60.0,
+        "seconds without a sign of life after which another run takes a stage over; 0: no leases",
+        affects="nothing",
+    )
     max_failed_fraction: float = setting(0.0, "quarantined shards a stage may have, 0 to 1", affects="nothing")
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts} is below 1; write 1 for a single try")
+        if self.lease_ttl_s < 0:
+            raise ValueError(f"lease_ttl_s: {self.lease_ttl_s} is negative; write 0 to do without leases")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction: {self.max_failed_fraction} is not between 0 and 1")
 

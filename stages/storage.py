@@ -182,7 +182,12 @@ def write_bytes(uri: str, data: bytes) -> Written:
 
 def write_json(uri: str, value: Any) -> Entry:
     """Publish ``value`` as readable JSON, atomically; return what a listing will say of it until it is written anew."""
-    return _publish(uri, (json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n").encode())
+    return _publish(uri, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return ``value`` as readable JSON."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n").encode()
 
 
 def upload(path: Path, uri: str) -> Written:

@@ -25,6 +25,7 @@ from stages.base import Resources, Shard, Stage, record_uri, setting
 from stages.dataset import TrainingStream
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError, IntegrityError
+from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.training import Trained, TrainingConfig, model_loss, train
@@ -186,7 +187,7 @@ class Training(Stage[TrainingC]):
             loss=model_loss if clip is None else _LossWithClipText(clip),
             num_timesteps=self._num_timesteps(),
             report=self.report,
-            should_stop=should_stop,
+            should_stop=fenced(should_stop, self.fence),
         )
         rank, world_size = position()
         if rank == 0:
