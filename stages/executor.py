@@ -24,6 +24,21 @@ class ClusterConfig:
 
     executor: Literal["ray", "local"] = setting("ray", "`ray`, or `local` for this process alone", affects="nothing")
     address: str = setting("local", "`local`, `auto` or the address of a Ray cluster", affects="nothing")
+    submit: str | None = setting(
+        None,
+        "dashboard of a cluster that runs it all as a Ray Job, e.g. http://head:8265; null: none",
+        affects="nothing",
+    )
+    code: Literal["upload", "image"] = setting(
+        "upload",
+        "what a Ray Job runs: the code that submits it, or what the cluster's image has installed",
+        affects="nothing",
+    )
+    pass_env: tuple[str, ...] = setting(
+        (),
+        "environment variables a Ray Job gets from here; whoever may use the cluster can read them",
+        affects="nothing",
+    )
     num_cpus: int | None = setting(None, "cores a local Ray may use; null: all", affects="nothing")
     num_gpus: int | None = setting(None, "GPUs a local Ray may use; null: all", affects="nothing")
     object_store_gib: float = setting(0.5, "shared memory of a local Ray, GiB", affects="nothing")

@@ -1,0 +1,139 @@
+"""``unclip run`` where ``cluster.submit`` names a cluster: as a Ray Job that is followed, found again, and stopped."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.console import PLAIN, open_console
+from flows.interrupt import Interrupt
+from flows.project import Project, open_project
+from flows.selection import Selection
+from stages import storage
+from stages.errors import ConfigError
+from stages.manifest import digest_of
+
+if TYPE_CHECKING:
+    from cluster.jobs import JobState
+    from stages.config import Config
+
+# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them.
+_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "PREFECT_API_URL")
+_OUR_FAILURES = (1, 2, 130)
+
+
+def run_as_job(args: argparse.Namespace, project: Project, selection: Selection) -> int:
+    """Run the selected stages on the cluster; return the exit code that a run here would have had."""
+    from cluster.jobs import CONFIG_NAME, JobCluster
+
+    config = project.config
+    assert config.cluster.submit is not None
+    cluster = JobCluster(config.cluster.submit)
+    console = open_console(sys.stderr)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, **PLAIN)
+
+    def show(text: str) -> None:
+        console.print(text, soft_wrap=True, end="", **PLAIN)
+
+    with Interrupt(on_stop=lambda: say("stopping the job; everything committed is kept")) as interrupt:
+        name, is_new = cluster.submit(
+            _what(project, selection),
+            ["run", CONFIG_NAME, *_selection_arguments(selection)],
+            config=_for_the_cluster(config),
+            environment=_environment(config),
+            with_code=config.cluster.code == "upload",
+            labels={"config": Path(args.config).name, "root": config.root},
+        )
+        say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
+        if args.detach:
+            return 0
+        interrupt.closes(partial(cluster.stop, name))
+        state: JobState | None = None
+        with contextlib.suppress(KeyboardInterrupt):
+            state = cluster.follow(name, show)
+    if state is None:
+        return interrupt.exit_code
+    if state.status != "SUCCEEDED":
+        say(f"job {name}: {state.status.lower()}: {state.message}")
+    return _exit_code(state)
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """Stop the jobs of a config."""
+    from cluster.jobs import JobCluster
+
+    project = open_project(args.config, args.set)
+    address = project.config.cluster.submit
+    if address is None:
+        raise ConfigError("cancel: cluster.submit names no cluster; a run on this machine is stopped by Ctrl-C")
+    cluster = JobCluster(address)
+    num_stopped = 0
+    while (name := cluster.running(_project_name(project))) is not None:
+        state = cluster.stop(name)
+        print(f"job {name}: {state.status.lower()}; everything committed is kept")
+        num_stopped += 1
+        if not state.is_over:
+            return 1
+    if not num_stopped:
+        print("no job of this config is running")
+    return 0
+
+
+def cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of ``unclip cancel``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+
+
+def _project_name(project: Project) -> str:
+    """Name what a config makes: where, and all fingerprints."""
+    root = storage.absolute(project.config.root)
+    return digest_of({"root": root, "stages": project.fingerprints})[:8]
+
+
+def _what(project: Project, selection: Selection) -> str:
+    """Name what a run makes: jobs that make the same have the same name."""
+    chosen = {"stages": list(selection.stages), "forced": sorted(selection.forced)}
+    return f"{_project_name(project)}-{digest_of(chosen)[:4]}"
+
+
+def _selection_arguments(selection: Selection) -> list[str]:
+    forced = [argument for name in sorted(selection.forced) for argument in ("--force", name)]
+    return ["--from", selection.stages[0], "--until", selection.stages[-1], *forced]
+
+
+def _for_the_cluster(config: Config) -> str:
+    """Write the config as the job reads it: on the cluster it is in, with paths that hold in any folder."""
+    from stages.config import to_yaml
+
+    cluster = replace(config.cluster, submit=None, executor="ray", address="auto")
+    source = replace(config.source, lists=tuple(storage.absolute(uri) for uri in config.source.lists))
+    return to_yaml(replace(config, root=storage.absolute(config.root), cluster=cluster, source=source))
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Collect the variables that travel with the job.
+
+    Raises:
+        ConfigError: if one that the config names is not set here.
+    """
+    for name in config.cluster.pass_env:
+        if name not in os.environ:
+            raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
+    return {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+
+
+def _exit_code(state: JobState) -> int:
+    if state.status == "STOPPED":
+        return 130
+    if state.status == "SUCCEEDED":
+        return 0
+    return state.exit_code if state.exit_code in _OUR_FAILURES else 1
