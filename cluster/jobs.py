@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.yaml"
 STOP_WAIT_S = 12  # for trainings to write a checkpoint once the job is stopped; then it is killed
+_JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_TRAIN_METRICS_ENABLED": "0"}
 _PACKAGES = ("flows", "cluster", "stages", "unclip_models")
 _PREFIX = "unclip"
 _POLL_S = 1.0
@@ -120,7 +121,7 @@ class JobCluster:
                     submission_id=name,
                     runtime_env={
                         "working_dir": str(folder),
-                        "env_vars": {**environment, "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)},
+                        "env_vars": {**environment, **_JOB_ENVIRONMENT},
                     },
                     metadata=dict(labels or {}),
                 )

@@ -278,7 +278,7 @@ class Lease:
                 num_done=num_done,
                 num_shards=num_shards,
             )
-            version = swap.replace(self.uri, following.to_bytes(), self._version)
+            version = swap.replace(self.uri, following.to_bytes(), self._version, settle=False)
             if version is None:
                 self._lost = _lost(self.uri, read_lease(self.uri))
             else:
@@ -341,7 +341,9 @@ def claim(uri: str, *, ttl_s: float, run: str = "", on_wait: Callable[[Holding],
 
 
 def _swap_in(uri: str, data: bytes, found: swap.Versioned | None) -> bool:
-    return (swap.create(uri, data) if found is None else swap.replace(uri, data, found.version)) is not None
+    if found is None:
+        return swap.create(uri, data, settle=False) is not None
+    return swap.replace(uri, data, found.version, settle=False) is not None
 
 
 def _lost(uri: str, found: Holding | None) -> LeaseLostError:

@@ -60,8 +60,14 @@ def read(uri: str) -> Versioned | None:
         return None
 
 
-def create(uri: str, data: bytes) -> str | None:
+def create(uri: str, data: bytes, *, settle: bool = True) -> str | None:
     """Write an object that does not exist yet.
+
+    Args:
+        uri: the object.
+        data: its content.
+        settle: whether to wait ``SETTLE_S`` on a server that ignores conditions; False where others write only after
+            a failure, and speed counts.
 
     Returns:
         Its version; None if it exists, with other content.
@@ -73,11 +79,11 @@ def create(uri: str, data: bytes) -> str | None:
         return storage.explained("create", uri, lambda: _link(uri, data))
     if is_atomic(uri):
         return _same_or(uri, data, storage.put_object(uri, data, IfNoneMatch="*"))
-    return None if read(uri) is not None else _settle(uri, data)
+    return None if read(uri) is not None else _write(uri, data, settle)
 
 
-def replace(uri: str, data: bytes, version: str) -> str | None:
-    """Write an object that still has the given version.
+def replace(uri: str, data: bytes, version: str, *, settle: bool = True) -> str | None:
+    """Write an object that still has the given version; see ``create``.
 
     Returns:
         Its new version; None if it has another one by now, or is gone.
@@ -93,7 +99,7 @@ def replace(uri: str, data: bytes, version: str) -> str | None:
         except NotFoundError:
             return None
     found = read(uri)
-    return _settle(uri, data) if found is not None and found.version == version else None
+    return _write(uri, data, settle) if found is not None and found.version == version else None
 
 
 def update(uri: str, change: Callable[[bytes | None], bytes]) -> bytes:
@@ -163,9 +169,10 @@ def _same_or(uri: str, data: bytes, version: str | None) -> str | None:
     return found.version if found is not None and found.data == data else None
 
 
-def _settle(uri: str, data: bytes) -> str | None:
+def _write(uri: str, data: bytes, settle: bool) -> str | None:
+    """Write, wait, and see whether it stands."""
     storage.write_bytes(uri, data)
-    time.sleep(SETTLE_S)
+    time.sleep(SETTLE_S if settle else 0.0)
     found = read(uri)
     return found.version if found is not None and found.data == data else None
 

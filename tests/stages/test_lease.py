@@ -158,10 +158,10 @@ def test_a_stopped_owner_in_the_middle_of_publishing_overwrites_nothing(
         new.publish(dict.fromkeys(objects, b"new"))
         new.release()
 
-    def create_late(uri: str, data: bytes) -> str | None:
+    def create_late(uri: str, data: bytes, *, settle: bool) -> str | None:
         if uri.endswith(stop_at):
             succeed()
-        return create(uri, data)
+        return create(uri, data, settle=settle)
 
     def confirm_late() -> None:
         if stop_at == "confirm":

@@ -1,0 +1,181 @@
+"""A run as a Ray Job on two nodes: the orchestrator is killed twice, a node is lost twice, the result is the same."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ray.cluster_utils import Cluster
+
+from cluster.jobs import CONFIG_NAME, JobCluster, _package
+from stages import storage
+from stages.config import load_config
+from stages.graph import build_stages, fingerprints
+from stages.lease import Holding, lease_uri, read_lease
+from stages.manifest import Manifest
+from tests.conftest import free_port
+
+TOP = Path(__file__).parents[2]
+TINY = TOP / "tests" / "tiny.yaml"
+UNTIL = "prior"
+NODE = {"object_store_memory": 80 << 20}
+
+
+@dataclass
+class Drill:
+    """A cluster of two nodes, the head without cores, and a store.
+
+    Attributes:
+        cluster: the cluster.
+        worker: its node with cores.
+        address: of its dashboard.
+        port: of the server of pictures; part of every fingerprint.
+        environment: of every process here.
+    """
+
+    cluster: Cluster
+    worker: Any
+    address: str
+    port: int
+    environment: dict[str, str]
+
+    def settings(self, root: Path) -> list[str]:
+        # One kind of engine for all runs: DeepSpeed rounds otherwise than plain torch.
+        given = {"root": root, "source.shapes.port": self.port, "clip.engine": "torch", "prior.engine": "torch"}
+        return [f"{name}={value}" for name, value in given.items()]
+
+    def command(self, root: Path, command: str = "run", *extra: str) -> list[str]:
+        settings = [part for setting in self.settings(root) for part in ("-s", setting)]
+        return [sys.executable, "-m", "flows.cli", command, str(TINY), *settings, *extra]
+
+    def submit(self, root: Path) -> subprocess.Popen[str]:
+        """Start an orchestrator; what it says can be read from its standard error."""
+        extra = ("--until", UNTIL, "-s", f"cluster.submit={self.address}")
+        return subprocess.Popen(
+            self.command(root, "run", *extra), env=self.environment, cwd=TOP, stderr=subprocess.PIPE, text=True
+        )
+
+    def lose_a_node(self) -> None:
+        """End the node with the cores without warning; another one comes."""
+        self.cluster.remove_node(self.worker, allow_graceful=False)
+        self.worker = self.cluster.add_node(num_cpus=2, **NODE)
+
+    def fingerprints(self, root: Path) -> dict[str, str]:
+        return dict(fingerprints(build_stages(load_config(TINY, self.settings(root)))))
+
+    def digests(self, root: Path) -> dict[str, str]:
+        names = self.fingerprints(root).items()
+        found = {name: Manifest.read(str(root), name, mark) for name, mark in names}
+        return {name: manifest.digest for name, manifest in found.items() if manifest is not None}
+
+    def lease(self, root: Path, stage: str) -> Holding | None:
+        return read_lease(lease_uri(str(root), stage, self.fingerprints(root)[stage]))
+
+
+@pytest.fixture(scope="module")
+def drill(prefect_state: Path) -> Iterator[Drill]:
+    # The processes of the cluster inherit the environment: the job finds the running Prefect server in it.
+    environment = {"XDG_STATE_HOME": str(prefect_state), "RAY_AUTH_MODE": "disabled"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        dashboard = free_port()
+        head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": dashboard, **NODE}
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            worker = cluster.add_node(num_cpus=2, **NODE)
+            yield Drill(cluster, worker, f"http://127.0.0.1:{dashboard}", free_port(), dict(os.environ))
+        finally:
+            cluster.shutdown()
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 200.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} in {timeout_s} s"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def orchestrator(drill: Drill, root: Path, said: str) -> Iterator[subprocess.Popen[str]]:
+    """Run one, from the moment it has said what is expected; it is killed hard at the end, if it still lives."""
+    process = drill.submit(root)
+    assert process.stderr is not None
+    try:
+        lines = []
+        while said not in (line := process.stderr.readline()):
+            lines.append(line)
+            assert line, "".join(lines)
+        yield process
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+
+
+def has_checkpoint(root: Path, stage: str) -> bool:
+    return any(name.endswith("/checkpoint.json") for name in storage.list_files(f"{root}/{stage}/shards"))
+
+
+@pytest.mark.chaos
+def test_the_orchestrator_dies_twice_and_two_nodes_are_lost(drill: Drill, tmp_path: Path) -> None:
+    root, calm = tmp_path / "disturbed", tmp_path / "calm"
+    with orchestrator(drill, root, "submitted"):
+        wait_for(lambda: (held := drill.lease(root, "embed")) and not held.is_free, "embed")
+    with orchestrator(drill, root, "is running already; attached"):
+        drill.lose_a_node()
+        wait_for(lambda: has_checkpoint(root, "prior"), "checkpoint of the prior")
+        drill.lose_a_node()
+    with orchestrator(drill, root, "is running already; attached") as process:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 0, errors
+    run = drill.command(calm, "run", "--until", UNTIL, "-s", "cluster.executor=local")
+    assert subprocess.run(run, env=drill.environment, cwd=TOP, capture_output=True).returncode == 0
+    found = drill.digests(root)
+    assert {"download", "filter", "clip", "embed", "curate", "pca", "prior"} <= found.keys()
+    assert found == drill.digests(calm)
+    leases = [drill.lease(root, stage) for stage in found]
+    assert all(lease is not None and lease.token == 1 and lease.is_free for lease in leases)  # nothing ran twice
+    again = drill.submit(root)
+    again.communicate(timeout=60)
+    assert again.returncode == 0 and JobCluster(drill.address).running("") is None
+
+
+@pytest.mark.chaos
+def test_a_job_is_cancelled_and_goes_on_later(drill: Drill, tmp_path: Path) -> None:
+    root = tmp_path / "store"
+    submit = ("-s", f"cluster.submit={drill.address}")
+    detached = subprocess.run(
+        drill.command(root, "run", "--detach", "--until", "clip", *submit),
+        env=drill.environment,
+        cwd=TOP,
+        capture_output=True,
+        text=True,
+    )
+    assert detached.returncode == 0 and "submitted" in detached.stderr
+    wait_for(lambda: has_checkpoint(root, "clip"), "checkpoint of the clip")
+    cancelled = subprocess.run(
+        drill.command(root, "cancel", *submit), env=drill.environment, cwd=TOP, capture_output=True, text=True
+    )
+    assert cancelled.returncode == 0 and ": stopped; everything committed is kept" in cancelled.stdout
+    held = drill.lease(root, "clip")
+    assert held is not None and held.is_free  # it was stopped in order: nobody has to wait for its lease
+
+
+def test_a_job_carries_its_code_and_version(tmp_path: Path) -> None:
+    program = (
+        "import flows, importlib.metadata as m; from pathlib import Path\n"
+        "for path in (flows.__file__, m.distribution('unclip-pipeline').locate_file('')): print(Path(path).resolve())"
+    )
+    with _package("root: x\n", with_code=True) as folder:
+        assert (folder / CONFIG_NAME).read_text() == "root: x\n"
+        child = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True)
+        assert all(path.startswith(str(folder)) for path in child.stdout.split()), child.stdout + child.stderr
