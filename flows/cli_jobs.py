@@ -34,6 +34,7 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
 
     config = project.config
     assert config.cluster.submit is not None
+    environment = _environment(config)
     cluster = JobCluster(config.cluster.submit)
     console = open_console(sys.stderr)
 
@@ -48,7 +49,7 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
             _what(project, selection),
             ["run", CONFIG_NAME, *_selection_arguments(selection)],
             config=_for_the_cluster(config),
-            environment=_environment(config),
+            environment=environment,
             with_code=config.cluster.code == "upload",
             labels={"config": Path(args.config).name, "root": config.root},
         )
