@@ -79,10 +79,6 @@ class JobCluster:
                 "as http://head:8265, and see that it is up"
             ) from error
 
-    def running(self, what: str) -> str | None:
-        """Find the job that makes ``what``, if one has not ended."""
-        return next((name for name, state in self._jobs(what) if not state.is_over), None)
-
     def submit(
         self,
         what: str,
@@ -164,13 +160,23 @@ class JobCluster:
                         ) from error
                 time.sleep(_POLL_S)
 
-    def stop(self, name: str, *, timeout_s: float = STOP_WAIT_S + 20) -> JobState:
-        """Stop a job and wait for its end: it gets SIGTERM, which lets it write checkpoints, later SIGKILL."""
-        self._client.stop_job(name)
+    def stop_all(self, what: str, *, timeout_s: float = STOP_WAIT_S + 20) -> dict[str, JobState]:
+        """Stop the jobs whose names begin with ``what`` and wait for their end.
+
+        They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL.
+
+        Returns:
+            Name -> how it stands in the end.
+        """
+        names = [name for name, state in self._jobs(what) if not state.is_over]
+        for name in names:
+            self._client.stop_job(name)
         deadline = time.monotonic() + timeout_s
-        while not (state := self.state(name)).is_over and time.monotonic() < deadline:
+        while True:
+            states = {name: self.state(name) for name in names}
+            if all(state.is_over for state in states.values()) or time.monotonic() > deadline:
+                return states
             time.sleep(_POLL_S / 4)
-        return state
 
     def _jobs(self, what: str) -> Iterator[tuple[str, JobState]]:
         for job in self._client.list_jobs():

@@ -30,7 +30,7 @@ _OUR_FAILURES = (1, 2, 130)
 
 def run_as_job(args: argparse.Namespace, project: Project, selection: Selection) -> int:
     """Run the selected stages on the cluster; return the exit code that a run here would have had."""
-    from cluster.jobs import CONFIG_NAME, JobCluster
+    from cluster.jobs import CONFIG_NAME, STOP_WAIT_S, JobCluster
 
     config = project.config
     assert config.cluster.submit is not None
@@ -44,9 +44,15 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
     def show(text: str) -> None:
         console.print(text, soft_wrap=True, end="", **PLAIN)
 
-    with Interrupt(on_stop=lambda: say("stopping the job; everything committed is kept")) as interrupt:
+    what = _what(project, selection)
+
+    def say_stopping() -> None:
+        say("stopping the job; everything committed is kept")
+
+    with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping) as interrupt:
+        interrupt.closes(partial(cluster.stop_all, what))
         name, is_new = cluster.submit(
-            _what(project, selection),
+            what,
             ["run", CONFIG_NAME, *_selection_arguments(selection)],
             config=_for_the_cluster(config),
             environment=environment,
@@ -56,7 +62,6 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
         say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
         if args.detach:
             return 0
-        interrupt.closes(partial(cluster.stop, name))
         state: JobState | None = None
         with contextlib.suppress(KeyboardInterrupt):
             state = cluster.follow(name, show)
@@ -76,16 +81,12 @@ def cancel(args: argparse.Namespace) -> int:
     if address is None:
         raise ConfigError("cancel: cluster.submit names no cluster; a run on this machine is stopped by Ctrl-C")
     cluster = JobCluster(address)
-    num_stopped = 0
-    while (name := cluster.running(_project_name(project))) is not None:
-        state = cluster.stop(name)
+    stopped = cluster.stop_all(_project_name(project))
+    for name, state in stopped.items():
         print(f"job {name}: {state.status.lower()}; everything committed is kept")
-        num_stopped += 1
-        if not state.is_over:
-            return 1
-    if not num_stopped:
+    if not stopped:
         print("no job of this config is running")
-    return 0
+    return 0 if all(state.is_over for state in stopped.values()) else 1
 
 
 def cancel_arguments(parser: argparse.ArgumentParser) -> None:

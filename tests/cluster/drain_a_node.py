@@ -24,7 +24,8 @@ from stages.manifest import ShardRecord
 from tests.cluster.test_training import AccidentalStream, Tiny, TinyConfig
 from tests.stages.toy_stages import Numbers, NumbersConfig
 
-_NODE = {"object_store_memory": 80 << 20, "include_dashboard": False}
+_PREEMPTION: int = vars(autoscaler_pb2)["DRAIN_NODE_REASON_PREEMPTION"]
+_NODE: dict[str, Any] = {"object_store_memory": 80 << 20, "include_dashboard": False}
 
 
 class Noted(Tiny):
@@ -67,7 +68,7 @@ class Spot:
         """Announce the end of the node, and bring another one."""
         accepted, reason = self._gcs.drain_node(
             self._node.node_id,
-            autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION,
+            _PREEMPTION,
             "spot notice",
             int((time.time() + 60) * 1000),
         )

@@ -29,7 +29,7 @@ from tests.conftest import free_port
 TOP = Path(__file__).parents[2]
 TINY = TOP / "tests" / "tiny.yaml"
 UNTIL = "prior"
-NODE = {"object_store_memory": 80 << 20}
+NODE: dict[str, Any] = {"object_store_memory": 80 << 20}
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Drill:
     Attributes:
         cluster: the cluster.
         worker: its node with cores.
+        disks: where every node has a folder of its own.
         address: of its dashboard.
         port: of the server of pictures; part of every fingerprint.
         environment: of every process here.
@@ -46,6 +47,7 @@ class Drill:
 
     cluster: Cluster
     worker: Any
+    disks: Path
     address: str
     port: int
     environment: dict[str, str]
@@ -73,7 +75,7 @@ class Drill:
     def lose_a_node(self) -> None:
         """End the node with the cores without warning; another one comes."""
         self.cluster.remove_node(self.worker, allow_graceful=False)
-        self.worker = add_worker(self.cluster)
+        self.worker = add_worker(self.cluster, self.disks)
 
     def fingerprints(self, root: Path) -> dict[str, str]:
         return dict(fingerprints(build_stages(load_config(TINY, self.settings(root)))))
@@ -87,9 +89,9 @@ class Drill:
         return read_lease(lease_uri(str(root), stage, self.fingerprints(root)[stage]))
 
 
-def add_worker(cluster: Cluster) -> Any:
+def add_worker(cluster: Cluster, disks: Path) -> Any:
     """Add a node with cores and a disk of its own: nodes that share one delete each other's copies of the code."""
-    return cluster.add_node(num_cpus=2, temp_dir=tempfile.mkdtemp(prefix="unclip-node-"), **NODE)
+    return cluster.add_node(num_cpus=2, temp_dir=tempfile.mkdtemp(dir=disks), **NODE)
 
 
 @pytest.fixture(scope="module")
@@ -97,14 +99,23 @@ def drill(prefect_state: Path) -> Iterator[Drill]:
     # The processes of the cluster inherit the environment: the job finds the running Prefect server in it.
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = {"XDG_STATE_HOME": str(prefect_state), "RAY_AUTH_MODE": "disabled", "PATH": path}
-    with pytest.MonkeyPatch.context() as patch:
+    # Not below pytest's folder: the names of Ray's sockets must be short.
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        disks = Path(scratch)
         for name, value in environment.items():
             patch.setenv(name, value)
         dashboard = free_port()
         head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": dashboard, **NODE}
         cluster = Cluster(initialize_head=True, head_node_args=head)
         try:
-            yield Drill(cluster, add_worker(cluster), f"http://127.0.0.1:{dashboard}", free_port(), dict(os.environ))
+            yield Drill(
+                cluster,
+                add_worker(cluster, disks),
+                disks,
+                f"http://127.0.0.1:{dashboard}",
+                free_port(),
+                dict(os.environ),
+            )
         finally:
             cluster.shutdown()
 
