@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from flows.console import PLAIN, open_console
 from flows.interrupt import Interrupt
+from flows.progress import Outcome
 from flows.project import Project, open_project
 from flows.selection import Selection
 from stages import storage
@@ -65,11 +68,28 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
         state: JobState | None = None
         with contextlib.suppress(KeyboardInterrupt):
             state = cluster.follow(name, show)
-    if state is None:
-        return interrupt.exit_code
-    if state.status != "SUCCEEDED":
-        say(f"job {name}: {state.status.lower()}: {state.message}")
-    return _exit_code(state)
+    code = _exit_code(state) if state is not None else interrupt.exit_code
+    error = f"job {name}: {state.status.lower()}: {state.message}" if state is not None and code else ""
+    if error:
+        say(error)
+    _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), [error] if error else [])
+    return code
+
+
+def _answer(args: argparse.Namespace, selection: Selection, status: str, errors: Sequence[str]) -> None:
+    """Say on standard output what the store holds now, as a run here would."""
+    from flows.summary import report_uri, run_to_json
+
+    project = open_project(args.config, args.set)
+    report = report_uri(project.config.root)
+    if not args.json:
+        print(f"report: {report}")
+        return
+    found = {name: project.states[name].manifest for name in selection.stages}
+    outcomes = [Outcome(stage=s, status="done" if m else "cancelled", manifest=m) for s, m in found.items()]
+    print(
+        json.dumps(run_to_json(status, project.config.root, report, outcomes, project.fingerprints, errors), indent=1)
+    )
 
 
 def cancel(args: argparse.Namespace) -> int:
