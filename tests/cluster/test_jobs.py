@@ -161,7 +161,8 @@ def test_the_orchestrator_dies_twice_and_two_nodes_are_lost(drill: Drill, tmp_pa
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
     run = drill.command(calm, "run", "--until", UNTIL, "-s", "cluster.executor=local")
-    assert subprocess.run(run, env=drill.environment, cwd=TOP, capture_output=True).returncode == 0
+    one_thread = drill.environment | {"OMP_NUM_THREADS": "1"}  # as a rank with one core has
+    assert subprocess.run(run, env=one_thread, cwd=TOP, capture_output=True).returncode == 0
     found = drill.digests(root)
     assert list(found) == ["source", "download", "filter", "clip", "embed"]
     assert found == drill.digests(calm)
