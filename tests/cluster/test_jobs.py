@@ -54,7 +54,7 @@ class Drill:
 
     def settings(self, root: Path) -> list[str]:
         # One kind of engine for all runs: DeepSpeed rounds otherwise than plain torch.
-        given = {"root": root, "source.shapes.port": self.port, "clip.engine": "torch"}
+        given = {"root": root, "source.shapes.port": self.port, "clip.engine": "torch", "cluster.submit": self.address}
         return [f"{name}={value}" for name, value in given.items()]
 
     def command(self, root: Path, command: str = "run", *extra: str) -> list[str]:
@@ -63,10 +63,12 @@ class Drill:
 
     def submit(self, root: Path) -> subprocess.Popen[str]:
         """Start an orchestrator; what it says can be read from its standard error."""
-        extra = ("--until", UNTIL, "-s", f"cluster.submit={self.address}")
-        return subprocess.Popen(
-            self.command(root, "run", *extra), env=self.environment, cwd=TOP, stderr=subprocess.PIPE, text=True
-        )
+        command = self.command(root, "run", "--until", UNTIL)
+        return subprocess.Popen(command, **self.surroundings, stderr=subprocess.PIPE, text=True)
+
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        return {"env": self.environment, "cwd": TOP}
 
     def jobs(self, *statuses: str) -> list[str]:
         jobs = JobSubmissionClient(self.address).list_jobs()
@@ -150,6 +152,7 @@ def has_file(root: Path, stage: str, ending: str) -> bool:
 
 @pytest.mark.chaos
 def test_the_orchestrator_dies_twice_and_two_nodes_are_lost(drill: Drill, tmp_path: Path) -> None:
+    """And once the job is cancelled; the last command of all just says that everything is done."""
     root, calm = tmp_path / "disturbed", tmp_path / "calm"
     with orchestrator(drill, root, "submitted"):
         wait_for(lambda: has_file(root, "clip", "/checkpoint.json"), drill)
@@ -158,41 +161,27 @@ def test_the_orchestrator_dies_twice_and_two_nodes_are_lost(drill: Drill, tmp_pa
         wait_for(lambda: has_file(root, "embed", ".json"), drill)
         drill.lose_a_node()
     with orchestrator(drill, root, "is running already; attached") as process:
+        cancelled = subprocess.run(drill.command(root, "cancel"), **drill.surroundings, capture_output=True, text=True)
+        assert ": stopped; everything committed is kept" in cancelled.stdout, cancelled.stderr
+        process.communicate(timeout=60)
+        assert process.returncode == 130
+    held = drill.lease(root, "embed")
+    assert held is not None and held.is_free  # stopped in order: nobody has to wait for its lease
+    with orchestrator(drill, root, "submitted") as process:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    run = drill.command(calm, "run", "--until", UNTIL, "-s", "cluster.executor=local")
-    one_thread = drill.environment | {"OMP_NUM_THREADS": "1"}  # as a rank with one core has
-    assert subprocess.run(run, env=one_thread, cwd=TOP, capture_output=True).returncode == 0
+    local = drill.command(calm, "run", "--until", UNTIL, "-s", "cluster.submit=null", "-s", "cluster.executor=local")
+    drill.environment["OMP_NUM_THREADS"] = "1"  # as a rank with one core has
+    assert subprocess.run(local, **drill.surroundings, capture_output=True).returncode == 0
     found = drill.digests(root)
     assert list(found) == ["source", "download", "filter", "clip", "embed"]
     assert found == drill.digests(calm)
-    leases = [drill.lease(root, stage) for stage in found]
-    assert all(lease is not None and lease.token == 1 and lease.is_free for lease in leases)  # nothing ran twice
-    again = drill.submit(root)
-    again.communicate(timeout=60)
-    assert again.returncode == 0
-    assert len(drill.jobs("SUCCEEDED")) == 1  # done already: no second job
-
-
-@pytest.mark.chaos
-def test_a_job_is_cancelled_and_goes_on_later(drill: Drill, tmp_path: Path) -> None:
-    root = tmp_path / "store"
-    submit = ("-s", f"cluster.submit={drill.address}")
-    detached = subprocess.run(
-        drill.command(root, "run", "--detach", "--until", "clip", *submit),
-        env=drill.environment,
-        cwd=TOP,
-        capture_output=True,
-        text=True,
-    )
-    assert detached.returncode == 0 and "submitted" in detached.stderr
-    wait_for(lambda: has_file(root, "clip", "/checkpoint.json"), drill)
-    cancelled = subprocess.run(
-        drill.command(root, "cancel", *submit), env=drill.environment, cwd=TOP, capture_output=True, text=True
-    )
-    assert cancelled.returncode == 0 and ": stopped; everything committed is kept" in cancelled.stdout
-    held = drill.lease(root, "clip")
-    assert held is not None and held.is_free  # it was stopped in order: nobody has to wait for its lease
+    leases = {stage: drill.lease(root, stage) for stage in found}
+    tokens = {stage: lease.token for stage, lease in leases.items() if lease is not None and lease.is_free}
+    assert tokens == dict.fromkeys(found, 1) | {"embed": 2}  # by nobody else, and by nobody at the same time
+    detached = drill.command(root, "run", "--detach", "--until", UNTIL)
+    assert subprocess.run(detached, **drill.surroundings, capture_output=True).returncode == 0
+    assert (len(drill.jobs("STOPPED")), len(drill.jobs("SUCCEEDED"))) == (1, 1)  # nothing to do: no third job
 
 
 def test_a_job_carries_its_code_and_version(tmp_path: Path) -> None:
