@@ -357,10 +357,10 @@ def _now() -> str:
 
 
 def _this_machine() -> str:
-    """Name this boot of this machine and this container's space of process numbers."""
+    """Name this machine, this boot of it, and this container's space of process numbers."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+        return f"{socket.gethostname()} {boot} {Path('/proc/self/ns/pid').readlink()}"
     except OSError:
         return ""
 

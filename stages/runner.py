@@ -226,7 +226,8 @@ def run_stage(
 
 def _noting_progress(lease: Lease, on_progress: Callable[[StageProgress], None]) -> Callable[[StageProgress], None]:
     def note(progress: StageProgress) -> None:
-        lease.note(progress.num_done, progress.num_shards)
+        if not progress.finished:  # published: whoever has the lease now finds it done
+            lease.note(progress.num_done, progress.num_shards)
         on_progress(progress)
 
     return note
