@@ -5,17 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 
 from flows import cli_ablate, cli_exchange, cli_images, cli_jobs, cli_ledger, cli_store, cli_takedown
-from flows.console import PLAIN, open_console
+from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
 from flows.overview import overview, plan_table, status_table
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errors.print_exception()
         _show_error(errors, str(error))
         if getattr(args, "json", False):
-            _print_json({"status": "failed", "errors": [str(error)]})
+            print_json({"status": "failed", "errors": [str(error)]})
         return error.exit_code
     except KeyboardInterrupt:
         _show_error(errors, "stopped; everything committed is kept")
@@ -139,10 +138,6 @@ def _show_error(console: Console, message: str) -> None:
     console.print(f"unclip: {message}", style="red" if console.is_terminal else None, soft_wrap=True, **PLAIN)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
-
-
 # ---- run ------------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +221,7 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
             display.end(outcome)
     report = report_uri(project.config.root)
     if args.json:
-        _print_json(run_to_json("done", project.config.root, report, outcomes, project.fingerprints, []))
+        print_json(run_to_json("done", project.config.root, report, outcomes, project.fingerprints, []))
     else:
         print(f"nothing to do; report: {report}")
     return 0
@@ -282,7 +277,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
         _show_error(console, line)
     if args.json:
         outcomes = list(run.outcomes.values())
-        _print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
+        print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
     elif run.report_uri:
         print(f"report: {run.report_uri}")
     if status == "cancelled":
@@ -299,7 +294,7 @@ def _plan(args: argparse.Namespace) -> int:
     _say_list_changes(project)
     rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
     if args.json:
-        _print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in rows])
     else:
         open_console(sys.stdout).print(plan_table(rows))
     return 0
@@ -309,7 +304,7 @@ def _status(args: argparse.Namespace) -> int:
     project = open_project(args.config, args.set)
     rows = overview(project.stages, project.states)
     if args.json:
-        _print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
+        print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
     else:
         console = open_console(sys.stdout)
         console.print(f"store: {project.config.root}", **PLAIN)
@@ -326,7 +321,7 @@ def _models(args: argparse.Namespace) -> int:
 
     sizes = model_sizes(load_config(args.config, args.set))
     if args.json:
-        _print_json([size.to_json() for size in sizes])
+        print_json([size.to_json() for size in sizes])
         return 0
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("model", "kind", "parameters", "fp32 weights"):
@@ -356,7 +351,7 @@ def _doctor(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.set)
     findings = examine(config)
     if args.json:
-        _print_json([finding.to_json() for finding in findings])
+        print_json([finding.to_json() for finding in findings])
     else:
         open_console(sys.stdout).print(findings_table(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0

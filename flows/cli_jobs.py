@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -13,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flows.console import PLAIN, open_console
+from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.progress import Outcome
 from flows.project import Project, open_project
