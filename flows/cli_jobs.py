@@ -63,6 +63,8 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
         )
         say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
         if args.detach:
+            if args.json:
+                print_json({"status": "submitted", "job": name})
             return 0
         state: JobState | None = None
         with contextlib.suppress(KeyboardInterrupt):
@@ -71,24 +73,20 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
     error = f"job {name}: {state.status.lower()}: {state.message}" if state is not None and code else ""
     if error:
         say(error)
-    _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), [error] if error else [])
+    if args.json:
+        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), [error] if error else [])
     return code
 
 
 def _answer(args: argparse.Namespace, selection: Selection, status: str, errors: Sequence[str]) -> None:
-    """Say on standard output what the store holds now, as a run here would."""
+    """Print what the store holds now, as a run here would."""
     from flows.summary import report_uri, run_to_json
 
     project = open_project(args.config, args.set)
     report = report_uri(project.config.root)
-    if not args.json:
-        print(f"report: {report}")
-        return
     found = {name: project.states[name].manifest for name in selection.stages}
     outcomes = [Outcome(stage=s, status="done" if m else "cancelled", manifest=m) for s, m in found.items()]
-    print(
-        json.dumps(run_to_json(status, project.config.root, report, outcomes, project.fingerprints, errors), indent=1)
-    )
+    print_json(run_to_json(status, project.config.root, report, outcomes, project.fingerprints, errors))
 
 
 def cancel(args: argparse.Namespace) -> int:
