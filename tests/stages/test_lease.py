@@ -66,7 +66,7 @@ def test_one_owner_at_a_time_and_the_token_rises(root: str, monkeypatch: pytest.
     inside, tokens = [0], []
 
     def work(number: int) -> None:
-        lease = claim(uri, ttl_s=20.0, run=f"{number}")
+        lease = claim(uri, ttl_s=4.0, run=f"{number}")
         inside[0] += 1
         assert inside[0] == 1
         tokens.append(lease.token)
