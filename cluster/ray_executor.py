@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.board import Board, BoardLink
+from cluster.draining import DrainWatch
 from stages.base import Progress, Result, Shard, Stage
 from stages.errors import ConfigError, ShardError, StageError, UnclipError
 from stages.executor import ClusterConfig, ShardFailure, failure_of
@@ -101,7 +102,9 @@ def _join(cluster: ClusterConfig) -> None:
     import ray
 
     try:
-        ray.init(address=cluster.address, runtime_env=_runtime_env(), **_QUIET)
+        # A driver that is itself a Ray Job has its code and environment from there, and its workers inherit them.
+        runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env()
+        ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cluster.address: '{cluster.address}': {_first_line(error)}; start that cluster, correct the address, or "
@@ -262,8 +265,11 @@ class _Worker:
         self._is_set_up = False
         stage.report = BoardLink(board, key).report
 
-    def ready(self) -> None:
-        """Answer once the process is up."""
+    def ready(self) -> str:
+        """Answer once the process is up, with the id of its node."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def process(self, shard: Shard, output: str) -> ShardRecord | ShardFailure:
         """Do a shard; what goes wrong comes back as a value."""
@@ -282,6 +288,7 @@ class _Running:
 
     actor: Any
     shard: Shard | None
+    node: str = ""
 
 
 class _Pool:
@@ -296,6 +303,7 @@ class _Pool:
         self._waiting = deque(shards)
         self._deaths: dict[str, int] = {}
         self._num_failed_starts = 0
+        self._drains = DrainWatch()
         self._running: dict[Any, _Running] = {}
         decorate = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0)
         self._actor_class: Any = decorate(_Worker)
@@ -319,16 +327,19 @@ class _Pool:
 
         running = self._running.pop(ref)
         outcome: ShardRecord | ShardFailure | None = None
+        node = running.node
         try:
-            outcome = ray.get(ref)
+            answer = ray.get(ref)
             if running.shard is None:
-                self._num_failed_starts = 0
+                self._num_failed_starts, node = 0, answer
+            else:
+                outcome = answer
         except ray.exceptions.RayTaskError as error:  # the outcome could not be carried over
             assert running.shard is not None
             outcome = failure_of(running.shard, ShardError(f"{type(error).__name__}: {error}", retryable=True))
         except ray.exceptions.RayError as error:
             return self._bury(running, error)
-        self._next(running.actor)
+        self._next(running.actor, node)
         return outcome
 
     def close(self) -> None:
@@ -344,14 +355,18 @@ class _Pool:
         actor = self._actor_class.remote(*self._arguments)
         self._running[actor.ready.remote()] = _Running(actor, None)
 
-    def _next(self, actor: Any) -> None:
+    def _next(self, actor: Any, node: str) -> None:
         import ray
 
         if not self._waiting:
             ray.kill(actor)  # its resources are somebody else's now
             return
+        if node in self._drains.nodes():
+            ray.kill(actor)  # a node that is going away gets no more work; Ray starts the successor elsewhere
+            self._start()
+            return
         shard = self._waiting.popleft()
-        self._running[actor.process.remote(shard, self._output)] = _Running(actor, shard)
+        self._running[actor.process.remote(shard, self._output)] = _Running(actor, shard, node)
 
     def _bury(self, running: _Running, error: Exception) -> ShardFailure | None:
         """Replace a dead actor; its shard is done again, or given up when it keeps killing workers."""
@@ -361,13 +376,14 @@ class _Pool:
             ray.kill(running.actor)  # one that merely cannot be reached must not do the shard beside its successor
         reason = _first_line(error)
         if running.shard is None:
-            self._num_failed_starts += 1
+            self._num_failed_starts += not getattr(error, "preempted", False)
             if self._num_failed_starts >= _MAX_DEATHS:
                 raise StageError(f"{self._name}: workers die as they start: {reason}") from error
             self._start()
             return None
         shard = running.shard
-        self._deaths[shard.id] = self._deaths.get(shard.id, 0) + 1
+        is_preempted = running.node in self._drains.nodes() or getattr(error, "preempted", False)
+        self._deaths[shard.id] = self._deaths.get(shard.id, 0) + (not is_preempted)
         failure = None
         if self._deaths[shard.id] < _MAX_DEATHS:
             logger.warning("%s shard %d (%s): its worker died; doing it again", self._name, shard.index, shard.id)

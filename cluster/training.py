@@ -2,7 +2,8 @@
 
 Ray Train starts the ranks, joins them (gloo on CPUs, nccl on GPUs) and notices when one dies. Checkpoints, metrics and
 progress are ours and go past it: a call of ``ray.train.report`` costs seconds. A group that died is started again and
-resumes from its newest checkpoint, as long as it gets further than the time before.
+resumes from its newest checkpoint, as long as it gets further than the time before. A group of which a node is going
+away (``cluster/draining.py``) writes a checkpoint within a step or two and is started again on the others.
 """
 
 from __future__ import annotations
@@ -13,16 +14,19 @@ import os
 import tempfile
 import uuid
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.board import BoardLink
+from cluster.draining import DrainWatch
 from stages import storage
 from stages.base import Shard, Stage, record_uri
 from stages.checkpoints import CheckpointFolder
 from stages.engine import EngineFactory, TorchEngine
 from stages.errors import ShardError, UnclipError
 from stages.manifest import ShardRecord
+from stages.training import TrainingStoppedError
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +56,10 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         if error is None:
             return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
         cause = _cause_of(error)
+        if isinstance(cause, TrainingStoppedError) and not _is_stopping(board, key):
+            best_step = _newest(checkpoints)
+            logger.warning("%s: a node is going away; the training moves on at step %d", stage.name, best_step)
+            continue
         if isinstance(cause, UnclipError):
             raise cause
         step = _newest(checkpoints)
@@ -65,6 +73,12 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 retryable=True,
             ) from error
         logger.warning("%s: the training group died; starting it again from step %d", stage.name, best_step)
+
+
+def _is_stopping(board: Any, key: str) -> bool:
+    import ray
+
+    return bool(ray.get(board.report.remote(key, None)))
 
 
 def _newest(checkpoints: CheckpointFolder) -> int:
@@ -129,18 +143,18 @@ def run_rank(config: dict[str, Any]) -> None:
         torch.cuda.set_device(get_device())
     link = BoardLink(config["board"], config["key"])
     stage.report = link.report
-    is_first = dist.get_rank() == 0
     process: Any = stage.process
     process(
         config["shard"],
         config["output"],
         make_engine=_engine_of(stage),
-        should_stop=link.should_stop if is_first else _never,
+        should_stop=partial(_must_leave, DrainWatch(), link if dist.get_rank() == 0 else None),
     )
 
 
-def _never() -> bool:
-    return False
+def _must_leave(drains: DrainWatch, link: BoardLink | None) -> bool:
+    """Tell whether a rank wants a checkpoint and an end: its node is going away, or the first one was asked to stop."""
+    return drains.here() or (link is not None and link.should_stop())
 
 
 def _engine_of(stage: Stage[Any]) -> EngineFactory:

@@ -21,6 +21,7 @@ from prefect.futures import PrefectFuture, wait
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.interrupt import Cancelled, Interrupt
+from flows.lease_wait import held
 from flows.logs import CURRENT_STAGE
 from flows.prefect_server import PrivateServer, prefect_api
 from flows.progress import format_duration
@@ -94,9 +95,12 @@ class AblationRun:
         node = self.nodes[key]
         assert self.executor is not None
         started_at = time.monotonic()
-        manifest = run_stage(
-            node.stage, node.fingerprint, inputs, self.executor, self.cluster, on_progress=self._on_progress
-        )
+        ttl_s, progress = self.cluster.lease_ttl_s, self._on_progress
+        with held(node.stage, node.fingerprint, ttl_s, progress) as lease:
+            # Another run may have finished it while this one waited.
+            manifest = inspect_stage(node.stage, node.fingerprint, inputs).manifest or run_stage(
+                node.stage, node.fingerprint, inputs, self.executor, self.cluster, on_progress=progress, lease=lease
+            )
         logger.info(
             "done in %s (%d of %d), for %s",
             format_duration(time.monotonic() - started_at),

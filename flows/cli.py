@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from flows import cli_ablate, cli_exchange, cli_images, cli_ledger, cli_store, cli_takedown
+from flows import cli_ablate, cli_exchange, cli_images, cli_jobs, cli_ledger, cli_store, cli_takedown
 from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
@@ -100,6 +100,7 @@ def _json_arguments(parser: argparse.ArgumentParser, *, optional: bool = False) 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
     _selection_arguments(parser)
+    parser.add_argument("--detach", action="store_true", help="with cluster.submit: do not wait for the job")
     parser.add_argument(
         "--retry-failed", action="store_true", help="fetch again the rows whose download failed for reasons that pass"
     )
@@ -154,6 +155,8 @@ def _run(args: argparse.Namespace) -> int:
     if not pending and not selection.forced:
         return _say_nothing_to_do(args, project, selection)
     _say_list_changes(project)
+    if project.config.cluster.submit is not None:
+        return cli_jobs.run_as_job(args, project, selection)
     return _run_stages(args, project, selection)
 
 
@@ -356,6 +359,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
     "run": (_run, _run_arguments, "bring the pipeline to its end; done stages are not repeated"),
+    "cancel": (cli_jobs.cancel, cli_jobs.cancel_arguments, "stop the Ray Job that runs this config"),
     "adopt": (_adopt, _adopt_arguments, "take over the images that img2dataset has downloaded before"),
     "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
     "status": (_status, _json_arguments, "show what the store holds"),

@@ -40,12 +40,12 @@ class Interrupt:
         self.exit_code = 0
         self._deadline_s = deadline_s
         self._on_stop = on_stop
-        self._close: Callable[[], None] | None = None
+        self._close: Callable[[], object] | None = None
         self._old_handlers: dict[int, Any] = {}
         self._is_active = False
         self._releasing: threading.Thread | None = None
 
-    def closes(self, close: Callable[[], None]) -> None:
+    def closes(self, close: Callable[[], object]) -> None:
         """Name what releases the workers, once they are up; called at the first signal, in a thread of its own."""
         self._close = close
         self.listen()

@@ -22,12 +22,14 @@ from prefect.states import Completed
 
 from flows import artifacts
 from flows.interrupt import Cancelled, Interrupt
+from flows.lease_wait import held
 from flows.logs import CURRENT_STAGE
 from flows.progress import Display, Outcome
 from flows.selection import Selection
 from stages.base import Stage
 from stages.errors import StorageError, UnclipError
 from stages.executor import ClusterConfig, Executor
+from stages.lease import Lease
 from stages.manifest import Manifest
 from stages.runner import StageProgress, StageState, forget, inspect_stage, run_stage
 
@@ -80,6 +82,23 @@ class Run:
     def do(self, name: str, inputs: Mapping[str, Manifest]) -> Outcome:
         """Bring one stage to its end, unless it is there already."""
         stage, fingerprint = self.stages[name], self.states[name].fingerprint
+        if name not in self._to_forget:
+            state = inspect_stage(stage, fingerprint, inputs)
+            if state.manifest is not None:
+                return Outcome(stage=name, status="cached", manifest=state.manifest)
+        on_progress = self._watch(threading.get_ident())
+        with held(stage, fingerprint, self.cluster.lease_ttl_s, on_progress) as lease:
+            return self._do_alone(name, inputs, lease, on_progress)
+
+    def _do_alone(
+        self,
+        name: str,
+        inputs: Mapping[str, Manifest],
+        lease: Lease | None,
+        on_progress: Callable[[StageProgress], None],
+    ) -> Outcome:
+        """Do it as the only run that does; another one may have finished it while this one waited."""
+        stage, fingerprint = self.stages[name], self.states[name].fingerprint
         if name in self._to_forget:
             forget(stage, fingerprint, inputs)
             self._to_forget.discard(name)  # a retry of the task must not lose what the first attempt committed
@@ -88,7 +107,7 @@ class Run:
             return Outcome(stage=name, status="cached", manifest=state.manifest)
         started_at = time.monotonic()
         manifest = run_stage(
-            stage, fingerprint, inputs, self.executor, self.cluster, on_progress=self._watch(threading.get_ident())
+            stage, fingerprint, inputs, self.executor, self.cluster, on_progress=on_progress, lease=lease
         )
         return Outcome(stage=name, status="done", manifest=manifest, wall_time_s=time.monotonic() - started_at)
 

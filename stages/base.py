@@ -128,6 +128,10 @@ def _ignore(progress: Progress) -> None:
     """Drop progress where nobody watches."""
 
 
+def _no_fence() -> None:
+    """Let pass where a run has the store for itself."""
+
+
 class Stage(ABC, Generic[C]):
     """One step of the pipeline; see the module's docstring.
 
@@ -140,6 +144,7 @@ class Stage(ABC, Generic[C]):
         uses_seed: whether the config's global seed changes the output.
         gang: whether all ranks of a training group process one shard together (see ``stages/train.py``).
         report: called by ``process`` with live ``Progress``; set by the executor on the worker.
+        fence: raises if another run has taken the stage over; set by the runner, asked by work that takes long.
     """
 
     name: ClassVar[str]
@@ -153,6 +158,7 @@ class Stage(ABC, Generic[C]):
         self.root = root.rstrip("/")
         self.seed = seed
         self.report: Callable[[Progress], None] = _ignore
+        self.fence: Callable[[], None] = _no_fence
 
     # ---- identity -------------------------------------------------------------------------------------------------
 
@@ -279,6 +285,8 @@ class Stage(ABC, Generic[C]):
             dropped: reason -> samples.
             metrics: plain numbers and short texts to keep.
         """
+        if self.gang:
+            self.fence()  # two trainings of one model are not equal to the bit on every machine
         published = {
             role: item
             if isinstance(item, File)

@@ -26,6 +26,7 @@ from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError
 from stages.golden import METADATA_KEY, golden_metadata
+from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.training import TrainingConfig, model_loss, train
@@ -190,7 +191,7 @@ class Clip(Stage[ClipConfig]):
             place=self.name,
             loss=contrastive,
             report=self.report,
-            should_stop=should_stop,
+            should_stop=fenced(should_stop, self.fence),
         )
         if trained.weights is not None:  # on the first rank
             model = self._fresh()

@@ -24,16 +24,38 @@ class ClusterConfig:
 
     executor: Literal["ray", "local"] = setting("ray", "`ray`, or `local` for this process alone", affects="nothing")
     address: str = setting("local", "`local`, `auto` or the address of a Ray cluster", affects="nothing")
+    submit: str | None = setting(
+        None,
+        "dashboard of a cluster that runs it all as a Ray Job, e.g. http://head:8265; null: none",
+        affects="nothing",
+    )
+    code: Literal["upload", "image"] = setting(
+        "upload",
+        "what a Ray Job runs: the code that submits it, or what the cluster's image has installed",
+        affects="nothing",
+    )
+    pass_env: tuple[str, ...] = setting(
+        (),
+        "environment variables a Ray Job gets from here; whoever may use the cluster can read them",
+        affects="nothing",
+    )
     num_cpus: int | None = setting(None, "cores a local Ray may use; null: all", affects="nothing")
     num_gpus: int | None = setting(None, "GPUs a local Ray may use; null: all", affects="nothing")
     object_store_gib: float = setting(0.5, "shared memory of a local Ray, GiB", affects="nothing")
     max_attempts: int = setting(3, "tries of a shard before it is quarantined", affects="nothing")
     backoff_s: float = setting(2.0, "seconds before the second try of a shard; doubles each time", affects="nothing")
+    lease_ttl_s: float = setting(
+        60.0,
+        "seconds without a sign of life after which another run takes a stage over; 0: no leases",
+        affects="nothing",
+    )
     max_failed_fraction: float = setting(0.0, "quarantined shards a stage may have, 0 to 1", affects="nothing")
 
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts} is below 1; write 1 for a single try")
+        if self.lease_ttl_s < 0:
+            raise ValueError(f"lease_ttl_s: {self.lease_ttl_s} is negative; write 0 to do without leases")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction: {self.max_failed_fraction} is not between 0 and 1")
 

@@ -18,6 +18,7 @@ from stages import storage
 from stages.audit import Result, all_results
 from stages.base import Stage
 from stages.errors import IntegrityError, NotFoundError, StorageError
+from stages.lease import LEASE_NAME
 from stages.manifest import MANIFEST_NAME, TABLE_NAME, Manifest, ShardRecord, manifest_uri
 from stages.segments import SEGMENTS_FOLDER, read_records
 from stages.storage import TEMPORARY_SUFFIX, Entry
@@ -173,7 +174,7 @@ def _named(
 def _add_manifest(manifest: Manifest, stored: Iterable[ShardRecord], names: _Names) -> None:
     folder = f"{manifest.stage}/{manifest.fingerprint}"
     names.results.add((manifest.stage, manifest.fingerprint))
-    names.paths.update((f"{folder}/{MANIFEST_NAME}", f"{folder}/{TABLE_NAME}"))
+    names.paths.update((f"{folder}/{MANIFEST_NAME}", f"{folder}/{TABLE_NAME}", f"{folder}/{LEASE_NAME}"))
     names.paths.update(file.path for file in manifest.files.values())
     for record in (*manifest.records, *stored):
         names.finished.add((manifest.stage, record.shard_id))

@@ -18,7 +18,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -219,12 +219,13 @@ class Manifest:
         """Where the manifest is stored."""
         return manifest_uri(self.root, self.stage, self.fingerprint)
 
-    def write(self) -> str:
-        """Publish the shard table, then the manifest; return the manifest's URI."""
-        folder = self.uri.removesuffix("/" + MANIFEST_NAME)
-        written = storage.write_bytes(
-            storage.join(folder, TABLE_NAME), table_to_parquet(records_to_table(self.records))
-        )
+    def write(self, publish: Callable[[Mapping[str, bytes]], None] | None = None) -> str:
+        """Publish the shard table, then the manifest; return the manifest's URI.
+
+        Args:
+            publish: writes objects in their order; as the owner of a lease does it (``Lease.publish``).
+        """
+        table = table_to_parquet(records_to_table(self.records))
         header = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("root", "records")}
         header["files"] = {role: file.to_json() for role, file in self.files.items()}
         header |= {
@@ -234,9 +235,14 @@ class Manifest:
             "num_kept": self.num_kept,
             "dropped": self.dropped,
             "digest": self.digest,
-            "table_sha256": written.sha256,
+            "table_sha256": hashlib.sha256(table).hexdigest(),
         }
-        storage.write_json(self.uri, header)
+        (publish or _write_all)(
+            {
+                storage.join(self.uri.removesuffix("/" + MANIFEST_NAME), TABLE_NAME): table,
+                self.uri: storage.json_bytes(header),
+            }
+        )
         return self.uri
 
     @classmethod
@@ -267,6 +273,11 @@ class Manifest:
         if manifest.digest != header["digest"]:
             raise IntegrityError(f"{uri}: its contents do not match its digest; run the stage again with --force")
         return manifest
+
+
+def _write_all(objects: Mapping[str, bytes]) -> None:
+    for uri, data in objects.items():
+        storage.write_bytes(uri, data)
 
 
 def manifest_uri(root: str, stage: str, fingerprint: str) -> str:

@@ -18,6 +18,7 @@ from stages.balance import check_balance
 from stages.base import Progress, Shard, Stage, identity_of, record_uri
 from stages.errors import IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
+from stages.lease import Lease
 from stages.manifest import Manifest, ShardRecord, manifest_uri
 from stages.segments import SegmentWriter, StoredRecords, read_records
 from stages.storage import Entry
@@ -161,6 +162,7 @@ def run_stage(
     cluster: ClusterConfig,
     *,
     on_progress: Callable[[StageProgress], None] = _silent,
+    lease: Lease | None = None,
 ) -> Manifest:
     """Bring a stage to its end and return its manifest.
 
@@ -174,12 +176,16 @@ def run_stage(
         executor: where shards run.
         cluster: retry policy.
         on_progress: called on this thread or another whenever something moved.
+        lease: the right to do so, if several runs share the store.
 
     Raises:
         StageError: if more shards failed than ``cluster.max_failed_fraction`` allows.
+        LeaseLostError: if another run has taken over; nothing was published then.
         UnclipError: a fatal error of the stage itself.
     """
     started_at = time.monotonic()
+    if lease is not None:
+        stage.fence, on_progress = lease.fence.check, _noting_progress(lease, on_progress)
     shards = list(stage.plan(inputs))
     _refuse_twins(stage, shards)
     committed = _find_committed(stage, shards)
@@ -191,6 +197,8 @@ def run_stage(
         quarantined = _process(stage, missing, records, executor, cluster, counts, on_progress, note)
     done = [records[shard.id] for shard in shards if shard.id in records]
     folder = manifest_uri(stage.root, stage.name, fingerprint).rsplit("/", 1)[0]
+    if lease is not None:
+        lease.confirm()
     result = executor.finish(stage, done, folder, inputs)
     if stage.counts is not None:
         planned = {shard.id: [file.path for file in shard.inputs.values()] for shard in shards}
@@ -210,10 +218,19 @@ def run_stage(
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         wall_time_s=round(time.monotonic() - started_at, 3),
     )
-    manifest.write()
+    manifest.write(lease.publish if lease is not None else None)
     counts.finished = True
     on_progress(counts.snapshot())
     return manifest
+
+
+def _noting_progress(lease: Lease, on_progress: Callable[[StageProgress], None]) -> Callable[[StageProgress], None]:
+    def note(progress: StageProgress) -> None:
+        if not progress.finished:  # published: whoever has the lease now finds it done
+            lease.note(progress.num_done, progress.num_shards)
+        on_progress(progress)
+
+    return note
 
 
 @contextlib.contextmanager

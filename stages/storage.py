@@ -6,7 +6,7 @@ A reader sees an object complete or not at all:
 * S3: one PUT, or a multipart upload that the server completes atomically. Objects are never streamed through
   ``fs.open(..., "wb")``, which publishes a truncated object when the writing block raises.
 
-Every request to S3 goes through ``_explained``, which repeats the ones that failed for reasons that pass.
+Every request to S3 goes through ``explained``, which repeats the ones that failed for reasons that pass.
 
 The S3 endpoint and credentials come from the environment (``AWS_ENDPOINT_URL``, ``AWS_ACCESS_KEY_ID``, ...), never
 from the config.
@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import fsspec
+import fsspec.asyn
 
 from stages.errors import NotFoundError, StorageError
 
@@ -39,6 +40,7 @@ TEMPORARY_SUFFIX = ".tmp"
 SCHEMES = ("s3",)
 # Seconds between our own attempts; the libraries below have had several quick ones by then.
 _RETRY_WAITS_S = (0.2, 0.6, 1.8)
+_PRECONDITION_FAILED = 412
 _LIBRARIES = frozenset({"botocore", "aiobotocore", "aiohttp", "s3fs"})
 _LASTING_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT})
 
@@ -102,10 +104,10 @@ def exists(uri: str) -> bool:
         StorageError: if the store does not answer; that is not the same as "no".
     """
     if is_local(uri):
-        return _explained("look up", uri, lambda: Path(uri).is_file())
+        return explained("look up", uri, lambda: Path(uri).is_file())
     try:
         # fsspec's `isfile` takes every failure for a "no".
-        return bool(_explained("look up", uri, lambda: _remote().info(uri)["type"] == "file"))
+        return bool(explained("look up", uri, lambda: _remote().info(uri)["type"] == "file"))
     except NotFoundError:
         return False
 
@@ -131,7 +133,7 @@ def list_entries(uri: str, *, temporary: bool = False) -> dict[str, Entry]:
         Path relative to ``uri`` -> entry, sorted by path; empty when the folder does not exist.
     """
     if is_local(uri):
-        items = _explained("list", uri, lambda: sorted(_scan(uri, ""), key=_name_of))
+        items = explained("list", uri, lambda: sorted(_scan(uri, ""), key=_name_of))
     else:
         items = sorted((item for page in _pages(uri) for item in page), key=_name_of)
     return {name: entry for name, entry in items if temporary or not name.endswith(TEMPORARY_SUFFIX)}
@@ -148,7 +150,7 @@ def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
         NotFoundError: if there is no such object.
         StorageError: if it cannot be read, or its length is not ``expected_bytes``.
     """
-    data = _explained("read", uri, lambda: Path(uri).read_bytes() if is_local(uri) else bytes(_remote().cat_file(uri)))
+    data = explained("read", uri, lambda: Path(uri).read_bytes() if is_local(uri) else bytes(_remote().cat_file(uri)))
     if expected_bytes is not None and len(data) != expected_bytes:
         raise StorageError(
             f"{uri}: read {len(data)} bytes where the record says {expected_bytes}; the object is damaged"
@@ -180,7 +182,12 @@ def write_bytes(uri: str, data: bytes) -> Written:
 
 def write_json(uri: str, value: Any) -> Entry:
     """Publish ``value`` as readable JSON, atomically; return what a listing will say of it until it is written anew."""
-    return _publish(uri, (json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n").encode())
+    return _publish(uri, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return ``value`` as readable JSON."""
+    return (json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n").encode()
 
 
 def upload(path: Path, uri: str) -> Written:
@@ -188,9 +195,9 @@ def upload(path: Path, uri: str) -> Written:
     written = Written(sha256=sha256_of(path), num_bytes=path.stat().st_size)
     if is_local(uri):
         with path.open("rb") as source:
-            _explained("write", uri, lambda: _replace(uri, lambda file: shutil.copyfileobj(source, file, 1 << 20)))
+            explained("write", uri, lambda: _replace(uri, lambda file: shutil.copyfileobj(source, file, 1 << 20)))
     else:
-        _explained("write", uri, lambda: _remote().put_file(str(path), uri))
+        explained("write", uri, lambda: _remote().put_file(str(path), uri))
     _check_size(uri, written.num_bytes)
     return written
 
@@ -198,16 +205,61 @@ def upload(path: Path, uri: str) -> Written:
 def delete(uri: str) -> None:
     """Delete one object; a missing one is no error."""
     with contextlib.suppress(NotFoundError):
-        _explained("delete", uri, lambda: Path(uri).unlink() if is_local(uri) else _remote().rm_file(uri))
+        explained("delete", uri, lambda: Path(uri).unlink() if is_local(uri) else _remote().rm_file(uri))
 
 
 def delete_tree(uri: str) -> None:
     """Delete everything below a folder; a missing folder is no error."""
     with contextlib.suppress(NotFoundError):
         if is_local(uri):
-            _explained("delete", uri, lambda: shutil.rmtree(uri))
+            explained("delete", uri, lambda: shutil.rmtree(uri))
         elif list_entries(uri, temporary=True):
-            _explained("delete", uri, lambda: _remote().rm(uri, recursive=True))
+            explained("delete", uri, lambda: _remote().rm(uri, recursive=True))
+
+
+def get_object(uri: str) -> tuple[bytes, str]:
+    """Read an object of S3 together with the ETag of exactly these bytes.
+
+    Raises:
+        NotFoundError: if there is no such object.
+    """
+
+    async def get(remote: Any, bucket: str, key: str) -> tuple[bytes, str]:
+        answer = await remote._call_s3("get_object", Bucket=bucket, Key=key)  # its public twin cannot read the body
+        async with answer["Body"] as body:
+            return bytes(await body.read()), str(answer["ETag"])
+
+    def request() -> tuple[bytes, str]:
+        remote = _remote()
+        found: tuple[bytes, str] = fsspec.asyn.sync(remote.loop, get, remote, *_bucket_and_key(uri))
+        return found
+
+    return explained("read", uri, request)
+
+
+def put_object(uri: str, data: bytes, **condition: str) -> str | None:
+    """Write an object of S3 if a condition holds; ``stages/swap.py`` says what that is worth.
+
+    Args:
+        uri: the object.
+        data: its new content.
+        condition: ``IfNoneMatch="*"`` or ``IfMatch=<ETag>``.
+
+    Returns:
+        The new ETag; None if the server says that the condition does not hold.
+    """
+
+    def request() -> str | None:
+        bucket, key = _bucket_and_key(uri)
+        try:
+            return str(_remote().call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
+        except OSError as error:
+            answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
+            if answer.get("HTTPStatusCode") == _PRECONDITION_FAILED:
+                return None
+            raise
+
+    return explained("write", uri, request)
 
 
 @contextlib.contextmanager
@@ -232,9 +284,9 @@ def copy_to(uri: str, path: Path) -> None:
         StorageError: if it cannot be read.
     """
     if is_local(uri):
-        _explained("read", uri, lambda: shutil.copyfile(uri, path))
+        explained("read", uri, lambda: shutil.copyfile(uri, path))
     else:
-        _explained("read", uri, lambda: _remote().get_file(uri, str(path)))
+        explained("read", uri, lambda: _remote().get_file(uri, str(path)))
 
 
 def checksum(uri: str) -> Written:
@@ -245,7 +297,7 @@ def checksum(uri: str) -> Written:
         StorageError: if it cannot be read.
     """
     with local_copy(uri) as path:
-        return Written(sha256=_explained("read", uri, lambda: sha256_of(path)), num_bytes=path.stat().st_size)
+        return Written(sha256=explained("read", uri, lambda: sha256_of(path)), num_bytes=path.stat().st_size)
 
 
 def check_writable(root: str) -> None:
@@ -320,13 +372,18 @@ def _entry_of_item(item: dict[str, Any]) -> Entry:
     return Entry(int(item["Size"]), modified_ns, item["ETag"].strip('"'))
 
 
+def _bucket_and_key(uri: str) -> tuple[str, str]:
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    return bucket, key
+
+
 def _pages(uri: str) -> Iterator[list[tuple[str, Entry]]]:
     """List an S3 folder page by page: s3fs's own `find` holds a kilobyte for every object."""
-    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    bucket, key = _bucket_and_key(uri)
     prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     request = {"Bucket": bucket, "Prefix": prefix}
     while True:
-        page = _explained("list", uri, lambda: _remote().call_s3("list_objects_v2", **request))
+        page = explained("list", uri, lambda: _remote().call_s3("list_objects_v2", **request))
         yield [(item["Key"].removeprefix(prefix), _entry_of_item(item)) for item in page.get("Contents", ())]
         if not page.get("IsTruncated"):
             return
@@ -340,11 +397,11 @@ def _publish(uri: str, data: bytes) -> Entry:
         file.write(data)
 
     if is_local(uri):
-        entry = _explained("write", uri, lambda: _replace(uri, write_all))
+        entry = explained("write", uri, lambda: _replace(uri, write_all))
         if entry.num_bytes != len(data):
             _refuse_size(uri, len(data), entry.num_bytes)
         return entry
-    answer = _explained("write", uri, lambda: _remote().pipe_file(uri, data))
+    answer = explained("write", uri, lambda: _remote().pipe_file(uri, data))
     _check_size(uri, len(data))
     # The answer of a multipart upload is not passed on: no listing will show this entry's version.
     return Entry(len(data), time.time_ns(), (answer or {}).get("ETag", "").strip('"'))
@@ -378,7 +435,7 @@ def _replace(uri: str, write: Callable[[BinaryIO], None]) -> Entry:
 
 
 def _check_size(uri: str, num_bytes: int) -> None:
-    size = _explained(
+    size = explained(
         "check", uri, lambda: Path(uri).stat().st_size if is_local(uri) else int(_remote().info(uri)["size"])
     )
     if size != num_bytes:
@@ -390,7 +447,7 @@ def _refuse_size(uri: str, num_bytes: int, found: int) -> None:
     raise StorageError(f"{uri}: wrote {num_bytes} bytes but the store holds {found}; run again")
 
 
-def _explained(action: str, uri: str, request: Callable[[], T]) -> T:
+def explained(action: str, uri: str, request: Callable[[], T]) -> T:
     """Make a request, again if it failed for a reason that passes; turn what is raised into one error that helps."""
     try:
         for wait_s in () if is_local(uri) else _RETRY_WAITS_S:

@@ -26,6 +26,7 @@ from stages.dataset import TrainingStream
 from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError, IntegrityError
+from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.mixture import shares_of
 from stages.open_shard import TrainingShard
@@ -246,7 +247,7 @@ class Training(Stage[TrainingC]):
             loss=model_loss if clip is None else _LossWithClipText(clip),
             num_timesteps=self._num_timesteps(),
             report=self.report,
-            should_stop=should_stop,
+            should_stop=fenced(should_stop, self.fence),
         )
         rank, world_size = position()
         if rank == 0:

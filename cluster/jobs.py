@@ -1,0 +1,257 @@
+"""A whole run as a Ray Job: our own command line, started on a cluster that goes on when this machine does not.
+
+A job's name is made of what it is to make, so that a second orchestrator, or the first one after it died, finds the job
+instead of starting another::
+
+    unclip-<what: 12 hex digits>-<how often this was begun>
+
+The cluster gives a name to one job only: of two that submit at the same moment, one is refused and attaches.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import shlex
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stages.errors import ConfigError, StageError
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.yaml"
+STOP_WAIT_S = 12  # for trainings to write a checkpoint once the job is stopped; then it is killed
+_JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_TRAIN_METRICS_ENABLED": "0"}
+_PACKAGES = ("flows", "cluster", "stages", "unclip_models")
+_PREFIX = "unclip"
+_POLL_S = 1.0
+_LOST_CONTACT_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """How a job stands.
+
+    Attributes:
+        status: ``PENDING``, ``RUNNING``, ``SUCCEEDED``, ``FAILED`` or ``STOPPED``.
+        message: what the cluster says about it.
+        exit_code: of our command line, once it has ended by itself.
+    """
+
+    status: str
+    message: str = ""
+    exit_code: int | None = None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has ended."""
+        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class JobCluster:
+    """A cluster that takes jobs.
+
+    Args:
+        address: of its dashboard, such as ``http://head:8265``.
+
+    Raises:
+        ConfigError: if it does not answer.
+    """
+
+    def __init__(self, address: str) -> None:
+        from ray.job_submission import JobSubmissionClient
+
+        self._address = address
+        try:
+            self._client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise ConfigError(
+                f"cluster.submit: '{address}': {_first_line(error)}; give the address of the cluster's dashboard, such "
+                "as http://head:8265, and see that it is up"
+            ) from error
+
+    def submit(
+        self,
+        what: str,
+        arguments: Sequence[str],
+        *,
+        config: str,
+        environment: Mapping[str, str],
+        with_code: bool = True,
+        labels: Mapping[str, str] | None = None,
+    ) -> tuple[str, bool]:
+        """Start a job, or find the one that does the same.
+
+        Args:
+            what: names the work; letters and digits.
+            arguments: of ``unclip``, with the config as ``CONFIG_NAME``.
+            config: the resolved config, YAML.
+            environment: variables of the job and all its workers; whoever may look at the cluster can read them.
+            with_code: whether our packages travel with the job; else the cluster's own are used.
+            labels: shown beside the job.
+
+        Returns:
+            The job's name, and whether it was begun just now.
+
+        Raises:
+            StageError: if the cluster refuses it.
+        """
+        jobs = list(self._jobs(what))
+        for name, state in jobs:
+            if not state.is_over:
+                return name, False
+        name = f"{_PREFIX}-{what}-{1 + max((_number(name) for name, _ in jobs), default=0)}"
+        with _package(config, with_code=with_code) as folder:
+            try:
+                self._client.submit_job(
+                    entrypoint=shlex.join(["python", "-m", "flows.cli", *arguments]),
+                    submission_id=name,
+                    runtime_env={
+                        "working_dir": str(folder),
+                        "env_vars": {**environment, **_JOB_ENVIRONMENT},
+                    },
+                    metadata=dict(labels or {}),
+                )
+            except RuntimeError as error:
+                if self._find(name) is not None:
+                    return name, False  # somebody else was faster
+                raise StageError(f"cluster.submit: {self._address} refuses the job: {_first_line(error)}") from error
+        return name, True
+
+    def state(self, name: str) -> JobState:
+        """Ask how a job stands.
+
+        Raises:
+            StageError: if there is no such job.
+        """
+        found = self._find(name)
+        if found is None:
+            raise StageError(f"job {name}: {self._address} does not know it; the cluster has been started anew")
+        return found
+
+    def follow(self, name: str, show: Callable[[str], None]) -> JobState:
+        """Pass on a job's log until it ends.
+
+        Raises:
+            StageError: if the cluster does not answer for two minutes; the job may go on nevertheless.
+        """
+        with _Log(self._client, name, show):
+            answered_at = time.monotonic()
+            while True:
+                try:
+                    state = self.state(name)
+                    answered_at = time.monotonic()
+                    if state.is_over:
+                        return state
+                except (ConnectionError, OSError) as error:
+                    if time.monotonic() - answered_at > _LOST_CONTACT_S:
+                        raise StageError(
+                            f"job {name}: {self._address} does not answer ({_first_line(error)}); the job may go on: "
+                            "the same command attaches to it again"
+                        ) from error
+                time.sleep(_POLL_S)
+
+    def stop_all(self, what: str, *, timeout_s: float = STOP_WAIT_S + 20) -> dict[str, JobState]:
+        """Stop the jobs whose names begin with ``what`` and wait for their end.
+
+        They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL.
+
+        Returns:
+            Name -> how it stands in the end.
+        """
+        names = [name for name, state in self._jobs(what) if not state.is_over]
+        for name in names:
+            self._client.stop_job(name)
+        deadline = time.monotonic() + timeout_s
+        while True:
+            states = {name: self.state(name) for name in names}
+            if all(state.is_over for state in states.values()) or time.monotonic() > deadline:
+                return states
+            time.sleep(_POLL_S / 4)
+
+    def _jobs(self, what: str) -> Iterator[tuple[str, JobState]]:
+        for job in self._client.list_jobs():
+            name = job.submission_id or ""
+            if name.startswith(f"{_PREFIX}-{what}-"):
+                yield name, _state_of(job)
+
+    def _find(self, name: str) -> JobState | None:
+        try:
+            return _state_of(self._client.get_job_info(name))
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                return None
+            raise ConnectionError(_first_line(error)) from error
+
+
+class _Log:
+    """Shows what a job prints, from its beginning; a broken connection is made anew and shows nothing twice."""
+
+    def __init__(self, client: Any, name: str, show: Callable[[str], None]) -> None:
+        self._client, self._name, self._show = client, name, show
+        self._num_shown = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="job log", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join(2 * _POLL_S)  # the last lines; a log that hangs keeps nobody
+
+    def _run(self) -> None:
+        while True:
+            over = self._ended.is_set()
+            with contextlib.suppress(Exception):  # a log that cannot be shown is no reason to end the work
+                asyncio.run(self._tail())
+            if over:
+                return
+            self._ended.wait(_POLL_S)
+
+    async def _tail(self) -> None:
+        num_seen = 0
+        async for text in self._client.tail_job_logs(self._name):
+            fresh = text[max(0, self._num_shown - num_seen) :]
+            num_seen += len(text)
+            if fresh:
+                self._num_shown += len(fresh)
+                self._show(fresh)
+
+
+@contextlib.contextmanager
+def _package(config: str, *, with_code: bool) -> Iterator[Path]:
+    """Put what a job needs into a folder: the config, and our packages with their version."""
+    top = Path(__file__).parents[1]
+    with tempfile.TemporaryDirectory(prefix="unclip-job-") as scratch:
+        folder = Path(scratch)
+        (folder / CONFIG_NAME).write_text(config)
+        if with_code:
+            for name in _PACKAGES:
+                shutil.copytree(top / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            version = importlib.metadata.version("unclip-pipeline")
+            information = folder / f"unclip_pipeline-{version}.dist-info"
+            information.mkdir()
+            (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: unclip-pipeline\nVersion: {version}\n")
+        yield folder
+
+
+def _state_of(job: Any) -> JobState:
+    return JobState(status=str(job.status), message=job.message or "", exit_code=job.driver_exit_code)
+
+
+def _number(name: str) -> int:
+    return int(name.rpartition("-")[2])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,158 @@
+"""``unclip run`` where ``cluster.submit`` names a cluster: as a Ray Job that is followed, found again, and stopped."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from flows.console import PLAIN, open_console, print_json
+from flows.interrupt import Interrupt
+from flows.progress import Outcome
+from flows.project import Project, open_project
+from flows.selection import Selection
+from stages import storage
+from stages.errors import ConfigError
+from stages.manifest import digest_of
+
+if TYPE_CHECKING:
+    from cluster.jobs import JobState
+    from stages.config import Config
+
+# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them.
+_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "PREFECT_API_URL")
+_OUR_FAILURES = (1, 2, 130)
+
+
+def run_as_job(args: argparse.Namespace, project: Project, selection: Selection) -> int:
+    """Run the selected stages on the cluster; return the exit code that a run here would have had."""
+    from cluster.jobs import CONFIG_NAME, STOP_WAIT_S, JobCluster
+
+    config = project.config
+    assert config.cluster.submit is not None
+    environment = _environment(config)
+    cluster = JobCluster(config.cluster.submit)
+    console = open_console(sys.stderr)
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, **PLAIN)
+
+    def show(text: str) -> None:
+        console.print(text, soft_wrap=True, end="", **PLAIN)
+
+    what = _what(project, selection)
+
+    def say_stopping() -> None:
+        say("stopping the job; everything committed is kept")
+
+    with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping) as interrupt:
+        interrupt.closes(partial(cluster.stop_all, what))
+        name, is_new = cluster.submit(
+            what,
+            ["run", CONFIG_NAME, *_selection_arguments(selection)],
+            config=_for_the_cluster(config),
+            environment=environment,
+            with_code=config.cluster.code == "upload",
+            labels={"config": Path(args.config).name, "root": config.root},
+        )
+        say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
+        if args.detach:
+            if args.json:
+                print_json({"status": "submitted", "job": name})
+            return 0
+        state: JobState | None = None
+        with contextlib.suppress(KeyboardInterrupt):
+            state = cluster.follow(name, show)
+    code = _exit_code(state) if state is not None else interrupt.exit_code
+    error = f"job {name}: {state.status.lower()}: {state.message}" if state is not None and code else ""
+    if error:
+        say(error)
+    if args.json:
+        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), [error] if error else [])
+    return code
+
+
+def _answer(args: argparse.Namespace, selection: Selection, status: str, errors: Sequence[str]) -> None:
+    """Print what the store holds now, as a run here would."""
+    from flows.summary import report_uri, run_to_json
+
+    project = open_project(args.config, args.set)
+    report = report_uri(project.config.root)
+    found = {name: project.states[name].manifest for name in selection.stages}
+    outcomes = [Outcome(stage=s, status="done" if m else "cancelled", manifest=m) for s, m in found.items()]
+    print_json(run_to_json(status, project.config.root, report, outcomes, project.fingerprints, errors))
+
+
+def cancel(args: argparse.Namespace) -> int:
+    """Stop the jobs of a config."""
+    from cluster.jobs import JobCluster
+
+    project = open_project(args.config, args.set)
+    address = project.config.cluster.submit
+    if address is None:
+        raise ConfigError("cancel: cluster.submit names no cluster; a run on this machine is stopped by Ctrl-C")
+    cluster = JobCluster(address)
+    stopped = cluster.stop_all(_project_name(project))
+    for name, state in stopped.items():
+        print(f"job {name}: {state.status.lower()}; everything committed is kept")
+    if not stopped:
+        print("no job of this config is running")
+    return 0 if all(state.is_over for state in stopped.values()) else 1
+
+
+def cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the arguments of ``unclip cancel``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+
+
+def _project_name(project: Project) -> str:
+    """Name what a config makes: where, and all fingerprints."""
+    root = storage.absolute(project.config.root)
+    return digest_of({"root": root, "stages": project.fingerprints})[:8]
+
+
+def _what(project: Project, selection: Selection) -> str:
+    """Name what a run makes: jobs that make the same have the same name."""
+    chosen = {"stages": list(selection.stages), "forced": sorted(selection.forced)}
+    return f"{_project_name(project)}-{digest_of(chosen)[:4]}"
+
+
+def _selection_arguments(selection: Selection) -> list[str]:
+    forced = [argument for name in sorted(selection.forced) for argument in ("--force", name)]
+    return ["--from", selection.stages[0], "--until", selection.stages[-1], *forced]
+
+
+def _for_the_cluster(config: Config) -> str:
+    """Write the config as the job reads it: on the cluster it is in, with paths that hold in any folder."""
+    from stages.config import to_yaml
+
+    cluster = replace(config.cluster, submit=None, executor="ray", address="auto")
+    source = replace(config.source, lists=tuple(storage.absolute(uri) for uri in config.source.lists))
+    return to_yaml(replace(config, root=storage.absolute(config.root), cluster=cluster, source=source))
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """Collect the variables that travel with the job.
+
+    Raises:
+        ConfigError: if one that the config names is not set here.
+    """
+    for name in config.cluster.pass_env:
+        if name not in os.environ:
+            raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
+    return {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+
+
+def _exit_code(state: JobState) -> int:
+    if state.status == "STOPPED":
+        return 130
+    if state.status == "SUCCEEDED":
+        return 0
+    return state.exit_code if state.exit_code in _OUR_FAILURES else 1

@@ -1,0 +1,103 @@
+"""What a Ray Job is given: a config that makes the same things, and no secret but those that were named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from cluster.jobs import JobState
+from flows.cli import main
+from flows.cli_jobs import _environment, _exit_code, _for_the_cluster, _selection_arguments, _what
+from flows.project import Project, open_project
+from flows.selection import select
+from stages.config import load_config
+from stages.graph import STAGE_NAMES, build_stages, fingerprints
+
+TINY = str(Path(__file__).parents[1] / "tiny.yaml")
+
+
+def project(*settings: str) -> Project:
+    return open_project(TINY, ["root=store", *settings])
+
+
+def test_the_job_makes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = project("cluster.submit=http://head:8265", "cluster.executor=local")
+    (tmp_path / "job.yaml").write_text(_for_the_cluster(here.config))
+    there = load_config(str(tmp_path / "job.yaml"), [])
+    assert fingerprints(build_stages(there)) == here.fingerprints
+    assert there.root == str(tmp_path / "store")
+    assert (there.cluster.submit, there.cluster.executor, there.cluster.address) == (None, "ray", "auto")
+
+
+def test_one_name_for_one_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    everything, a_part = select(STAGE_NAMES), select(STAGE_NAMES, until="embed")
+    plain = _what(project(), everything)
+    assert plain == _what(project("cluster.max_attempts=9", "cluster.submit=http://head:8265"), everything)
+    others = {
+        _what(project(), a_part),
+        _what(project(), select(STAGE_NAMES, force=["embed"])),
+        _what(project("seed=7"), everything),
+        _what(open_project(TINY, ["root=elsewhere"]), everything),
+    }
+    assert len(others) == 4 and plain not in others
+
+
+def test_the_selection_travels() -> None:
+    for options in ({}, {"only": "embed"}, {"start": "clip", "until": "pca", "force": ["embed", "clip"]}):
+        selection = select(STAGE_NAMES, **options)
+        words = iter(_selection_arguments(selection))
+        given: dict[str, list[str]] = {"--from": [], "--until": [], "--force": []}
+        for word in words:
+            given[word].append(next(words))
+        (start,), (until,) = given["--from"], given["--until"]
+        assert select(STAGE_NAMES, start=start, until=until, force=given["--force"]) == selection
+
+
+def test_secrets_travel_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret")
+    monkeypatch.setenv("HF_TOKEN", "planted-token")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
+    config = project("cluster.pass_env=[HF_TOKEN]").config
+    environment = _environment(config)
+    assert environment["HF_TOKEN"] == "planted-token" and environment["AWS_ENDPOINT_URL"] == "http://store:9000"
+    assert "AWS_SECRET_ACCESS_KEY" not in environment
+    assert "planted" not in _for_the_cluster(config)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["cluster.pass_env=[NOT_SET_ANYWHERE]"], "cluster.pass_env: NOT_SET_ANYWHERE is not set"),
+        (["cluster.submit=http://127.0.0.1:9"], "cluster.submit: 'http://127.0.0.1:9'"),
+    ],
+)
+def test_a_job_that_cannot_be_submitted(
+    settings: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [f"root={tmp_path}", "cluster.submit=http://127.0.0.1:9", *settings]
+    assert main(["run", TINY, *(part for setting in given for part in ("-s", setting))]) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_nothing_to_cancel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cancel", TINY, "-s", f"root={tmp_path}"]) == 2
+    assert "cancel: cluster.submit names no cluster" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("state", "code"),
+    [
+        (JobState(status="SUCCEEDED", exit_code=0), 0),
+        (JobState(status="FAILED", exit_code=1), 1),
+        (JobState(status="FAILED", exit_code=2), 2),
+        (JobState(status="FAILED", exit_code=130), 130),
+        (JobState(status="FAILED", exit_code=-9), 1),
+        (JobState(status="FAILED"), 1),
+        (JobState(status="STOPPED", exit_code=-15), 130),
+    ],
+)
+def test_exit_codes_are_those_of_a_run_here(state: JobState, code: int) -> None:
+    assert _exit_code(state) == code
