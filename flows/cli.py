@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 
-from flows import cli_ablate, cli_exchange, cli_images, cli_ledger, cli_store, cli_takedown
+from flows import cli_ablate, cli_exchange, cli_images, cli_ledger, cli_render, cli_store, cli_takedown
 from flows.console import PLAIN, open_console
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
@@ -397,6 +397,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "repair": (cli_store.repair, cli_store.repair_arguments, "have damaged work, and nothing else, done again"),
     "gc": (cli_store.gc, cli_store.gc_arguments, "show or delete what nothing in the store needs any more"),
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
+    "render": (cli_render.render, cli_render.render_arguments, "write the files of a cluster: kubernetes or aws"),
     "models": (_models, _json_arguments, "show the size of every model"),
     "config": (_config, _config_arguments, "print the config with every default written out"),
     "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),
