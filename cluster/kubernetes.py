@@ -125,7 +125,7 @@ def _pools(config: KubernetesConfig) -> dict[str, PoolConfig]:
 
 
 def _pod(config: KubernetesConfig, pod: PodConfig, root: str) -> dict[str, Any]:
-    is_spot = isinstance(pod, PoolConfig) and pod.spot
+    spot = pod if isinstance(pod, PoolConfig) and pod.spot else None
     volumes: list[dict[str, Any]] = [
         {"name": "config", "configMap": {"name": f"{config.name}-config"}},
         {"name": "scratch", "emptyDir": {"sizeLimit": f"{pod.scratch_gib}Gi"}},
@@ -148,12 +148,12 @@ def _pod(config: KubernetesConfig, pod: PodConfig, root: str) -> dict[str, Any]:
     }
     if config.secrets:
         container["envFrom"] = [{"secretRef": {"name": name}} for name in config.secrets]
-    if is_spot:
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", _drain(pod)]}}}
+    if spot is not None:
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", _drain(spot)]}}}
     spec: dict[str, Any] = {
         "serviceAccountName": config.service_account,
         "securityContext": {"runAsNonRoot": True, "runAsUser": _USER_ID, "fsGroup": _USER_ID},
-        "terminationGracePeriodSeconds": pod.drain_s if is_spot else _GRACE_S,
+        "terminationGracePeriodSeconds": spot.drain_s if spot is not None else _GRACE_S,
         "containers": [container],
         "volumes": volumes,
     }
@@ -164,9 +164,8 @@ def _pod(config: KubernetesConfig, pod: PodConfig, root: str) -> dict[str, Any]:
     return {"metadata": {"labels": {"app.kubernetes.io/name": config.name}}, "spec": spec}
 
 
-def _drain(pool: PodConfig) -> str:
+def _drain(pool: PoolConfig) -> str:
     """Tell Ray that the node goes, then stay: trainings write a checkpoint, no new shard is given to it."""
-    assert isinstance(pool, PoolConfig)
     left_s = pool.drain_s - _ENDING_S
     return (
         "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the machine is taken back' "

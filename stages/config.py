@@ -34,6 +34,7 @@ from stages.generate import GenerateConfig
 from stages.ledger import LedgerConfig
 from stages.machines import AwsConfig, KubernetesConfig
 from stages.pca import PcaConfig
+from stages.redaction import refuse_secrets
 from stages.source import SourceConfig
 from stages.storage import is_local
 from stages.train import DecoderTraining, PriorTraining, UpsamplerTraining
@@ -99,6 +100,10 @@ def check_config(values: Mapping[str, Any], *, place: str = "config") -> Config:
         is_local(config.root)
     except StorageError as error:
         raise ConfigError(f"{place}: root: {error}") from None
+    try:
+        refuse_secrets(to_values(config))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
     return config
 
 
