@@ -140,6 +140,11 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     cli_cost.cost_arguments(parser)
 
 
+def _config_command_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser, optional=True)
+    parser.add_argument("--reference", action="store_true", help="print docs/config.md: every setting there is")
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     _json_arguments(parser, optional=True)
 
@@ -365,6 +370,13 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
+    if args.reference:
+        from flows.config_reference import reference
+
+        print(reference(), end="")
+        return 0
+    if args.config is None:
+        raise ConfigError("the following arguments are required: CONFIG (or --reference); see unclip config --help")
     from stages.config import load_config, to_yaml
 
     print(to_yaml(load_config(args.config, args.set)), end="")
@@ -430,7 +442,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
     "render": (cli_render.render, cli_render.render_arguments, "write the files of a cluster: kubernetes or aws"),
     "models": (_models, _json_arguments, "show the size of every model"),
-    "config": (_config, _config_arguments, "print the config with every default written out"),
+    "config": (_config, _config_command_arguments, "print the config with every default written out"),
     "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),
 }
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flows.console import open_console
 from flows.overview import new_table
+from flows.progress import format_duration
 from flows.project import Project
 from stages.errors import ConfigError
 
@@ -69,7 +70,7 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
         return 0
     _print(estimates, machines)
     currency = machines.currency if machines else ""
-    print(f"work: {hours:,.2f} worker hours{_but(unknown_hours)}")
+    print(f"work: {hours:,.3g} worker hours{_but(unknown_hours)}")
     priced = unknown_prices < sum(item.status == "pending" for item in estimates)
     print(f"price: {price:,.2f} {currency}{_but(unknown_prices)}" if priced else "price: unknown; see --prices")
     if month is not None:
@@ -98,7 +99,7 @@ def _assumptions(given: Sequence[str], names: Sequence[str]) -> dict[str, float]
 
 def _print(estimates: Sequence[StageEstimate], machines: PriceTable | None) -> None:
     table = new_table(
-        *("stage", "status", "samples in", "samples kept", "shards", "store", "workers", "hours", "price"),
+        *("stage", "status", "samples in", "samples kept", "shards", "store", "workers", "time", "price"),
         *("GiB per rank", "known from"),
     )
     for item in estimates:
@@ -112,12 +113,15 @@ def _print(estimates: Sequence[StageEstimate], machines: PriceTable | None) -> N
             _UNKNOWN if item.num_shards is None else f"{item.num_shards:,}",
             _UNKNOWN if item.num_bytes is None else _bytes(item.num_bytes),
             "" if done else _UNKNOWN if item.num_workers is None else f"{item.num_workers:,}",
-            "" if done else _UNKNOWN if item.hours is None else f"{item.hours:,.3g}",
+            "" if done else _UNKNOWN if item.hours is None else format_duration(item.hours * 3600),
             "" if done else _UNKNOWN if item.price is None else f"{item.price:,.2f}",
             "" if item.memory is None else "  ".join(f"{name}: {gib:,.3g}" for name, gib in item.memory.items()),
-            item.basis,
+            item.basis.partition(";")[0],
         )
     open_console(sys.stdout).print(table)
+    for item in estimates:
+        if item.basis.startswith("unknown"):
+            print(f"{item.stage}: {item.basis}")
 
 
 def _bytes(num: float) -> str:

@@ -62,9 +62,9 @@ class RunRecord:
     config: str = ""
     config_digest: str = ""
     code_version: str = ""
-    selected: Sequence[str] = ()
+    selected: Sequence[str] = field(default_factory=list)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    errors: Sequence[str] = ()
+    errors: Sequence[str] = field(default_factory=list)
     exit_code: int | None = None
     estimates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 

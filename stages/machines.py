@@ -54,8 +54,16 @@ class PoolConfig(PodConfig):
             raise ValueError(f"drain_s: {self.drain_s} is below 30; a checkpoint and Ray's own end need that long")
 
 
-def _gpu_pool() -> PoolConfig:
-    return PoolConfig(num_cpus=8, memory_gib=64, shared_memory_gib=16, scratch_gib=100, num_gpus=1, max_pods=1)
+@dataclass(frozen=True, kw_only=True)
+class GpuPoolConfig(PoolConfig):
+    """A pool of like pods with GPUs."""
+
+    num_cpus: int = setting(8, "CPU cores", affects="nothing")
+    memory_gib: int = setting(64, "memory, GiB", affects="nothing")
+    shared_memory_gib: int = setting(16, "of the memory: /dev/shm, Ray's object store, GiB", affects="nothing")
+    scratch_gib: int = setting(100, "temporary files (/tmp), GiB", affects="nothing")
+    num_gpus: int = setting(1, "GPUs of a pod", affects="nothing")
+    max_pods: int = setting(1, "pods at most; with a queue, exactly", affects="nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +80,9 @@ class KubernetesConfig:
     spot_label: str = setting("karpenter.sh/capacity-type=spot", "spot machines' label and taint", affects="nothing")
     head: PodConfig = setting(factory=PodConfig, help="Ray's head: runs the flow, no shards", affects="nothing")
     data: PoolConfig = setting(factory=PoolConfig, help="the pool for stages without GPUs", affects="nothing")
-    gpu: PoolConfig = setting(factory=_gpu_pool, help="the pool for embed, training, generate", affects="nothing")
+    gpu: GpuPoolConfig = setting(
+        factory=GpuPoolConfig, help="the pool for embed, training, generate", affects="nothing"
+    )
     max_retries: int = setting(3, "times the whole job is started anew; it resumes", affects="nothing")
     keep_finished_s: int = setting(3600, "seconds the finished job's cluster stays, for its logs", affects="nothing")
 
@@ -108,8 +118,13 @@ class InstanceConfig:
             raise ValueError(f"min_machines: {self.min_machines} is not between 0 and {self.max_machines}")
 
 
-def _gpu_instances() -> InstanceConfig:
-    return InstanceConfig(instance_type="g6.2xlarge", disk_gib=500, max_machines=1)
+@dataclass(frozen=True, kw_only=True)
+class GpuInstanceConfig(InstanceConfig):
+    """A kind of EC2 machine with GPUs."""
+
+    instance_type: str = setting("g6.2xlarge", "EC2 instance type", affects="nothing")
+    disk_gib: int = setting(500, "root disk, GiB", affects="nothing")
+    max_machines: int = setting(1, "machines at most", affects="nothing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,4 +140,4 @@ class AwsConfig:
     idle_minutes: int = setting(10, "minutes after which an idle machine is given back", affects="nothing")
     head: InstanceConfig = setting(factory=InstanceConfig, help="the head", affects="nothing")
     data: InstanceConfig = setting(factory=InstanceConfig, help="machines for stages without GPUs", affects="nothing")
-    gpu: InstanceConfig = setting(factory=_gpu_instances, help="machines with GPUs", affects="nothing")
+    gpu: GpuInstanceConfig = setting(factory=GpuInstanceConfig, help="machines with GPUs", affects="nothing")

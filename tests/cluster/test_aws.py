@@ -14,7 +14,7 @@ import yaml
 from cluster.aws import render
 from flows.cli import main
 from stages.errors import ConfigError
-from stages.machines import AwsConfig, InstanceConfig
+from stages.machines import AwsConfig, GpuInstanceConfig, InstanceConfig
 
 QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
@@ -36,7 +36,7 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_store_must_be_reachable_and_pools_add_up() -> None:
-    config = AwsConfig(data=InstanceConfig(max_machines=7), gpu=InstanceConfig(max_machines=2))
+    config = AwsConfig(data=InstanceConfig(max_machines=7), gpu=GpuInstanceConfig(max_machines=2))
     assert render(config, root="s3://b/x", settings_path="x")["max_workers"] == 9
     with pytest.raises(ConfigError, match="need s3://"):
         render(config, root="runs/x", settings_path="x")

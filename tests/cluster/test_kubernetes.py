@@ -20,7 +20,7 @@ from flows.cli import main
 from stages.config import load_config
 from stages.errors import ConfigError
 from stages.graph import build_stages, fingerprints
-from stages.machines import KubernetesConfig, PodConfig, PoolConfig
+from stages.machines import GpuPoolConfig, KubernetesConfig, PodConfig, PoolConfig
 
 TOP = Path(__file__).parents[2]
 SCHEMAS = Path(__file__).parent / "crds"
@@ -33,7 +33,7 @@ FULL = KubernetesConfig(
     queue="gpus",
     head=PodConfig(num_cpus=6, memory_gib=24),
     data=PoolConfig(num_cpus=16, memory_gib=64, max_pods=20, spot=True),
-    gpu=PoolConfig(num_cpus=32, memory_gib=512, num_gpus=8, max_pods=4, node_labels={"gpu": "h100"}),
+    gpu=GpuPoolConfig(num_cpus=32, memory_gib=512, num_gpus=8, max_pods=4, node_labels={"gpu": "h100"}),
 )
 
 
@@ -78,7 +78,7 @@ def pods(found: Any) -> Iterator[dict[str, Any]]:
             yield from pods(value)
 
 
-PLAIN = KubernetesConfig(gpu=PoolConfig(num_gpus=1, spot=True))
+PLAIN = KubernetesConfig(gpu=GpuPoolConfig(num_gpus=1, spot=True))
 
 
 @pytest.mark.parametrize("config", [FULL, PLAIN, replace(FULL, store_claim="claim")], ids=["full", "plain", "claim"])
