@@ -40,7 +40,6 @@ class NodeType:
 
     num_cpus: float = setting(help="cores of one")
     num_gpus: int = setting(0, "GPUs of one")
-    gpu_memory_gib: float | None = setting(None, "memory of one GPU, GiB; null: not checked")
     num_nodes: int = setting(1, "how many there are")
     price_per_hour: float | None = setting(None, "of one, in the table's currency; null: not known")
 
@@ -97,7 +96,6 @@ class StageEstimate:
         num_nodes: machines in use.
         price: in the table's currency.
         basis: where the throughput is from, or how to get one.
-        memory: of a training rank, as ``memory.py`` found it, by ZeRO stage in GiB.
     """
 
     stage: str
@@ -114,7 +112,6 @@ class StageEstimate:
     num_nodes: int | None = None
     price: float | None = None
     basis: str = ""
-    memory: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

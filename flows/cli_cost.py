@@ -23,7 +23,7 @@ _UNKNOWN = "[dim]unknown[/]"
 def cost_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe ``unclip plan --cost``."""
     group = parser.add_argument_group("what it will take")
-    group.add_argument("--cost", action="store_true", help="rows, bytes, hours, memory and price per stage")
+    group.add_argument("--cost", action="store_true", help="rows, bytes, hours and price per stage")
     group.add_argument("--prices", metavar="FILE", help="your machines and prices, as in configs/prices.yaml")
     group.add_argument("--rows", type=int, metavar="N", help="rows of the lists, where they are not counted yet")
     group.add_argument(
@@ -100,7 +100,7 @@ def _assumptions(given: Sequence[str], names: Sequence[str]) -> dict[str, float]
 def _print(estimates: Sequence[StageEstimate], machines: PriceTable | None) -> None:
     table = new_table(
         *("stage", "status", "samples in", "samples kept", "shards", "store", "workers", "time", "price"),
-        *("GiB per rank", "known from"),
+        "known from",
     )
     for item in estimates:
         most = "≤ " if item.at_most else ""
@@ -115,7 +115,6 @@ def _print(estimates: Sequence[StageEstimate], machines: PriceTable | None) -> N
             "" if done else _UNKNOWN if item.num_workers is None else f"{item.num_workers:,}",
             "" if done else _UNKNOWN if item.hours is None else format_duration(item.hours * 3600),
             "" if done else _UNKNOWN if item.price is None else f"{item.price:,.2f}",
-            "" if item.memory is None else "  ".join(f"{name}: {gib:,.3g}" for name, gib in item.memory.items()),
             item.basis.partition(";")[0],
         )
     open_console(sys.stdout).print(table)
