@@ -35,11 +35,11 @@ test: setup ## all tests but the kill drill
 test-fast: setup ## the tests that take seconds
 	$(BIN)/pytest $(PARALLEL) -m "not slow"
 
-chaos: setup ## the kill drill: SIGKILL in the middle of every kind of stage, Ray included, on S3
+chaos: setup ## the drills: kills, faults and lost nodes, up to a whole run killed ten times on S3
 	$(BIN)/pytest -m chaos $(DRILL)
 
 bench-data: setup ## the data plane against other software: ratios, side by side
-	for name in download embed pca near_duplicates resume; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+	for name in download embed pca near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -37,7 +37,7 @@ from stages.engine import (
     trainable,
 )
 from stages.errors import ConfigError
-from stages.sharded_state import Fragment, ShardedState, rank_file
+from stages.sharded_state import Fragment, ShardedState, Snapshot
 from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
@@ -71,6 +71,7 @@ class DeepSpeedEngine:
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
         self._optimizer = _WatchedAdamW(trainable(model).values(), settings)
+        self._linear = torch.nn.functional.linear
         with _no_compiler():
             self._engine, *_ = deepspeed.initialize(
                 model=module,
@@ -110,10 +111,9 @@ class DeepSpeedEngine:
         """See ``Engine.gather``."""
         return gather_from_ranks(value, self.world_size)
 
-    def save(self, folder: Path) -> None:
-        """See ``Engine.save``; in stage 0 all ranks hold the same, so the first one writes."""
-        if self.rank == 0 or self._settings.zero_stage > 0:
-            self._state.save(folder / rank_file(self.rank))
+    def snapshot(self) -> Snapshot | None:
+        """See ``Engine.snapshot``; in stage 0 all ranks hold the same, so the first one's counts."""
+        return self._state.snapshot(self.rank) if self.rank == 0 or self._settings.zero_stage > 0 else None
 
     def load(self, files: Sequence[Path]) -> None:
         """See ``Engine.load``."""
@@ -127,6 +127,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
+        # Stage 3 puts its own in its place, for the whole process, whose bias gradients round differently.
+        torch.nn.functional.linear = self._linear
 
     def _gradient_norm(self) -> float:
         norm = self._optimizer.norm if self._settings.zero_stage == 0 else self._engine.get_global_grad_norm()

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from rich.console import Console
 
@@ -25,7 +24,7 @@ from flows import (
     cli_store,
     cli_takedown,
 )
-from flows.console import PLAIN, open_console
+from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
 from flows.overview import overview, plan_table
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             errors.print_exception()
         _show_error(errors, str(error))
         if getattr(args, "json", False):
-            _print_json({"status": "failed", "errors": [str(error)]})
+            print_json({"status": "failed", "errors": [str(error)]})
         return error.exit_code
     except KeyboardInterrupt:
         _show_error(errors, "stopped; everything committed is kept")
@@ -163,10 +162,6 @@ def _show_error(console: Console, message: str) -> None:
     console.print(f"unclip: {message}", style="red" if console.is_terminal else None, soft_wrap=True, **PLAIN)
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
-
-
 # ---- run ------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +255,7 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
             display.end(outcome)
     report = report_uri(project.config.root)
     if args.json:
-        _print_json(run_to_json("done", project.config.root, report, outcomes, project.fingerprints, []))
+        print_json(run_to_json("done", project.config.root, report, outcomes, project.fingerprints, []))
     else:
         print(f"nothing to do; report: {report}")
     return 0
@@ -324,7 +319,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
         _show_error(console, line)
     if args.json:
         outcomes = list(run.outcomes.values())
-        _print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
+        print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
     elif run.report_uri:
         print(f"report: {run.report_uri}")
     return exit_code
@@ -341,7 +336,7 @@ def _plan(args: argparse.Namespace) -> int:
         return cli_cost.show_cost(args, project)
     rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
     if args.json:
-        _print_json([row.to_json() for row in rows])
+        print_json([row.to_json() for row in rows])
     else:
         open_console(sys.stdout).print(plan_table(rows))
     return 0
@@ -356,7 +351,7 @@ def _models(args: argparse.Namespace) -> int:
 
     sizes = model_sizes(load_config(args.config, args.set))
     if args.json:
-        _print_json([size.to_json() for size in sizes])
+        print_json([size.to_json() for size in sizes])
         return 0
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("model", "kind", "parameters", "fp32 weights"):
@@ -393,7 +388,7 @@ def _doctor(args: argparse.Namespace) -> int:
         config = load_config(args.config, args.set)
     findings = examine(config)
     if args.json:
-        _print_json([finding.to_json() for finding in findings])
+        print_json([finding.to_json() for finding in findings])
     else:
         open_console(sys.stdout).print(findings_table(findings))
     return 1 if any(finding.level == "problem" for finding in findings) else 0

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from flows.console import open_console
+from flows.console import open_console, print_json
 from flows.overview import new_table
 from flows.progress import format_duration
 from flows.project import Project
@@ -66,7 +65,7 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
             "currency": machines.currency if machines else None,
             "storage_price_per_month": month,
         }
-        print(json.dumps(summary, indent=1))
+        print_json(summary)
         return 0
     _print(estimates, machines)
     currency = machines.currency if machines else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from flows.console import PLAIN, open_console
+from flows.console import PLAIN, open_console, print_json
 from flows.project import open_project
 from stages.errors import ConfigError, InputError
 from stages.ledger import DATA_STAGES
@@ -58,7 +57,7 @@ def explain(args: argparse.Namespace) -> int:
 
     lives = find_lives(open_project(args.config, args.set).manifests, args.sample)
     if args.json:
-        print(json.dumps([life.to_json() for life in lives], indent=1, default=str))
+        print_json([life.to_json() for life in lives])
         return 0
     console = open_console(sys.stdout)
     for life in lives:
@@ -92,7 +91,7 @@ def funnel(args: argparse.Namespace) -> int:
         raise InputError("funnel: no data stage has finished; run it first (unclip run --until curate)")
     rows = funnel_rows(manifests)
     if args.json:
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
         return 0
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in ("stage", "reason", "samples", "of the stage", "of all rows"):
@@ -125,7 +124,7 @@ def what_if_(args: argparse.Namespace) -> int:
     changed = build_stages(load_config(args.config, [*args.base, *args.set]))
     found = what_if(project.stages, changed, project.manifests)
     if args.json:
-        print(json.dumps(asdict(found), indent=1))
+        print_json(asdict(found))
         return 0
     console = open_console(sys.stdout)
     table = Table(box=box.SIMPLE, pad_edge=False)

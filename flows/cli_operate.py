@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from flows.console import PLAIN, open_console
+from flows.console import PLAIN, open_console, print_json
 from flows.overview import overview, status_table
 from flows.project import Project, open_project
 from stages import storage
@@ -56,7 +56,7 @@ def status(args: argparse.Namespace) -> int:
         return _watch(args, project)
     rows = overview(project.stages, project.states)
     if args.json:
-        print(json.dumps({"root": project.config.root, "stages": [row.to_json() for row in rows]}, indent=1))
+        print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
     else:
         console = open_console(sys.stdout)
         console.print(f"store: {project.config.root}", **PLAIN)
@@ -102,7 +102,7 @@ def runs(args: argparse.Namespace) -> int:
 
     found = read_runs(_root(args), newest=args.newest)
     if args.json:
-        print(json.dumps([run.to_json() for run in found], indent=1))
+        print_json([run.to_json() for run in found])
     else:
         open_console(sys.stdout).print(runs_table(found) if found else "no run is recorded")
     return 0

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from flows.console import open_console, print_json
 from stages.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def verify(args: argparse.Namespace) -> int:
     """Hold the store to its manifests; exit code 1 if anything is wrong."""
     root, verified = _verified(args, every=args.all)
     if args.json:
-        _print_json({"root": root, **_counts(verified), "findings": [f.to_json() for f in verified.findings]})
+        print_json({"root": root, **_counts(verified), "findings": [f.to_json() for f in verified.findings]})
     else:
         _show_findings(verified)
     return 1 if verified.findings else 0
@@ -68,7 +68,7 @@ def repair(args: argparse.Namespace) -> int:
     if not args.dry_run:
         apply_repair(root, plan)
     if args.json:
-        _print_json(
+        print_json(
             {
                 "root": root,
                 "applied": not args.dry_run,
@@ -109,7 +109,7 @@ def gc(args: argparse.Namespace) -> int:
     if args.apply:
         delete_garbage(root, garbage)
     if args.json:
-        _print_json({"root": root, "applied": args.apply, "garbage": [item.to_json() for item in garbage]})
+        print_json({"root": root, "applied": args.apply, "garbage": [item.to_json() for item in garbage]})
         return 0
     _show_garbage(garbage)
     if garbage:
@@ -143,10 +143,9 @@ def _verified(args: argparse.Namespace, *, every: bool = False) -> tuple[str, Ve
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """Show bytes checked on standard error, where that is a terminal."""
-    from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    console = Console(file=sys.stderr)
+    console = open_console(sys.stderr)
     columns = (TextColumn("checking"), BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("", total=None)
@@ -173,7 +172,6 @@ def _show_findings(verified: Verified) -> None:
 
 def _show_garbage(garbage: Sequence[Garbage]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     totals: dict[tuple[str, str], tuple[int, int]] = {}
@@ -187,8 +185,4 @@ def _show_garbage(garbage: Sequence[Garbage]) -> None:
         table.add_row(stage, f"{count:,}", f"{num_bytes / 2**30:,.3f}", reason)
     total_bytes = sum(item.num_bytes for item in garbage)
     table.add_row("all", f"{len(garbage):,}", f"{total_bytes / 2**30:,.3f}", "" if garbage else "nothing to collect")
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1))
+    open_console(sys.stdout).print(table)

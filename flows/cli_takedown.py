@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from rich.console import Console
 
-from flows.console import PLAIN, open_console
+from flows.console import PLAIN, open_console, print_json
 from flows.project import open_project
 from stages.errors import ConfigError, InputError
 from stages.takedown import Affected, find_affected, take_down
@@ -45,7 +44,7 @@ def takedown(args: argparse.Namespace) -> int:
     else:
         affected = find_affected(root, asked)
     if args.json:
-        print(json.dumps({"applied": args.apply, **affected.to_json()}, indent=1))
+        print_json({"applied": args.apply, **affected.to_json()})
     else:
         _show(open_console(sys.stdout), affected, applied=args.apply)
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -15,3 +16,8 @@ def open_console(stream: TextIO) -> Console:
     """Return a console on a stream."""
     console = Console(file=stream)
     return console if console.is_terminal else Console(file=stream, width=_WIDE)
+
+
+def print_json(value: Any) -> None:
+    """Print the answer of a command to standard output."""
+    print(json.dumps(value, indent=1, default=str))

@@ -8,9 +8,6 @@ from dataclasses import dataclass
 from stages.errors import IntegrityError
 from stages.manifest import Manifest, ShardRecord
 
-# Rows of a shard that a later shard of the same stage tried once more: they are counted there too.
-RETRIED = "retried"
-
 
 @dataclass
 class _Tally:
@@ -18,7 +15,6 @@ class _Tally:
 
     first: str
     num_in: int = 0
-    num_retried: int = 0
 
 
 def check_balance(
@@ -51,18 +47,16 @@ def check_balance(
         if len(found) == 1:
             tally = tallies.setdefault(next(iter(found)), _Tally(record.shard_id))
             tally.num_in += record.num_in
-            tally.num_retried += record.dropped.get(RETRIED, 0)
     first = ""
     for i, tally in tallies.items():
         kept = upstream.records[i].num_kept
-        # A shard that tries rows again need not read its upstream shard, so retried rows may be counted or not.
-        if i not in missing and not tally.num_in - tally.num_retried <= kept <= tally.num_in:
+        if i not in missing and tally.num_in != kept:
             first = (
                 f"first shard: {tally.first} with {tally.num_in} in, made from {upstream.stage} shard "
                 f"{upstream.records[i].shard_id} with {kept} kept; "
             )
             break
-    num_in = sum(record.num_in - record.dropped.get(RETRIED, 0) for record in records)
+    num_in = sum(record.num_in for record in records)
     expected = sum(record.num_kept for i, record in enumerate(upstream.records) if i not in missing)
     if first or num_in != expected:
         raise IntegrityError(

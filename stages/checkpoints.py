@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -84,38 +83,59 @@ class CheckpointFolder:
     Args:
         folder: URI of the training's folder.
         keep_last: how many checkpoints to keep.
+        keep_every: steps whose multiples are kept for good.
     """
 
-    def __init__(self, folder: str, keep_last: int) -> None:
+    def __init__(self, folder: str, keep_last: int, keep_every: int | None = None) -> None:
         self._uri = storage.join(folder, "checkpoints")
         self._keep_last = keep_last
+        self._keep_every = keep_every
 
-    def save(self, engine: Engine, step: int, metrics: bytes) -> None:
-        """Write a checkpoint with all ranks (collective), then delete the oldest ones.
+    def begin(self, engine: Engine, step: int) -> str | None:
+        """Make room for a checkpoint (collective).
 
         Args:
-            engine: its state is saved.
+            engine: of any rank.
             step: optimizer steps done.
-            metrics: lines up to this step; only the first rank's are written.
+
+        Returns:
+            On every rank: what went wrong, or None.
         """
-        target = self._step_uri(step)
+        problem = None
         if engine.rank == 0:
-            storage.delete(storage.join(target, RECORD_NAME))  # of a damaged checkpoint that is done again
-        engine.gather(None)
-        with tempfile.TemporaryDirectory(prefix="unclip-checkpoint-") as scratch:
-            engine.save(Path(scratch))
-            if engine.rank == 0:
-                (Path(scratch) / METRICS_NAME).write_bytes(metrics)
-            own = {
-                path.name: storage.upload(path, storage.join(target, path.name))
-                for path in sorted(Path(scratch).iterdir())
-            }
-        files = {name: written for part in engine.gather(own) for name, written in part.items()}
-        if engine.rank == 0:
-            record = Checkpoint(step=step, layout=engine.layout, world_size=engine.world_size, files=files)
-            storage.write_json(storage.join(target, RECORD_NAME), record.to_json())
-            self._retain()
-        engine.gather(None)  # nobody leaves before the checkpoint counts
+            try:
+                storage.delete(storage.join(self.uri_of(step), RECORD_NAME))  # of a damaged one that is done again
+            except StorageError as error:
+                problem = f"{error}"
+        return engine.gather(problem)[0]
+
+    def commit(
+        self, engine: Engine, step: int, files: Mapping[str, Written], error: Exception | None = None
+    ) -> str | None:
+        """Make a checkpoint count, if no rank failed (collective), then delete the oldest ones.
+
+        Args:
+            engine: whose state it holds.
+            step: optimizer steps done.
+            files: those that this rank has put there.
+            error: why this rank could not.
+
+        Returns:
+            On every rank: what went wrong on some rank, or None.
+        """
+        parts = engine.gather((dict(files), None if error is None else f"{error}" or type(error).__name__))
+        failed = next((why for _, why in parts if why is not None), None)
+        if failed is None and engine.rank == 0:
+            every = {name: written for part, _ in parts for name, written in part.items()}
+            record = Checkpoint(step=step, layout=engine.layout, world_size=engine.world_size, files=every)
+            try:
+                storage.write_json(storage.join(self.uri_of(step), RECORD_NAME), record.to_json())
+            except StorageError as problem:
+                failed = f"{problem}"
+            else:
+                with contextlib.suppress(StorageError):  # a leftover costs space only; the next save tries again
+                    self._retain()
+        return engine.gather(failed)[0]  # nobody leaves before the checkpoint counts
 
     def resume(self, engine: Engine) -> Resumed | None:
         """Load the newest whole checkpoint into the engine (collective).
@@ -147,7 +167,7 @@ class CheckpointFolder:
         Raises:
             IntegrityError: if a file is damaged.
         """
-        record = Checkpoint.read(storage.join(self._step_uri(step), RECORD_NAME))
+        record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
         names = sorted(name for name in record.files if RANK_FILE.fullmatch(name))
         with contextlib.ExitStack() as stack:
             return assemble([self._fetch(record, name, stack) for name in names], shapes)
@@ -155,7 +175,7 @@ class CheckpointFolder:
     def _try_fetch(self, engine: Engine, step: int, stack: contextlib.ExitStack) -> tuple[Sequence[Path], bytes] | str:
         """Get this rank's files of a checkpoint, checked; or say in a few words why that is impossible."""
         try:
-            record = Checkpoint.read(storage.join(self._step_uri(step), RECORD_NAME))
+            record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
             names = files_to_load(record.files, record.layout, engine)
             paths = [self._fetch(record, name, stack) for name in names]
             return paths, self._fetch(record, METRICS_NAME, stack).read_bytes()
@@ -163,7 +183,7 @@ class CheckpointFolder:
             return f"{error}"
 
     def _fetch(self, record: Checkpoint, name: str, stack: contextlib.ExitStack) -> Path:
-        uri = storage.join(self._step_uri(record.step), name)
+        uri = storage.join(self.uri_of(record.step), name)
         if name not in record.files:
             raise IntegrityError(f"{uri}: not named in the checkpoint's record")
         path = stack.enter_context(storage.local_copy(uri))
@@ -173,14 +193,17 @@ class CheckpointFolder:
         return path
 
     def _retain(self) -> None:
-        """Delete all but the newest ``keep_last`` checkpoints, and what broken-off writes left before them."""
+        """Delete all but the newest and the permanent checkpoints, and what broken-off writes left before them."""
         whole, broken = self._listing()
         newest = sorted(whole, reverse=True)
-        doomed = [*newest[self._keep_last :], *(step for step in broken if step < newest[0])]
+        doomed = [step for step in newest[self._keep_last :] if not self._is_permanent(step)]
+        doomed += [step for step in broken if step < newest[0]]
         for step in doomed:
-            with contextlib.suppress(StorageError):  # a leftover costs space only; the next checkpoint tries again
-                storage.delete(storage.join(self._step_uri(step), RECORD_NAME))
-                storage.delete_tree(self._step_uri(step))
+            storage.delete(storage.join(self.uri_of(step), RECORD_NAME))
+            storage.delete_tree(self.uri_of(step))
+
+    def _is_permanent(self, step: int) -> bool:
+        return self._keep_every is not None and step % self._keep_every == 0
 
     def _listing(self) -> tuple[set[int], set[int]]:
         """List the steps with a record, and those without."""
@@ -192,5 +215,6 @@ class CheckpointFolder:
                 found[step] = found.get(step, False) or file == RECORD_NAME
         return {step for step, whole in found.items() if whole}, {step for step, whole in found.items() if not whole}
 
-    def _step_uri(self, step: int) -> str:
+    def uri_of(self, step: int) -> str:
+        """Return the folder of a checkpoint, where every rank puts its files."""
         return storage.join(self._uri, f"step-{step:06d}")

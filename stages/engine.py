@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stages.adamw import FlatAdamW
 from stages.errors import ConfigError
-from stages.sharded_state import RANK_FILE, Fragment, ShardedState, rank_file
+from stages.sharded_state import RANK_FILE, Fragment, ShardedState, Snapshot, rank_file
 from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
@@ -108,8 +108,8 @@ class Engine(Protocol):
         """Return the plain values of all ranks, in rank order, on every rank (collective; also a barrier)."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of the state to a local folder; ranks write files of different names, or none."""
+    def snapshot(self) -> Snapshot | None:
+        """Copy this rank's part of the state; None where another rank holds the same and writes it."""
         ...
 
     def load(self, files: Sequence[Path]) -> None:
@@ -203,10 +203,9 @@ class TorchEngine:
         """See ``Engine.gather``."""
         return gather_from_ranks(value, self.world_size)
 
-    def save(self, folder: Path) -> None:
-        """See ``Engine.save``; all ranks hold the same, so the first one writes."""
-        if self.rank == 0:
-            self._state.save(folder / rank_file(0))
+    def snapshot(self) -> Snapshot | None:
+        """See ``Engine.snapshot``; all ranks hold the same, so the first one's counts."""
+        return self._state.snapshot(0) if self.rank == 0 else None
 
     def load(self, files: Sequence[Path]) -> None:
         """See ``Engine.load``."""

@@ -10,6 +10,7 @@ the checkpoint it resumed from. What is shown while the training runs lies in it
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 import time
@@ -22,6 +23,9 @@ from torch import Tensor
 
 from stages import storage
 from stages.engine import Engine
+from stages.errors import StorageError
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -63,14 +67,20 @@ class MetricsLog:
             self.publish()
 
     def publish(self) -> None:
-        """Show the present state in the training's folder."""
+        """Show the present state in the training's folder; a store that fails is no reason to stop the training."""
+        try:
+            self._publish()
+        except (StorageError, OSError) as error:
+            logger.warning("the metrics cannot be shown at present: %s", error)
+        self._published_at = time.monotonic()
+
+    def _publish(self) -> None:
         storage.write_bytes(storage.join(self._folder, METRICS_NAME), self.content)
         if self._writer is not None:
             self._writer.flush()
         if self._scratch is not None:
             for path in sorted(Path(self._scratch.name).iterdir()):
                 storage.upload(path, storage.join(self._folder, TENSORBOARD_NAME, path.name))
-        self._published_at = time.monotonic()
 
     def close(self) -> None:
         """Publish a last time and release the writer."""
@@ -111,6 +121,7 @@ class MetricsWindow:
         self._grad_norms: list[float] = []
         self._terms: list[Mapping[str, Tensor]] = []
         self._waited_s = 0.0
+        self._saving_s = 0.0
         self._started_at = time.monotonic()
 
     def add(self, loss: float, grad_norm: float, applied: bool, terms: Mapping[str, Tensor], waited_s: float) -> None:
@@ -122,6 +133,10 @@ class MetricsWindow:
         self._losses.append(loss)
         self._grad_norms.append(grad_norm)
         self._terms.append(terms)
+
+    def add_saving(self, seconds: float) -> None:
+        """Take in what the steps lost to a checkpoint."""
+        self._saving_s += seconds
 
     def close(self, engine: Engine, learning_rate: float) -> dict[str, float]:
         """Average over the window and all ranks (collective), and start the next one."""
@@ -135,6 +150,7 @@ class MetricsWindow:
             "learning_rate": learning_rate,
             "samples_per_s": num_steps * self._global_batch_size / elapsed_s,
             "data_wait_fraction": totals[-1] / engine.world_size / elapsed_s,
+            "checkpoint_wait_fraction": self._saving_s / elapsed_s,
             "num_skipped_steps": float(self._num_skipped),
         }
         values = dict(zip(sums, totals[:-1], strict=True))

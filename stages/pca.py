@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
@@ -107,7 +106,7 @@ class Pca(Stage[PcaConfig]):
     def process(self, shard: Shard, output: str) -> ShardRecord:
         """Sum over the selected embeddings of one shard."""
         started_at = time.monotonic()
-        x = embeddings_of(self._selected(shard.inputs, ["image_embedding"]), "image_embedding")
+        (x,) = self._selected(shard.inputs, ["image_embedding"])
         return self.commit(
             shard,
             output,
@@ -148,8 +147,8 @@ class Pca(Stage[PcaConfig]):
         metrics |= {"num_samples": sums.count, "num_edge_samples": len(components)}
         return Result(records=records, files={"pca": file}, metrics=metrics)
 
-    def _selected(self, inputs: Mapping[str, Any], columns: Sequence[str]) -> pa.Table:
-        """Read columns of the embeddings that the selection keeps.
+    def _selected(self, inputs: Mapping[str, Any], columns: Sequence[str]) -> list[Array32]:
+        """Read columns of the embeddings that the selection keeps, each ``(n, D)``.
 
         Raises:
             IntegrityError: if the tables are not about the same samples.
@@ -161,7 +160,10 @@ class Pca(Stage[PcaConfig]):
                 f"{self.uri(inputs['embeddings'])} and {self.uri(inputs['selection'])} are not about the same samples; "
                 "run curate again with --force"
             )
-        return table.filter(selection["kept"])
+        # Rows are left out of the array: Arrow's own filter takes lists apart, number by number.
+        kept = selection["kept"].to_numpy()
+        vectors = (embeddings_of(table, column) for column in columns)
+        return [x if kept.all() else x[kept] for x in vectors]
 
     def _merged(self, records: Sequence[ShardRecord]) -> Sums:
         """Add up the sums of all shards, in plan order, so that a repetition gives the same bits."""
@@ -202,10 +204,9 @@ class Pca(Stage[PcaConfig]):
 
         def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32]:
             shard, chosen = pair
-            table = self._selected(shard.inputs, ["image_embedding", "text_embedding"])
-            if len(chosen) < table.num_rows:
-                table = table.take(pa.array(chosen))
-            image, text = (embeddings_of(table, name) for name in ("image_embedding", "text_embedding"))
+            image, text = self._selected(shard.inputs, ["image_embedding", "text_embedding"])
+            if len(chosen) < len(image):
+                image, text = image[chosen], text[chosen]
             return image, np.einsum("ij,ij->i", image, text)
 
         wanted = [(shard, chosen) for (shard, _), chosen in zip(planned, rows, strict=True) if len(chosen)]

@@ -54,6 +54,26 @@ class Fragment:
     length: int
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of one rank's state on the CPU: whatever the training does next, this stays.
+
+    Attributes:
+        rank: whose.
+        tensors: ``<kind>/<parameter>/<first element>`` -> float32 stretch.
+        num_updates: of the moving average.
+    """
+
+    rank: int
+    tensors: Mapping[str, Tensor]
+    num_updates: int
+
+    def write(self, folder: Path) -> None:
+        """Write the rank's file into a local folder."""
+        metadata = {"num_updates": str(self.num_updates)}
+        save_file(dict(self.tensors), folder / rank_file(self.rank), metadata=metadata)
+
+
 class ShardedState:
     """Master weights, moments and moving averages of one rank, with their way into a file and back.
 
@@ -83,12 +103,14 @@ class ShardedState:
         ema_update(self.averages, self.masters, warmed_up_decay(self.ema_decay, self.num_updates))
         self.num_updates += 1
 
-    def save(self, path: Path) -> None:
-        """Write every fragment of every kind to a safetensors file."""
-        tensors = {
-            f"{kind}/{f.name}/{f.start}": self._stretch(kind, f).cpu().clone() for kind in KINDS for f in self.fragments
-        }
-        save_file(tensors, path, metadata={"num_updates": str(self.num_updates)})
+    def snapshot(self, rank: int) -> Snapshot:
+        """Copy every fragment of every kind to the CPU; whole tensors at a time, which is as fast as memory allows."""
+        tensors: dict[str, Tensor] = {}
+        for kind in KINDS:
+            copies = [self._flat(kind, i).to("cpu", copy=True).view(-1) for i in range(len(self.masters))]
+            for f in self.fragments:
+                tensors[f"{kind}/{f.name}/{f.start}"] = copies[f.flat][f.offset : f.offset + f.length]
+        return Snapshot(rank, tensors, self.num_updates)
 
     def load(self, files: Sequence[Path]) -> None:
         """Fill every fragment from the files; see ``Engine.load``."""
@@ -123,15 +145,17 @@ class ShardedState:
         return last - first
 
     def _stretch(self, kind: str, fragment: Fragment) -> Tensor:
-        master = self.masters[fragment.flat]
-        if kind == "param":
-            flat = master.detach()
-        elif kind == "ema":
-            flat = self.averages[fragment.flat]
-        else:
-            moments = self.optimizer.state.get(master) or {}
-            flat = moments[kind] if kind in moments else torch.zeros_like(master)
+        flat = self._flat(kind, fragment.flat)
         return flat.view(-1)[fragment.offset : fragment.offset + fragment.length]
+
+    def _flat(self, kind: str, index: int) -> Tensor:
+        master = self.masters[index]
+        if kind == "param":
+            return master.detach()
+        if kind == "ema":
+            return self.averages[index]
+        moments = self.optimizer.state.get(master) or {}
+        return moments[kind] if kind in moments else torch.zeros_like(master)
 
     def _reset_moments(self) -> None:
         for master in self.masters:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -26,7 +26,8 @@ from stages.checkpoints import CheckpointFolder
 from stages.dataset import Batch, Stream
 from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
 from stages.errors import ConfigError, StageError
-from stages.metrics import MetricsLog, MetricsWindow, read_metrics
+from stages.metrics import METRICS_NAME, MetricsLog, MetricsWindow, read_metrics
+from stages.saving import Saver
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,11 @@ class TrainingConfig:
     gpus_per_rank: float = setting(0.0, "GPUs of each: 0 or 1", affects="nothing")
     micro_batch_size: int | None = setting(None, "samples per forward pass and rank; null: all", affects="nothing")
     checkpoint_every_steps: int = setting(1000, "steps between checkpoints", affects="nothing")
+    checkpoint_every_minutes: float | None = setting(None, "minutes between checkpoints, also", affects="nothing")
+    checkpoint_in_background: bool = setting(True, "train on while a copy of the state is written", affects="nothing")
     keep_last: int = setting(2, "checkpoints kept", affects="nothing")
+    keep_every_steps: int | None = setting(None, "checkpoints of its multiples are kept for good", affects="nothing")
+    max_failed_saves: int = setting(3, "checkpoints in a row that may fail to be written", affects="nothing")
     max_nonfinite_steps: int = setting(10, "steps in a row that may be skipped as not finite", affects="nothing")
     log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
     tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
@@ -94,10 +99,12 @@ class TrainingConfig:
         for name in (
             *("num_steps", "global_batch_size", "num_streams", "num_ranks", "keep_last", "prefetch_batches"),
             *("checkpoint_every_steps", "log_every_steps", "max_nonfinite_steps", "learning_rate", "eps"),
+            *("max_failed_saves", "checkpoint_every_minutes", "keep_every_steps"),
             *("gradient_clipping", "cpus_per_rank"),
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: {value} is not positive")
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,7 @@ def train(
         stack.enter_context(torch.random.fork_rng())
         engine = make_engine(model, loss, engine_settings(config, world_size))
         stack.callback(engine.close)
-        checkpoints = CheckpointFolder(folder, config.keep_last)
+        checkpoints = CheckpointFolder(folder, config.keep_last, config.keep_every_steps)
         resumed = checkpoints.resume(engine)
         first_step = resumed.step if resumed else 0
         if resumed and rank == 0:
@@ -219,7 +226,16 @@ def train(
         num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
         window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
         batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
-        loop = _Loop(engine, config, seed, place, window, checkpoints, log, report, stop)
+        saver = Saver(
+            checkpoints,
+            engine,
+            place=place,
+            newest=resumed.step if resumed else None,
+            in_background=config.checkpoint_in_background,
+            max_failures=config.max_failed_saves,
+        )
+        stack.callback(saver.close)
+        loop = _Loop(engine, config, seed, place, window, saver, log, report, stop)
         loop.run(batches, first_step)
         if log is None:
             return Trained(None, {}, b"")
@@ -245,10 +261,11 @@ class _Loop:
     seed: int
     place: str
     window: MetricsWindow
-    checkpoints: CheckpointFolder
+    saver: Saver
     log: MetricsLog | None
     report: Callable[[Progress], None]
     stop: _StopRequest
+    saved_at: float = field(default_factory=time.monotonic)
 
     def run(self, batches: Iterator[Batch], first_step: int) -> None:
         """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last."""
@@ -270,21 +287,27 @@ class _Loop:
             if engine.rank == 0:
                 reporter.step_done(done, result.loss, waited_s)
             is_last = done == config.num_steps
-            stopping = self._agreed_to_stop() and not is_last
-            self._keep(done, learning_rate, saving=stopping or is_last or done % config.checkpoint_every_steps == 0)
-            if stopping:
+            stopping, due = self._agree()
+            due = due or done % config.checkpoint_every_steps == 0
+            self._keep(done, learning_rate, saving=due, ending=is_last or stopping)
+            if stopping and not is_last:
                 raise TrainingStoppedError(
                     f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
                 )
 
-    def _keep(self, done: int, learning_rate: float, *, saving: bool) -> None:
+    def _keep(self, done: int, learning_rate: float, *, saving: bool, ending: bool) -> None:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
+        saving = saving or ending
         if saving or done % self.config.log_every_steps == 0:
             metrics = self.window.close(self.engine, learning_rate)
             if self.log is not None:
                 self.log.write(done, metrics)
         if saving:
-            self.checkpoints.save(self.engine, done, self.log.content if self.log else b"")
+            extra = {} if self.log is None else {METRICS_NAME: self.log.content}
+            began_at = time.monotonic()
+            self.saver.save(done, extra, wait=ending)
+            self.saved_at = time.monotonic()
+            self.window.add_saving(self.saved_at - began_at)
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """Cut a rank's batch into micro batches on the engine's device, each with its randomness."""
@@ -295,15 +318,23 @@ class _Loop:
             random = SampleRandom(self.seed, batch.step, indices, self.engine.device)
             yield batch.part(first, first + size, self.engine.device), random
 
-    def _agreed_to_stop(self) -> bool:
-        asked = float(self.stop())
-        if self.engine.world_size == 1:
-            return asked > 0
-        return float(self.engine.total(torch.tensor([asked], dtype=torch.float64))[0]) > 0
+    def _agree(self) -> tuple[bool, bool]:
+        """Let all ranks know whether any was asked to stop, and whether the first finds that a checkpoint is due.
+
+        A checkpoint whose files all ranks have written meanwhile is made to count.
+        """
+        every = self.config.checkpoint_every_minutes
+        due = self.engine.rank == 0 and every is not None and time.monotonic() - self.saved_at > every * 60
+        mine = torch.tensor([self.stop(), due, self.saver.ready], dtype=torch.float64)
+        stopping, due, num_ready = self.engine.total(mine).tolist()
+        if num_ready == self.engine.world_size:
+            self.saver.finish()
+        return stopping > 0, due > 0
 
     def _diverged(self, step: int, num_bad: int) -> StageError:
-        steps = self.checkpoints.steps()
-        last = f"the last checkpoint is of step {steps[0]}" if steps else "there is no checkpoint yet"
+        self.saver.finish()
+        newest = self.saver.newest
+        last = "there is no checkpoint yet" if newest is None else f"the last checkpoint is of step {newest}"
         return StageError(
             f"{self.place}: loss or gradient was not finite in {num_bad} steps in a row, up to step {step}; {last}. "
             f"Lower {self.place}.learning_rate (now {self.config.learning_rate:g}), raise {self.place}.warmup_steps "

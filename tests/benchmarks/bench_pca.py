@@ -16,6 +16,7 @@ largest angle between the subspace of the k components and the exact one.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -122,9 +123,10 @@ def main() -> None:
         paths = write_store(root, args.rows, args.dim, args.shards)
         print("data written", file=sys.stderr)
         task = Task(root=root, tables=tuple(paths), num_components=args.components, cores=cores)
-        sides = {"ours": (sys.executable, "pca_worker")}
+        sides = {"ours": (sys.executable, "pca_worker", "float64")}
         if args.sklearn_python is not None:
-            sides["IncrementalPCA, float32"] = (args.sklearn_python, "sklearn_worker")
+            for precision in ("float64", "float32"):
+                sides[f"IncrementalPCA, {precision}"] = (args.sklearn_python, "sklearn_worker", precision)
         exact = exact_axes(paths, args.components)
         print("exact solution found", file=sys.stderr)
         times: dict[str, list[Answer]] = {name: [] for name in sides}
@@ -133,7 +135,8 @@ def main() -> None:
             for name in list(sides)[:: 1 if repetition % 2 == 0 else -1]:
                 output = Path(root) / f"{len(times[name])}-{list(sides).index(name)}"
                 output.mkdir()
-                times[name].append(Worker(*sides[name]).run(task, output))
+                python, module, precision = sides[name]
+                times[name].append(Worker(python, module).run(dataclasses.replace(task, precision=precision), output))
                 errors[name] = subspace_error(np.load(output / "axes.npy"), exact)
                 print(json.dumps({name: times[name][-1].__dict__, "error": errors[name]}), file=sys.stderr)
         print(report(task, times, errors, args.rows, args.dim))

@@ -1,6 +1,6 @@
 """Measure what the framework costs at many shards: time and memory of a resume decision, and overhead per shard.
 
-    python tests/benchmarks/bench_resume.py [--shards 10000 100000] [--overhead-shards 10000] [--root FOLDER]
+    python -m tests.benchmarks.bench_resume [--shards 10000 100000] [--overhead-shards 10000] [--root FOLDER]
 
 Every number comes from a process of its own. The stores of the resume rows are written with fsync switched off, which
 changes nothing that a resume reads; the overhead is measured with it. The peak is that of the whole driver process,
@@ -25,6 +25,8 @@ from stages.base import Shard, Stage, setting
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import File, Manifest, ShardRecord
 from tests.resident import resident_mib
+
+TOP = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,8 +198,18 @@ PHASES = {f.__name__: f for f in (build, resume, without_segments, finish, read,
 
 def measure(phase: str, root: str, num_shards: int) -> dict[str, float]:
     """Run one phase in a process of its own."""
-    command = [sys.executable, __file__, "--phase", phase, "--root", root, "--shards", str(num_shards)]
-    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "tests.benchmarks.bench_resume",
+        "--phase",
+        phase,
+        "--root",
+        root,
+        "--shards",
+        str(num_shards),
+    ]
+    answer = subprocess.run(command, cwd=TOP, check=True, capture_output=True, text=True).stdout
     return {name: round(value, 3) for name, value in json.loads(answer).items()}
 
 

@@ -1,7 +1,7 @@
 """A fast HTTP server for benchmarks of the download: hosts are loopback addresses, some slow, some mute.
 
-``python -m tests.benchmarks.loopback_server PORT`` serves on 127.0.0.1 to 127.0.0.254 (Linux) until it is ended. The
-behaviour of an address is told by its last byte, see ``behaviour``.
+``python -m tests.benchmarks.loopback_server PORT SIDE_PX [PICTURES]`` serves on 127.0.0.1 to 127.0.0.254 (Linux) until
+it is ended. The behaviour of an address is told by its last byte, see ``behaviour``.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def jpeg(seed: int, side_px: int) -> bytes:
     return sink.getvalue()
 
 
-async def main(port: int, side_px: int) -> None:
+async def main(port: int, side_px: int, num_pictures: int = NUM_PICTURES) -> None:
     """Serve."""
-    pictures = [jpeg(seed, side_px) for seed in range(NUM_PICTURES)]
+    pictures = [jpeg(seed, side_px) for seed in range(num_pictures)]
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         kind = behaviour(int(writer.get_extra_info("sockname")[0].rpartition(".")[2]))
@@ -49,7 +49,7 @@ async def main(port: int, side_px: int) -> None:
                 if kind == "slow":
                     await asyncio.sleep(SLOW_S)
                 number = int(request.split(b" ", 2)[1].strip(b"/").partition(b".")[0])
-                body = pictures[number % NUM_PICTURES]
+                body = pictures[number % num_pictures]
                 closes = b"connection: close" in request.lower()
                 head = f"HTTP/1.1 200 OK\r\nContent-Type: image/jpeg\r\nContent-Length: {len(body)}\r\n"
                 writer.write(head.encode() + (b"Connection: close\r\n\r\n" if closes else b"\r\n") + body)
@@ -68,4 +68,4 @@ async def main(port: int, side_px: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
+    asyncio.run(main(*(int(argument) for argument in sys.argv[1:])))

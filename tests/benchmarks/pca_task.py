@@ -21,12 +21,15 @@ class Task:
         tables: the Parquet files of embeddings.
         num_components: components to keep.
         cores: the cores to stay on; as many threads are used.
+        precision: of the other side, ``float32`` or ``float64``, which is what scikit-learn makes of half precision by
+            itself; ours is what the stage does.
     """
 
     root: str
     tables: tuple[str, ...]
     num_components: int
     cores: tuple[int, ...]
+    precision: str = "float64"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ def work(task: Task, output: Path) -> None:
     model = IncrementalPCA(n_components=task.num_components)
     for path in task.tables:
         column = pq.read_table(path, columns=["image_embedding"])["image_embedding"].combine_chunks()
-        x = np.asarray(column.flatten()).astype(np.float32).reshape(len(column), column.type.list_size)
+        x = np.asarray(column.flatten()).astype(task.precision).reshape(len(column), column.type.list_size)
         size = 5 * x.shape[1]
         batches = np.array_split(x, max(1, len(x) // size))
         for batch in batches:

@@ -59,7 +59,7 @@ def test_a_fault_that_passes_is_not_seen(
         assert OPERATIONS[operation](uri) == expected
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("fault", FAULTS)
 def test_more_faults_than_the_libraries_bear(
     fault: str, s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
@@ -74,7 +74,7 @@ def test_more_faults_than_the_libraries_bear(
     assert storage.read_bytes(uri) == b"y" * 9999
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_fault_that_stays_ends_in_a_clear_error(
     s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -110,7 +110,7 @@ def run(config: Config, found: dict[str, Manifest]) -> dict[str, Manifest]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_pipeline_finishes_on_a_bad_connection(
     seed: int, config: Config, digests: dict[str, str], s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
@@ -127,7 +127,7 @@ def test_a_pipeline_finishes_on_a_bad_connection(
     assert all(schedule.counts[fault] for fault in FAULTS), schedule.counts
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_server_lost_in_the_middle_fails_and_the_same_run_then_finishes(
     config: Config, digests: dict[str, str], s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

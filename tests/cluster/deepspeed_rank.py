@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from cluster.deepspeed_engine import DeepSpeedEngine
+from stages.checkpoints import CheckpointFolder
 from stages.engine import Engine, EngineSettings, TorchEngine, files_to_load
+from stages.sharded_state import rank_file
 from stages.training import TrainingConfig, engine_settings, model_loss, train
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
@@ -59,7 +62,9 @@ def settings(world_size: int, zero_stage: int) -> EngineSettings:
 def save_and_load(engine: Engine, folder: Path) -> None:
     """Save with all ranks, and take the state up again from the files."""
     folder.mkdir(exist_ok=True)
-    engine.save(folder)
+    snapshot = engine.snapshot()
+    if snapshot is not None:
+        snapshot.write(folder)
     engine.gather(None)
     load(engine, folder, engine.layout)
 
@@ -110,6 +115,23 @@ def train_and_resume(folder: Path, world_size: int) -> dict[str, Any]:
     return {"message": message, "same": same}
 
 
+def lose_a_save(folder: Path, world_size: int) -> dict[str, Any]:
+    """Train while the last rank's file of the first checkpoint cannot be written: no rank counts that checkpoint."""
+    (folder / "lost" / "checkpoints" / "step-000004" / rank_file(world_size - 1)).mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"make_engine": DeepSpeedEngine, "seed": 2, "folder": str(folder / "lost")}
+    seen: list[list[int]] = []
+
+    class Watched(VectorStream):
+        def batches(self, first_step: int, rank: int, world_size: int) -> Any:
+            for batch in super().batches(first_step, rank, world_size):
+                if batch.step == 8:
+                    seen.append(CheckpointFolder(options["folder"], 2).steps())
+                yield batch
+
+    train(TinyModel(), Watched(), replace(CONFIG, checkpoint_in_background=False), place="tiny", **options)
+    return {"at_step_8": seen, "at_the_end": CheckpointFolder(options["folder"], 2).steps()}
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Be one rank."""
     torch.set_num_threads(1)
@@ -117,6 +139,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     address = f"file://{folder}/meeting"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
+    found["lost"] = lose_a_save(folder, world_size)
     found["compiler"] = "torch._dynamo" in sys.modules
     found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
     dist.barrier()

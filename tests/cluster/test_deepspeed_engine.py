@@ -55,6 +55,10 @@ def test_losses_and_norms_are_those_of_the_reference(
         assert row[2] is True
 
 
+def test_a_save_that_fails_on_one_rank_counts_on_none(found: dict[str, Any]) -> None:
+    assert found["lost"] == {"at_step_8": [[8]], "at_the_end": [12, 8]}
+
+
 @pytest.mark.parametrize("stage", ZERO_STAGES)
 def test_resuming_is_exact(found: dict[str, Any], stage: int) -> None:
     assert found[str(stage)]["again"] == found[str(stage)]["on"]

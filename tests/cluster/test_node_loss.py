@@ -16,10 +16,10 @@ from tests.stages.small_store import run, small_clip
 
 
 @pytest.mark.chaos
-def test_lost_workers_and_nodes_change_nothing(tmp_path: Path) -> None:
+def test_lost_workers_and_nodes_change_nothing(root: str, tmp_path: Path) -> None:
     weights, port = tmp_path / "clip.safetensors", free_port()
     small_clip().save(weights)
-    command = [sys.executable, "-m", "tests.cluster.lose_nodes", str(tmp_path / "ray"), str(weights), str(port)]
+    command = [sys.executable, "-m", "tests.cluster.lose_nodes", root, str(weights), str(port)]
     child = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=Path(__file__).parents[2])
     assert child.returncode == 0, child.stderr[-4000:]
     disturbed = json.loads(child.stdout.splitlines()[-1])

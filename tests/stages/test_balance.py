@@ -71,14 +71,6 @@ def test_shards_of_several_upstream_shards_count_as_a_whole() -> None:
         check(record("x", 31), planned=planned)
 
 
-@pytest.mark.parametrize("reads", [["up/shards/a.parquet"], ["down/shards/a2.parquet"]])
-def test_rows_tried_again_are_counted_once(reads: list[str]) -> None:
-    planned = PLANNED | {"again": reads}
-    check(record("a2", 10, retried=4, http_404=1), record("b2", 20), record("again", 4, timeout=1), planned=planned)
-    with pytest.raises(IntegrityError, match="31 samples in, but up kept 30"):
-        check(record("a2", 10, retried=4), record("b2", 20), record("again", 5), planned=planned)
-
-
 def test_the_data_stages_are_held_to_it() -> None:
     found = {stage.name: stage.counts for stage in STAGES if stage.counts}
     expected = {"download": "source", "filter": "download", "embed": "filter", "curate": "embed", "pca": "curate"}

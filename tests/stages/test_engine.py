@@ -30,9 +30,15 @@ def micro_batches(step: int, num: int = 2, poisoned: bool = False) -> Iterator[M
         yield part, SampleRandom(1, step, batch.indices[first : first + size])
 
 
+def write(engine: TorchEngine, folder: Path) -> None:
+    snapshot = engine.snapshot()
+    assert snapshot is not None
+    snapshot.write(folder)
+
+
 def weights_of(engine: TorchEngine, folder: Path, kind: str = "param") -> dict[str, Tensor]:
     folder.mkdir()
-    engine.save(folder)
+    write(engine, folder)
     return assemble([folder / rank_file(0)], {n: p.shape for n, p in TinyModel().named_parameters()}, kind)
 
 
@@ -67,7 +73,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
     straight = TorchEngine(TinyModel(), model_loss, SETTINGS)
     for step in range(4):
         straight.step(micro_batches(step), 1e-2)
-    straight.save(tmp_path)
+    write(straight, tmp_path)
     resumed = TorchEngine(TinyModel(seed=7), model_loss, SETTINGS)
     resumed.load([tmp_path / rank_file(0)])
     for step in range(4, 8):
@@ -130,7 +136,7 @@ def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: lis
     for rank in range(len(saved) + 1):
         state = sharded(saved, rank, values)
         state.num_updates = 3
-        state.save(tmp_path / rank_file(rank))
+        state.snapshot(rank).write(tmp_path)
     files = sorted(tmp_path.iterdir())
     for rank in range(len(loaded) + 1):
         state = sharded(loaded, rank)
@@ -144,7 +150,7 @@ def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: lis
 
 
 def test_missing_parts_are_noticed(tmp_path: Path) -> None:
-    sharded([4], 0, torch.ones(10)).save(tmp_path / rank_file(0))
+    sharded([4], 0, torch.ones(10)).snapshot(0).write(tmp_path)
     with pytest.raises(IntegrityError, match="hold 16 of the 40 numbers"):
         sharded([], 0).load([tmp_path / rank_file(0)])
     with pytest.raises(IntegrityError, match="lacks parts of w"):

@@ -33,7 +33,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 def lines_of(trained: Trained) -> list[dict[str, float]]:
     """Metrics without those that measure time."""
-    timed = ("samples_per_s", "data_wait_fraction")
+    timed = ("samples_per_s", "data_wait_fraction", "checkpoint_wait_fraction")
     return [
         {name: value for name, value in line.items() if name not in timed} for line in read_metrics(trained.metrics_log)
     ]

@@ -25,6 +25,7 @@ CONFIG = TrainingConfig(
     learning_rate=1e-2,
     warmup_steps=5,
     checkpoint_every_steps=6,
+    checkpoint_in_background=False,  # which checkpoint there is must not depend on the speed of the disk
     log_every_steps=4,
     ema_decay=0.9,
     tensorboard=False,

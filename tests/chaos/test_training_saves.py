@@ -1,0 +1,100 @@
+"""A training whose store fails while checkpoints are written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from stages import storage
+from stages.checkpoints import CheckpointFolder
+from stages.engine import TorchEngine
+from stages.errors import StageError
+from stages.training import Trained, TrainingConfig, train
+from tests.chaos.s3_proxy import Schedule, faulty_proxy
+from tests.chaos.test_full_disk import small_disk  # noqa: F401 - a fixture
+from tests.stages.train_until_killed import CONFIG
+from tests.stages.training_data import TinyModel, VectorStream
+
+BACKGROUND = dataclasses.replace(CONFIG, checkpoint_in_background=True)
+
+
+class Disturbed(VectorStream):
+    """Calls a function before it gives the batch of a step."""
+
+    def __init__(self, **calls: Any) -> None:
+        super().__init__()
+        self._calls = {int(name.removeprefix("at_")): call for name, call in calls.items()}
+
+    def batches(self, first_step: int, rank: int, world_size: int) -> Any:
+        for batch in super().batches(first_step, rank, world_size):
+            self._calls.get(batch.step, lambda: None)()
+            yield batch
+
+
+def run(folder: str, stream: VectorStream, config: TrainingConfig = BACKGROUND) -> Trained:
+    where: dict[str, Any] = {"folder": folder, "place": "tiny", "num_timesteps": 100}
+    return train(TinyModel(dropout=0.2), stream, config, make_engine=TorchEngine, seed=5, **where)
+
+
+def assert_same_weights(a: Trained, b: Trained) -> None:
+    assert a.weights is not None and b.weights is not None
+    assert all(torch.equal(a.weights[name], b.weights[name]) for name in b.weights)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return run(str(tmp_path_factory.mktemp("straight")), VectorStream(), CONFIG)
+
+
+def test_spoiled_requests_are_not_noticed(
+    straight: Trained, s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_RETRY_WAITS_S", (0.0, 0.0, 0.0))
+    schedule = Schedule(fraction=0.15)
+    with faulty_proxy(s3_server, schedule) as endpoint:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        trained = run(s3_root, VectorStream())
+        assert sum(schedule.counts.values()) > schedule.counts["ok"], "some were spoiled"
+        assert_same_weights(trained, straight)
+        assert CheckpointFolder(s3_root, 2).steps() == [20, 18]
+
+
+@pytest.fixture
+def filler(small_disk: Path) -> Iterator[Any]:  # noqa: F811
+    """Give two functions: one fills the disk, the other makes room again."""
+    path = small_disk / "filler"
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), path.open("wb", buffering=0) as file:
+            while True:
+                file.write(b"0" * 512)
+
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    yield str(small_disk), fill, path.unlink
+
+
+def test_a_disk_that_is_full_for_a_while(straight: Trained, filler: Any, caplog: pytest.LogCaptureFixture) -> None:
+    root, fill, make_room = filler
+    with caplog.at_level(logging.WARNING):
+        trained = run(f"{root}/training", Disturbed(at_8=fill, at_15=make_room), CONFIG)
+    assert "the checkpoint of step 12 is not written" in caplog.text
+    assert "no space left on the device" in caplog.text
+    assert_same_weights(trained, straight)
+
+
+def test_a_disk_that_stays_full(straight: Trained, filler: Any) -> None:
+    root, fill, make_room = filler
+    config = dataclasses.replace(CONFIG, max_failed_saves=2)
+    with pytest.raises(StageError, match=r"step 18 cannot be written \(that of step 6 is whole\): .*no space left"):
+        run(f"{root}/training", Disturbed(at_8=fill), config)
+    make_room()
+    assert CheckpointFolder(f"{root}/training", 2).steps() == [6]
+    assert_same_weights(run(f"{root}/training", VectorStream()), straight)
