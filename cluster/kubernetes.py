@@ -19,6 +19,10 @@ CONFIG_NAME = "config.yaml"
 _USER_ID = 1000  # of cluster/Containerfile
 _GPU = "nvidia.com/gpu"
 _ENDING_S = 20  # what Ray and the container need to end, after a drain
+# A node that gets SIGTERM drains itself for so long: no new work is given to it, trainings leave it with a checkpoint.
+_DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+# A shell that is the container's first process would keep the signal to itself. The brackets: not to find this shell.
+_PRE_STOP = "pkill -TERM -f '[r]ay start'; while pgrep -f '[r]ay start' >/dev/null; do sleep 1; done"
 _GRACE_S = 30
 
 
@@ -149,7 +153,8 @@ def _pod(config: KubernetesConfig, pod: PodConfig, root: str) -> dict[str, Any]:
     if config.secrets:
         container["envFrom"] = [{"secretRef": {"name": name}} for name in config.secrets]
     if spot is not None:
-        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", _drain(spot)]}}}
+        container["env"] = [{"name": _DRAIN_VARIABLE, "value": str(spot.drain_s - _ENDING_S)}]
+        container["lifecycle"] = {"preStop": {"exec": {"command": ["/bin/sh", "-c", _PRE_STOP]}}}
     spec: dict[str, Any] = {
         "serviceAccountName": config.service_account,
         "securityContext": {"runAsNonRoot": True, "runAsUser": _USER_ID, "fsGroup": _USER_ID},
@@ -162,15 +167,6 @@ def _pod(config: KubernetesConfig, pod: PodConfig, root: str) -> dict[str, Any]:
     if tolerations := _tolerations(config, pod):
         spec["tolerations"] = tolerations
     return {"metadata": {"labels": {"app.kubernetes.io/name": config.name}}, "spec": spec}
-
-
-def _drain(pool: PoolConfig) -> str:
-    """Tell Ray that the node goes, then stay: trainings write a checkpoint, no new shard is given to it."""
-    left_s = pool.drain_s - _ENDING_S
-    return (
-        "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --reason-message 'the machine is taken back' "
-        f"--deadline-remaining-seconds {left_s}; sleep {left_s}"
-    )
 
 
 def _resources(pod: PodConfig) -> dict[str, Any]:
