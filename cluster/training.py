@@ -30,6 +30,7 @@ from stages.training import TrainingStoppedError
 
 logger = logging.getLogger(__name__)
 
+RESTARTED = "training_restarted"  # marks the log record of a restart, for those who count them
 _MAX_STARTS_WITHOUT_PROGRESS = 3
 # A group waits for its turn as long as others use the cluster.
 START_TIMEOUT_S = 30 * 24 * 3600
@@ -72,7 +73,10 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 f"{reason}",
                 retryable=True,
             ) from error
-        logger.warning("%s: the training group died; starting it again from step %d", stage.name, best_step)
+        extra = {"stage": stage.name, "event": RESTARTED}
+        logger.warning(
+            "%s: the training group died; starting it again from step %d", stage.name, best_step, extra=extra
+        )
 
 
 def _is_stopping(board: Any, key: str) -> bool:

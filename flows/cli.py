@@ -13,16 +13,28 @@ from typing import NoReturn
 
 from rich.console import Console
 
-from flows import cli_ablate, cli_exchange, cli_images, cli_jobs, cli_ledger, cli_store, cli_takedown
+from flows import (
+    cli_ablate,
+    cli_cost,
+    cli_exchange,
+    cli_images,
+    cli_jobs,
+    cli_ledger,
+    cli_operate,
+    cli_render,
+    cli_store,
+    cli_takedown,
+)
 from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
-from flows.overview import overview, plan_table, status_table
+from flows.overview import overview, plan_table
 from flows.prefect_server import PrivateServer
 from flows.progress import Outcome, open_display
 from flows.project import Project, open_project
 from flows.selection import Selection, check_upstream, select
 from stages.errors import ConfigError, UnclipError
+from stages.redaction import hide_secrets
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,6 +116,9 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--retry-failed", action="store_true", help="fetch again the rows whose download failed for reasons that pass"
     )
+    parser.add_argument(
+        "--metrics-port", type=int, metavar="PORT", help="serve Prometheus metrics meanwhile; 0: any free port"
+    )
 
 
 def _adopt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -121,6 +136,16 @@ def _selection_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _selection_arguments(parser)
+    cli_cost.cost_arguments(parser)
+
+
+def _config_command_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser, optional=True)
+    parser.add_argument("--reference", action="store_true", help="print docs/config.md: every setting there is")
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     _json_arguments(parser, optional=True)
 
@@ -135,6 +160,7 @@ def _selection(args: argparse.Namespace) -> Selection:
 
 
 def _show_error(console: Console, message: str) -> None:
+    message = hide_secrets(message)
     console.print(f"unclip: {message}", style="red" if console.is_terminal else None, soft_wrap=True, **PLAIN)
 
 
@@ -143,6 +169,8 @@ def _show_error(console: Console, message: str) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     selection = _selection(args)
+    if args.metrics_port is not None:
+        args.set = [*args.set, f"cluster.metrics_port={args.metrics_port}"]
     project = open_project(args.config, args.set)
     if args.retry_failed:
         project = _retry_failed(args, project, selection)
@@ -178,6 +206,16 @@ def _retry_failed(args: argparse.Namespace, project: Project, selection: Selecti
     )
     open_console(sys.stderr).print(said, soft_wrap=True, **PLAIN)
     return open_project(args.config, args.set)
+
+
+def _retry(args: argparse.Namespace) -> int:
+    """Try the shards again that finished stages have given up on, then run."""
+    project = open_project(args.config, args.set)
+    given_up = cli_operate.reopen_quarantined(project)
+    listed = ", ".join(f"{name}: {count:,}" for name, count in given_up.items())
+    said = f"{listed} shards are tried again" if given_up else "no finished stage has quarantined shards"
+    open_console(sys.stderr).print(said, soft_wrap=True, **PLAIN)
+    return _run(args)
 
 
 def _adopt(args: argparse.Namespace) -> int:
@@ -229,6 +267,7 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
 
 def _run_stages(args: argparse.Namespace, project: Project, selection: Selection) -> int:
     """Run the flow. What takes long to start is started first: Prefect's server, then Ray, then the imports."""
+    from flows.recording import recorded
     from flows.summary import run_to_json, write_summary
     from stages.storage import check_writable
 
@@ -242,7 +281,12 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
 
     # What libraries print meanwhile must not mix with the answer on stdout.
     stdout_to_stderr = contextlib.redirect_stdout(sys.stderr)
-    with Interrupt(on_stop=say_stopping) as interrupt, open_display(console) as display, stdout_to_stderr:
+    with (
+        Interrupt(on_stop=say_stopping) as interrupt,
+        open_display(console) as shown,
+        stdout_to_stderr,
+        recorded(project, selection, args.config, shown) as recording,
+    ):
         if server is not None:
             server.start()
         from flows.pipeline import open_executor, run_name, run_pipeline
@@ -257,7 +301,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
             selection=selection,
             executor=executor,
             cluster=config.cluster,
-            display=display,
+            display=recording.display,
             write_report=lambda manifests: write_summary(manifests, config),
             funnel=funnel_markdown,
             interrupt=interrupt,
@@ -269,10 +313,12 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
             pass
         finally:
             executor.close()
-    errors = [outcome.message for outcome in run.failures()]
-    if error is not None and not errors:
-        errors = [str(error)]
-    status = "cancelled" if interrupt.cancelled.is_set() else "failed" if errors else "done"
+        errors = [outcome.message for outcome in run.failures()]
+        if error is not None and not errors:
+            errors = [str(error)]
+        status = "cancelled" if interrupt.cancelled.is_set() else "failed" if errors else "done"
+        exit_code = interrupt.exit_code if status == "cancelled" else 1 if errors else 0
+        recording.note_result(status, errors, exit_code)
     for line in errors if status == "failed" else []:
         _show_error(console, line)
     if args.json:
@@ -280,9 +326,7 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
         print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
     elif run.report_uri:
         print(f"report: {run.report_uri}")
-    if status == "cancelled":
-        return interrupt.exit_code
-    return 1 if errors else 0
+    return exit_code
 
 
 # ---- the other commands ---------------------------------------------------------------------------------------------
@@ -292,23 +336,13 @@ def _plan(args: argparse.Namespace) -> int:
     selection = _selection(args)
     project = open_project(args.config, args.set)
     _say_list_changes(project)
+    if args.cost:
+        return cli_cost.show_cost(args, project)
     rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
     if args.json:
         print_json([row.to_json() for row in rows])
     else:
         open_console(sys.stdout).print(plan_table(rows))
-    return 0
-
-
-def _status(args: argparse.Namespace) -> int:
-    project = open_project(args.config, args.set)
-    rows = overview(project.stages, project.states)
-    if args.json:
-        print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
-    else:
-        console = open_console(sys.stdout)
-        console.print(f"store: {project.config.root}", **PLAIN)
-        console.print(status_table(rows))
     return 0
 
 
@@ -335,6 +369,13 @@ def _models(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
+    if args.reference:
+        from flows.config_reference import reference
+
+        print(reference(), end="")
+        return 0
+    if args.config is None:
+        raise ConfigError("the following arguments are required: CONFIG (or --reference); see unclip config --help")
     from stages.config import load_config, to_yaml
 
     print(to_yaml(load_config(args.config, args.set)), end="")
@@ -361,8 +402,11 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "run": (_run, _run_arguments, "bring the pipeline to its end; done stages are not repeated"),
     "cancel": (cli_jobs.cancel, cli_jobs.cancel_arguments, "stop the Ray Job that runs this config"),
     "adopt": (_adopt, _adopt_arguments, "take over the images that img2dataset has downloaded before"),
-    "plan": (_plan, _selection_arguments, "show what is done, what will run and why"),
-    "status": (_status, _json_arguments, "show what the store holds"),
+    "retry": (_retry, _run_arguments, "try the quarantined shards again, and bring the pipeline to its end"),
+    "plan": (_plan, _plan_arguments, "show what is done, what will run and why, and what it will take"),
+    "status": (cli_operate.status, cli_operate.status_arguments, "show what the store holds"),
+    "runs": (cli_operate.runs, cli_operate.runs_arguments, "show who ran what when, and how it ended"),
+    "logs": (cli_operate.logs, cli_operate.logs_arguments, "print the log of a run, of all stages or of one"),
     "funnel": (cli_ledger.funnel, cli_ledger.funnel_arguments, "show what every stage dropped, and why"),
     "explain": (cli_ledger.explain, cli_ledger.explain_arguments, "tell what became of one sample, and why"),
     "what-if": (cli_ledger.what_if_, cli_ledger.what_if_arguments, "show what other thresholds would keep, in seconds"),
@@ -396,8 +440,9 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "repair": (cli_store.repair, cli_store.repair_arguments, "have damaged work, and nothing else, done again"),
     "gc": (cli_store.gc, cli_store.gc_arguments, "show or delete what nothing in the store needs any more"),
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
+    "render": (cli_render.render, cli_render.render_arguments, "write the files of a cluster: kubernetes or aws"),
     "models": (_models, _json_arguments, "show the size of every model"),
-    "config": (_config, _config_arguments, "print the config with every default written out"),
+    "config": (_config, _config_command_arguments, "print the config with every default written out"),
     "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),
 }
 

@@ -10,6 +10,8 @@ import time
 from rich.console import Console
 from rich.text import Text
 
+from stages.redaction import hide_secrets
+
 PACKAGES = ("flows", "stages", "cluster", "unclip_models")
 # Which stage the current thread works for; log lines from shared code name it.
 CURRENT_STAGE: contextvars.ContextVar[str] = contextvars.ContextVar("stage", default="")
@@ -28,7 +30,7 @@ class Formatter(logging.Formatter):
         text = " ".join([*fields, record.getMessage()])
         if record.exc_info:
             text += "\n" + self.formatException(record.exc_info)
-        return text
+        return hide_secrets(text)
 
 
 class ConsoleHandler(logging.Handler):
@@ -70,8 +72,10 @@ def configure_logging(console: Console, *, debug: bool) -> None:
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
     level = logging.DEBUG if debug else logging.WARNING if console.is_terminal else logging.INFO
+    handler.setLevel(level)
     for package in PACKAGES:
-        logging.getLogger(package).setLevel(level)
+        # What the terminal does not show is still kept in the log of the run.
+        logging.getLogger(package).setLevel(min(level, logging.INFO))
 
 
 def _is_ours_to_show(record: logging.LogRecord) -> bool:

@@ -14,6 +14,14 @@ from stages.errors import UnclipError
 from stages.manifest import Manifest
 from stages.runner import StageState, committed_records
 
+_NUMBERS = frozenset(
+    {
+        *("shards", "samples in", "samples kept", "quarantined", "seconds", "done", "cached", "failed", "exit"),
+        *("samples/s", "left", "store", "workers", "time", "price"),
+    }
+)
+_WRAPPED = ("why", "when", "known from")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StageRow:
@@ -70,7 +78,7 @@ def overview(
 
 def plan_table(rows: Sequence[StageRow]) -> Table:
     """Draw what will run and why."""
-    table = _table("stage", "status", "why", "shards", "fingerprint")
+    table = new_table("stage", "status", "why", "shards", "fingerprint")
     colours = {"done": "green", "will run": "yellow", "blocked": "red", "skipped": "dim"}
     for row in rows:
         status = f"[{colours[row.status]}]{row.status}[/]"
@@ -80,7 +88,7 @@ def plan_table(rows: Sequence[StageRow]) -> Table:
 
 def status_table(rows: Sequence[StageRow]) -> Table:
     """Draw what the store holds."""
-    table = _table("stage", "status", "shards", "samples in", "samples kept", "quarantined", "seconds", "when")
+    table = new_table("stage", "status", "shards", "samples in", "samples kept", "quarantined", "seconds", "when")
     for row in rows:
         done = row.status == "done"
         counts = [f"{row.num_in:,}", f"{row.num_kept:,}", str(row.num_quarantined)] if done else ["", "", ""]
@@ -90,11 +98,11 @@ def status_table(rows: Sequence[StageRow]) -> Table:
     return table
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
+    """Return an empty table; columns of numbers are set to the right."""
     table = Table(box=box.SIMPLE, pad_edge=False)
     for name in columns:
-        right = name in ("shards", "samples in", "samples kept", "quarantined", "seconds")
-        table.add_column(name, justify="right" if right else "left", no_wrap=name not in ("why", "when"))
+        table.add_column(name, justify="right" if name in _NUMBERS else "left", no_wrap=name not in _WRAPPED)
     return table
 
 

@@ -64,6 +64,27 @@ class Display(Protocol):
         ...
 
 
+class Displays:
+    """Several displays in the place of one.
+
+    Args:
+        displays: each is told everything.
+    """
+
+    def __init__(self, *displays: Display) -> None:
+        self._displays = displays
+
+    def update(self, progress: StageProgress) -> None:
+        """See ``Display``."""
+        for display in self._displays:
+            display.update(progress)
+
+    def end(self, outcome: Outcome) -> None:
+        """See ``Display``."""
+        for display in self._displays:
+            display.end(outcome)
+
+
 class Meter:
     """Turns the snapshots of one running stage into a fraction, a rate and an estimate.
 

@@ -14,7 +14,7 @@ from datetime import datetime
 from html import escape
 from typing import Any
 
-from flows import report_quality, report_samples, report_training
+from flows import report_plan, report_quality, report_samples, report_training
 from flows.report_html import bar, duration, link_list, note, number, soft, table, tile, tiles
 from flows.report_style import STYLE
 from stages import storage
@@ -203,4 +203,5 @@ SECTIONS = (
     Section("data", "The data", report_samples.data_section),
     Section("CLIP", "CLIP and its embeddings", report_samples.clip_section),
     Section("lineage", "Lineage and time", lineage_section),
+    Section("plan", "Planned and actual", report_plan.plan_section),
 )

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -32,10 +32,14 @@ from stages.executor import ClusterConfig
 from stages.filter_rules import FilterConfig
 from stages.generate import GenerateConfig
 from stages.ledger import LedgerConfig
+from stages.machines import AwsConfig, KubernetesConfig
 from stages.pca import PcaConfig
+from stages.redaction import refuse_secrets
 from stages.source import SourceConfig
 from stages.storage import is_local
 from stages.train import DecoderTraining, PriorTraining, UpsamplerTraining
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +51,8 @@ class Config:
     root: str = setting(help="the store: a local folder or s3://bucket/prefix", affects="nothing")
     seed: int = setting(0, "seed of everything random")
     cluster: ClusterConfig = setting(factory=ClusterConfig, help="where the work runs", affects="nothing")
+    kubernetes: KubernetesConfig = setting(factory=KubernetesConfig, help="for `unclip render`", affects="nothing")
+    aws: AwsConfig = setting(factory=AwsConfig, help="for `unclip render`", affects="nothing")
     source: SourceConfig = setting(help="where the image-caption pairs come from")
     download: DownloadConfig = setting(factory=DownloadConfig, help="fetching the images")
     filter: FilterConfig = setting(factory=FilterConfig, help="rules on images and captions, duplicates")
@@ -94,6 +100,10 @@ def check_config(values: Mapping[str, Any], *, place: str = "config") -> Config:
         is_local(config.root)
     except StorageError as error:
         raise ConfigError(f"{place}: root: {error}") from None
+    try:
+        refuse_secrets(to_values(config))
+    except ConfigError as error:
+        raise ConfigError(f"{place}: {error}") from None
     return config
 
 
@@ -154,7 +164,23 @@ def to_values(config: Any) -> dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """Write a config as YAML, every default written out."""
-    return str(yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True))
+    return dump_yaml(to_values(config))
+
+
+def dump_yaml(*documents: Any) -> str:
+    """Write plain values as YAML, several as documents of one file."""
+    texts = [str(yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)) for value in documents]
+    return "---\n".join(texts)
+
+
+def load_file(kind: type[T], path: str | Path) -> T:
+    """Read a YAML file that holds one dataclass, such as the price table.
+
+    Raises:
+        ConfigError: names the dotted path, the value and the remedy of every mistake.
+    """
+    checked: T = _checked(kind, _read_yaml(Path(path)), str(path))
+    return checked
 
 
 @dataclass(frozen=True)
@@ -176,6 +202,21 @@ def settings(kind: type[Any] = Config, prefix: str = "") -> Iterator[SettingInfo
         yield SettingInfo(path, _type_name(hints[f.name]), default, f.metadata.get("help", ""))
         for nested in _dataclasses_in(hints[f.name]):
             yield from settings(nested, f"{path}.")
+
+
+class _Dumper(yaml.SafeDumper):
+    """YAML in which a text of several lines is a block, and equal values are written out instead of referred to."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        """Refer to nothing."""
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 # ---- reading ------------------------------------------------------------------------------------------------------

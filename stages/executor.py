@@ -42,6 +42,8 @@ class ClusterConfig:
     num_cpus: int | None = setting(None, "cores a local Ray may use; null: all", affects="nothing")
     num_gpus: int | None = setting(None, "GPUs a local Ray may use; null: all", affects="nothing")
     object_store_gib: float = setting(0.5, "shared memory of a local Ray, GiB", affects="nothing")
+    metrics_port: int | None = setting(None, "port of Prometheus metrics during a run; null: none", affects="nothing")
+    metrics_host: str = setting("127.0.0.1", "address they are served on; 0.0.0.0: all", affects="nothing")
     max_attempts: int = setting(3, "tries of a shard before it is quarantined", affects="nothing")
     backoff_s: float = setting(2.0, "seconds before the second try of a shard; doubles each time", affects="nothing")
     lease_ttl_s: float = setting(

@@ -20,6 +20,7 @@ from stages.errors import IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.lease import Lease
 from stages.manifest import Manifest, ShardRecord, manifest_uri
+from stages.redaction import hide_secrets
 from stages.segments import SegmentWriter, StoredRecords, read_records
 from stages.storage import Entry
 
@@ -57,6 +58,9 @@ class StageProgress:
         num_done: shards committed (earlier runs included).
         num_shards: shards in all.
         num_samples: samples that went into the shards done by this run.
+        num_failures: tries of shards that failed in this run.
+        num_retries: tries of shards after their first one.
+        num_quarantined: shards given up on.
         inner: the last sign of life from inside a shard.
         finished: whether the stage is done.
     """
@@ -65,6 +69,9 @@ class StageProgress:
     num_done: int
     num_shards: int
     num_samples: int = 0
+    num_failures: int = 0
+    num_retries: int = 0
+    num_quarantined: int = 0
     inner: Progress | None = None
     finished: bool = False
 
@@ -77,6 +84,9 @@ class _Counts:
     num_shards: int
     num_done: int
     num_samples: int = 0
+    num_failures: int = 0
+    num_retries: int = 0
+    num_quarantined: int = 0
     inner: Progress | None = None
     finished: bool = False
 
@@ -268,11 +278,14 @@ def _process(
             break
         if attempt > 1:
             time.sleep(min(cluster.backoff_s * 2 ** (attempt - 2), _BACKOFF_MAX_S))
+            counts.num_retries += len(missing)
         failures: list[ShardFailure] = []
         for outcome in executor.map(stage, missing, output_uri(stage), on_inner):
             if isinstance(outcome, ShardFailure):
                 _log_failure(stage, outcome, attempt, cluster.max_attempts)
                 failures.append(outcome)
+                counts.num_failures += 1
+                on_progress(counts.snapshot())
                 continue
             records[outcome.shard_id] = outcome
             note(outcome)
@@ -280,7 +293,9 @@ def _process(
             counts.num_samples += outcome.num_in
             on_progress(counts.snapshot())
         final = attempt == cluster.max_attempts
-        quarantined |= {f.shard.id: str(f.error) for f in failures if final or f.kind == "permanent"}
+        given_up = [f for f in failures if final or f.kind == "permanent"]
+        quarantined |= {f.shard.id: hide_secrets(str(f.error)) for f in given_up}
+        counts.num_quarantined = len(quarantined)
         missing = [f.shard for f in failures if f.shard.id not in quarantined]
     _refuse_failures(stage, quarantined, counts.num_shards, cluster.max_failed_fraction)
     return quarantined
@@ -290,8 +305,9 @@ def _log_failure(stage: Stage[Any], failure: ShardFailure, attempt: int, max_att
     if failure.kind == "fatal":
         raise failure.error
     place = f"{stage.name} shard {failure.shard.index} ({failure.shard.id})"
-    logger.warning("%s failed, attempt %d of %d: %s", place, attempt, max_attempts, failure.error)
-    logger.debug("%s: %s", place, failure.details)
+    where = {"stage": stage.name, "shard": failure.shard.id}
+    logger.warning("%s failed, attempt %d of %d: %s", place, attempt, max_attempts, failure.error, extra=where)
+    logger.debug("%s: %s", place, failure.details, extra=where)
 
 
 def _refuse_failures(

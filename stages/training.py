@@ -295,7 +295,7 @@ class _Loop:
                 raise self._diverged(step + 1, num_bad)
             done = step + 1
             if engine.rank == 0:
-                reporter.step_done(done, result.loss)
+                reporter.step_done(done, result.loss, waited_s)
             is_last = done == config.num_steps
             stopping, due = self._agree()
             due = due or done % config.checkpoint_every_steps == 0
@@ -366,18 +366,23 @@ class _Reporter:
         self._config = config
         self._reported_at = time.monotonic()
         self._num_since = 0
+        self._waited_s = 0.0
 
-    def step_done(self, done: int, loss: float) -> None:
+    def step_done(self, done: int, loss: float, waited_s: float) -> None:
         """Count a step, and report if it is time."""
         self._num_since += 1
+        self._waited_s += waited_s
         elapsed_s = time.monotonic() - self._reported_at
         if elapsed_s < _REPORT_EVERY_S and done < self._config.num_steps:
             return
-        numbers = {"samples_per_s": self._num_since * self._config.global_batch_size / max(elapsed_s, 1e-9)}
+        numbers = {
+            "samples_per_s": self._num_since * self._config.global_batch_size / max(elapsed_s, 1e-9),
+            "data_wait": self._waited_s / max(elapsed_s, 1e-9),
+        }
         if math.isfinite(loss):
             numbers["loss"] = loss
         self._report(Progress(done=done, total=self._config.num_steps, unit="steps", numbers=numbers))
-        self._reported_at, self._num_since = time.monotonic(), 0
+        self._reported_at, self._num_since, self._waited_s = time.monotonic(), 0, 0.0
 
 
 class _StopRequest:

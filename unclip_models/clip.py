@@ -48,6 +48,20 @@ class ClipModelConfig:
 
     The defaults are the small model of the quickstart. unCLIP's own (Appendix C): image_size 256, patch_size 16,
     vision 32 layers of width 1280, text 24 layers of width 1024, embedding_dim 1024.
+
+    Attributes:
+        embedding_dim: entries of the shared embedding.
+        image_size: side of its images, pixels.
+        patch_size: side of a patch, pixels.
+        vision_width: of the image tower.
+        vision_layers: of the image tower.
+        vision_heads: of the image tower.
+        context_length: tokens of a caption.
+        vocab_size: of the tokenizer.
+        text_width: of the text tower.
+        text_layers: of the text tower.
+        text_heads: of the text tower.
+        quick_gelu: OpenAI's faster approximation of GELU.
     """
 
     embedding_dim: int = 64

@@ -25,7 +25,12 @@ from unclip_models.upsampler import Upsampler
 class PriorSampling:
     """How the prior is sampled; the paper: 64 analytic steps, best of two, no guidance (section 5.2).
 
-    Attributes are those of ``DiffusionPrior.sample``.
+    Attributes:
+        steps: steps of the sampler, or a spacing of timesteps as text.
+        guidance_scale: classifier-free guidance; 1 is none.
+        sampler: which one.
+        num_candidates: embeddings drawn per caption, of which the one nearest to the text embedding is kept.
+        clip_range: bound of the predicted embedding's entries; None for no bound.
     """
 
     steps: int | str = 64
@@ -39,7 +44,13 @@ class PriorSampling:
 class DecoderSampling:
     """How the decoder is sampled; the paper: 250 steps with learned variance, guidance 1.25 for its COCO FID.
 
-    Attributes are those of ``Decoder.sample``.
+    Attributes:
+        steps: steps of the sampler, or a spacing of timesteps as text.
+        guidance_scale: classifier-free guidance; 1 is none.
+        guidance_rescale: share of the guided prediction that is scaled back to the unguided one's deviation, 0 to 1.
+        sampler: which one.
+        eta: noise of DDIM; 0 is deterministic.
+        dynamic_percentile: of dynamic thresholding, such as 0.995; None for clipping to [-1, 1].
     """
 
     steps: int | str = 250
@@ -54,7 +65,13 @@ class DecoderSampling:
 class UpsamplerSampling:
     """How an upsampler is sampled; the paper: 27 (64 -> 256) and 15 (256 -> 1024) DDIM steps, no guidance.
 
-    Attributes are those of ``Upsampler.sample``.
+    Attributes:
+        steps: steps of the sampler, or a spacing of timesteps as text.
+        sampler: which one.
+        eta: noise of DDIM; 0 is deterministic.
+        noise_temperature: deviation of the starting noise; below 1 is smoother.
+        noise_level: noise added to the small image, for upsamplers conditioned on it.
+        tile_px: side of the tiles that a large image is made in; None for one piece.
     """
 
     steps: int | str = 27

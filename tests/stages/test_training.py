@@ -202,7 +202,7 @@ def test_progress_is_reported(tmp_path: Path) -> None:
     options = {"make_engine": TorchEngine, "seed": 0, "folder": str(tmp_path), "place": "tiny"}
     train(TinyModel(), VectorStream(), config, report=seen.append, **options)  # type: ignore[arg-type]
     assert (seen[-1].done, seen[-1].total, seen[-1].unit) == (4, 4, "steps")
-    assert seen[-1].numbers.keys() == {"loss", "samples_per_s"}
+    assert seen[-1].numbers.keys() == {"loss", "samples_per_s", "data_wait"}
 
 
 def test_learning_rate_schedules() -> None:

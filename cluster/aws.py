@@ -1,0 +1,80 @@
+"""The file that Ray's cluster launcher (``ray up``) takes, made from the config; held to Ray's own schema by a test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stages.errors import ConfigError
+from stages.machines import AwsConfig, InstanceConfig
+from stages.storage import is_local
+
+CONFIG_PATH = "~/config.yaml"
+
+
+def render(config: AwsConfig, *, root: str, settings_path: str) -> dict[str, Any]:
+    """Make the launcher's file.
+
+    Args:
+        config: the section ``aws``.
+        root: the store.
+        settings_path: the resolved config, a file of this machine that is copied to the head.
+
+    Raises:
+        ConfigError: if the machines could not reach the store.
+    """
+    if is_local(root):
+        raise ConfigError(f"root: '{root}' is a folder of this machine; machines of a cluster need s3://bucket/prefix")
+    return {
+        "cluster_name": config.name,
+        "max_workers": config.data.max_machines + config.gpu.max_machines,
+        "idle_timeout_minutes": config.idle_minutes,
+        "provider": {"type": "aws", "region": config.region, "cache_stopped_nodes": False},
+        "auth": {"ssh_user": config.ssh_user},
+        "docker": {
+            "image": config.image,
+            "container_name": "unclip",
+            "pull_before_run": True,
+            # Docker is told of GPUs by Ray where there are some; shared memory is for Ray's object store.
+            "run_options": ["--ulimit nofile=65536:65536", "--ipc=host"],
+        },
+        "available_node_types": {
+            # The head runs Ray's bookkeeping and the flow; shards go to the others.
+            "head": {"resources": {"CPU": 0}, "node_config": _machine(config, config.head)},
+            "data": _workers(config, config.data),
+            "gpu": _workers(config, config.gpu),
+        },
+        "head_node_type": "head",
+        "file_mounts": {CONFIG_PATH: settings_path},
+        # The image holds everything.
+        "setup_commands": [],
+        "head_start_ray_commands": [
+            "ray stop",
+            "ray start --head --port=6379 --num-cpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml",
+        ],
+        "worker_start_ray_commands": ["ray stop", "ray start --address=$RAY_HEAD_IP:6379"],
+    }
+
+
+def _workers(config: AwsConfig, instances: InstanceConfig) -> dict[str, Any]:
+    """Describe a pool; how many cores and GPUs its machines have, Ray asks AWS."""
+    return {
+        "min_workers": instances.min_machines,
+        "max_workers": instances.max_machines,
+        "resources": {},
+        "node_config": _machine(config, instances),
+    }
+
+
+def _machine(config: AwsConfig, instances: InstanceConfig) -> dict[str, Any]:
+    disk = {"VolumeSize": instances.disk_gib, "VolumeType": "gp3"}
+    machine: dict[str, Any] = {
+        "InstanceType": instances.instance_type,
+        "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
+    }
+    if config.ami is not None:
+        machine["ImageId"] = config.ami
+    if instances.spot:
+        machine["InstanceMarketOptions"] = {"MarketType": "spot"}
+    if config.instance_profile is not None:
+        machine["IamInstanceProfile"] = {"Arn": config.instance_profile}
+    return machine

@@ -1,0 +1,156 @@
+"""The commands for whoever keeps it running: status --watch, runs, logs, retry."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flows.console import PLAIN, open_console, print_json
+from flows.overview import overview, status_table
+from flows.project import Project, open_project
+from stages import storage
+from stages.errors import ConfigError
+from stages.manifest import manifest_uri
+
+
+def status_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip status``."""
+    _common_arguments(parser)
+    parser.add_argument("--watch", action="store_true", help="look again and again until every stage is done")
+    parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (default 5)")
+
+
+def runs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip runs``."""
+    _common_arguments(parser)
+    parser.add_argument("-n", "--newest", type=int, default=20, metavar="N", help="how many (default 20)")
+
+
+def logs_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip logs``."""
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("stage", metavar="STAGE", nargs="?", help="its lines alone")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--run", metavar="ID", help="of this run (the beginning of its id); the newest if not given")
+    parser.add_argument("--follow", action="store_true", help="go on with new lines until the run ends")
+    parser.add_argument("--json", action="store_true", help="print the lines as they are stored")
+
+
+def _common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--json", action="store_true", help="print JSON to standard output")
+
+
+# ---- status ---------------------------------------------------------------------------------------------------------
+
+
+def status(args: argparse.Namespace) -> int:
+    """Show what the store holds, once or again and again."""
+    project = open_project(args.config, args.set)
+    if args.watch:
+        return _watch(args, project)
+    rows = overview(project.stages, project.states)
+    if args.json:
+        print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
+    else:
+        console = open_console(sys.stdout)
+        console.print(f"store: {project.config.root}", **PLAIN)
+        console.print(status_table(rows))
+    return 0
+
+
+def _watch(args: argparse.Namespace, project: Project) -> int:
+    from rich.live import Live
+
+    from flows.run_record import read_runs
+    from flows.watch import Watch, watch_view
+
+    if args.every <= 0:
+        raise ConfigError(f"--every {args.every:g}: is not positive; write seconds, for example 5")
+    root, watch, console = project.config.root, Watch(project), open_console(sys.stdout)
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while True:
+            looks = watch.look()
+            run = next(iter(read_runs(root, newest=1)), None)
+            if args.json:
+                stages = [look.to_json() for look in looks]
+                print(json.dumps({"root": root, "run": run and run.to_json(), "stages": stages}), flush=True)
+            elif console.is_terminal:
+                live.update(watch_view(root, run, looks), refresh=True)
+            else:
+                console.print(watch_view(root, run, looks))
+            if watch.is_over:
+                break
+            time.sleep(args.every)
+    if console.is_terminal and not args.json:
+        console.print(watch_view(root, run, looks))
+    return 0
+
+
+# ---- history --------------------------------------------------------------------------------------------------------
+
+
+def runs(args: argparse.Namespace) -> int:
+    """Show who ran what when, and how it ended."""
+    from flows.run_record import read_runs
+    from flows.watch import runs_table
+
+    found = read_runs(_root(args), newest=args.newest)
+    if args.json:
+        print_json([run.to_json() for run in found])
+    else:
+        open_console(sys.stdout).print(runs_table(found) if found else "no run is recorded")
+    return 0
+
+
+def logs(args: argparse.Namespace) -> int:
+    """Print the log of a run."""
+    from flows.run_log import follow_log, read_log
+    from flows.run_record import find_run, read_runs
+    from stages.graph import STAGE_NAMES
+
+    if args.stage is not None and args.stage not in STAGE_NAMES:
+        raise ConfigError(f"STAGE: '{args.stage}' is none; the stages are: {', '.join(STAGE_NAMES)}")
+    root = _root(args)
+    run = find_run(root, args.run)
+
+    def is_over() -> bool:
+        return all(record.status != "running" for record in read_runs(root) if record.id == run)
+
+    lines: Iterable[Mapping[str, Any]] = read_log(root, run, stage=args.stage)
+    if args.follow:
+        lines = follow_log(root, run, stage=args.stage, is_over=is_over)
+    for line in lines:
+        print(json.dumps(line) if args.json else _readable(line), flush=args.follow)
+    return 0
+
+
+def _readable(line: Mapping[str, Any]) -> str:
+    places = [f"{name}={line[name]}" for name in ("stage", "shard") if name in line]
+    return " ".join([line["time"], line["level"], *places, line["message"]])
+
+
+def _root(args: argparse.Namespace) -> str:
+    from stages.config import load_config
+
+    return load_config(args.config, args.set).root
+
+
+# ---- retry ----------------------------------------------------------------------------------------------------------
+
+
+def reopen_quarantined(project: Project) -> dict[str, int]:
+    """Take back the manifests of stages that gave shards up, so that the next run does those shards, and no other.
+
+    Returns:
+        Stage -> shards that will be tried again.
+    """
+    given_up = {name: len(m.quarantined) for name, m in project.manifests.items() if m.quarantined}
+    for name in given_up:
+        storage.delete(manifest_uri(project.config.root, name, project.states[name].fingerprint))
+    return given_up

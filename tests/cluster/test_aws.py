@@ -1,0 +1,44 @@
+"""The cluster launcher's file, held to Ray's own schema and checks."""
+
+from __future__ import annotations
+
+import copy
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+
+from cluster.aws import render
+from flows.cli import main
+from stages.errors import ConfigError
+from stages.machines import AwsConfig, GpuInstanceConfig, InstanceConfig
+
+QUICKSTART = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
+
+
+def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    given = ["-s", "root=s3://b/store", "-s", "aws.gpu.spot=true", "-s", "aws.instance_profile=arn:aws:iam::1:x"]
+    assert main(["render", "aws", QUICKSTART, *given, "-o", str(tmp_path)]) == 0
+    assert re.search(r"ray up \S+/cluster.yaml && ray exec \S+/cluster.yaml 'unclip run", capsys.readouterr().out)
+    written = yaml.safe_load((tmp_path / "cluster.yaml").read_text())
+    validate_config(prepare_config(copy.deepcopy(written)))
+    machine = written["available_node_types"]["gpu"]["node_config"]
+    assert machine["InstanceMarketOptions"] == {"MarketType": "spot"} and machine["IamInstanceProfile"]
+    assert "InstanceMarketOptions" not in written["available_node_types"]["data"]["node_config"]
+    assert [Path(path).is_file() for path in written["file_mounts"].values()] == [True]
+    with pytest.raises(jsonschema.ValidationError):
+        validate_config(prepare_config({**copy.deepcopy(written), "max_workers": "many"}))
+
+
+def test_the_store_must_be_reachable_and_pools_add_up() -> None:
+    config = AwsConfig(data=InstanceConfig(max_machines=7), gpu=GpuInstanceConfig(max_machines=2))
+    assert render(config, root="s3://b/x", settings_path="x")["max_workers"] == 9
+    with pytest.raises(ConfigError, match="need s3://"):
+        render(config, root="runs/x", settings_path="x")
+    with pytest.raises(ValueError, match="min_machines: 3"):
+        replace(config, data=InstanceConfig(min_machines=3, max_machines=2))
