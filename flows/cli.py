@@ -210,8 +210,8 @@ def _retry_failed(args: argparse.Namespace, project: Project, selection: Selecti
 
 def _retry(args: argparse.Namespace) -> int:
     """Try the shards again that finished stages have given up on, then run."""
-    project = open_project(args.config, args.set)
-    given_up = cli_operate.reopen_quarantined(project)
+    selection = _selection(args)
+    given_up = cli_operate.reopen_quarantined(open_project(args.config, args.set), selection.stages)
     listed = ", ".join(f"{name}: {count:,}" for name, count in given_up.items())
     said = f"{listed} shards are tried again" if given_up else "no finished stage has quarantined shards"
     open_console(sys.stderr).print(said, soft_wrap=True, **PLAIN)

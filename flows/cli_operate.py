@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from flows.console import PLAIN, open_console, print_json
@@ -144,13 +144,13 @@ def _root(args: argparse.Namespace) -> str:
 # ---- retry ----------------------------------------------------------------------------------------------------------
 
 
-def reopen_quarantined(project: Project) -> dict[str, int]:
+def reopen_quarantined(project: Project, stages: Sequence[str]) -> dict[str, int]:
     """Take back the manifests of stages that gave shards up, so that the next run does those shards, and no other.
 
     Returns:
         Stage -> shards that will be tried again.
     """
-    given_up = {name: len(m.quarantined) for name, m in project.manifests.items() if m.quarantined}
+    given_up = {name: len(m.quarantined) for name, m in project.manifests.items() if m.quarantined and name in stages}
     for name in given_up:
         storage.delete(manifest_uri(project.config.root, name, project.states[name].fingerprint))
     return given_up

@@ -97,7 +97,7 @@ class Watch:
         if isinstance(plan, UnclipError):
             return StageLook(stage=stage.name, status="blocked", note=str(plan))
         listing = storage.list_entries(output_uri(stage))
-        if stage.gang and hasattr(stage.config, "num_steps"):
+        if stage.gang and getattr(stage.config, "kind", "train") == "train":
             return _training(stage, plan, listing, now_s)
         return _shards(stage, plan, listing, _samples_per_shard(stage, inputs, plan), now_s)
 
@@ -148,8 +148,6 @@ def _shards(
 def _training(stage: Stage[Any], plan: Sequence[Shard], listing: Mapping[str, Entry], now_s: float) -> StageLook:
     """Look at the newest checkpoint, and at the last line of metrics if it is fresh."""
     config = stage.config
-    if not plan or not hasattr(config, "global_batch_size"):
-        return StageLook(stage=stage.name, status="not started", unit="steps")
     folder = plan[0].id
     own = {name.removeprefix(f"{folder}/"): entry for name, entry in listing.items() if name.startswith(f"{folder}/")}
     step = max((int(match[1]) for name in own if (match := _STEP.fullmatch(name))), default=0)

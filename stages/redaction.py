@@ -15,7 +15,7 @@ from stages.errors import ConfigError
 HIDDEN = "***"
 _TELLING_NAME = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|API_KEY|ACCESS_KEY|PRIVATE_KEY|AUTH_STRING", re.IGNORECASE)
 _USER_OF_URL = re.compile(r"(?<=://)[^/\s@'\"]+:[^/\s@'\"]*@")
-_MIN_LENGTH = 6  # a shorter value would blot out words
+_MIN_LENGTH = 8  # a shorter value would blot out words
 
 
 def hide_secrets(text: str) -> str:

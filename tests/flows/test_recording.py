@@ -180,6 +180,22 @@ def test_a_watcher_tells_the_speed_of_what_is_under_way(kept: Kept) -> None:
         storage.write_bytes(uri, manifest)
 
 
+def test_a_watcher_sees_the_steps_of_a_training(kept: Kept) -> None:
+    clip, manifests = kept.project.stages["clip"], kept.project.manifests
+    [shard] = clip.plan({"filter": manifests["filter"]})
+    folder = f"{kept.project.config.root}/clip/shards/{shard.id}"
+    watch = Watch(kept.project)
+    try:
+        storage.write_json(f"{folder}/checkpoints/step-000003/checkpoint.json", {})
+        look = {look.stage: look for look in watch.look()}["clip"]
+        assert (look.status, look.num_done, look.num_total, look.eta_s) == ("under way", 3, 12, None)
+        storage.write_bytes(f"{folder}/metrics.jsonl", b'{"step": 6, "samples_per_s": 64.0}\n')
+        look = {look.stage: look for look in watch.look()}["clip"]
+        assert (look.num_done, look.samples_per_s, look.eta_s) == (6, 64.0, (12 - 6) * 32 / 64)
+    finally:
+        storage.delete_tree(folder)
+
+
 def test_status_watch_prints_what_it_sees(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
     from flows.watch import describe_run, runs_table, watch_view
 
@@ -195,7 +211,8 @@ def test_status_watch_prints_what_it_sees(kept: Kept, monkeypatch: pytest.Monkey
 
 def test_retry_does_the_quarantined_shards_and_no_other(kept: Kept) -> None:
     before = {record.shard_id: record for record in kept.project.manifests["filter"].records}
-    assert reopen_quarantined(kept.project) == {"filter": 1}
+    assert reopen_quarantined(kept.project, ["source"]) == {}
+    assert reopen_quarantined(kept.project, STAGES) == {"filter": 1}
     project = open_project(TINY, kept.given)
     assert [project.states[name].status for name in STAGES] == ["done", "done", "pending"]
     run_in_process(project)
@@ -203,7 +220,7 @@ def test_retry_does_the_quarantined_shards_and_no_other(kept: Kept) -> None:
     manifest = again.manifests["filter"]
     assert len(manifest.records) == 3 and not manifest.quarantined
     assert all(before[r.shard_id].wall_time_s == r.wall_time_s for r in manifest.records if r.shard_id in before)
-    assert reopen_quarantined(again) == {}
+    assert reopen_quarantined(again, STAGES) == {}
     assert [run.count("cached") for run in read_runs(again.config.root)] == [2, 0]
 
 
