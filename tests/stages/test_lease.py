@@ -60,9 +60,8 @@ def _do(root: str) -> Manifest:
         return found or run_stage(stage, fingerprint, {}, LocalExecutor(), ClusterConfig(), lease=lease)
 
 
-def test_one_owner_at_a_time_and_the_token_rises(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swap, "SETTLE_S", 0.1)
-    uri = storage.join(root, "a/lease.json")
+def test_one_owner_at_a_time_and_the_token_rises(atomic_root: str) -> None:
+    uri = storage.join(atomic_root, "a/lease.json")
     inside, tokens = [0], []
 
     def work(number: int) -> None:

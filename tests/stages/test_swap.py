@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,27 +16,10 @@ import pytest
 from stages import storage, swap
 from stages.errors import StorageError
 from tests.chaos.s3_proxy import Schedule, faulty_proxy
-from tests.stages.conditional_s3 import conditional_proxy
 
 
-@pytest.fixture(scope="module")
-def conditional_server(s3_server: str) -> Iterator[str]:
-    with conditional_proxy(s3_server) as endpoint:
-        yield endpoint
-
-
-@pytest.fixture(params=["local", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Give an empty store whose writes can be conditional."""
-    if request.param == "local":
-        return str(tmp_path / "store")
-    root = str(request.getfixturevalue("s3_root"))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("conditional_server"))
-    return root
-
-
-def test_create_then_replace(store: str) -> None:
-    uri = storage.join(store, "a/b.json")
+def test_create_then_replace(atomic_root: str) -> None:
+    uri = storage.join(atomic_root, "a/b.json")
     assert swap.is_atomic(uri)
     assert swap.read(uri) is None
     assert swap.replace(uri, b"early", "no version") is None
@@ -49,11 +31,11 @@ def test_create_then_replace(store: str) -> None:
     assert second is not None and second != first
     assert swap.replace(uri, b"three", first) is None
     assert swap.read(uri) == swap.Versioned(b"two", second)
-    assert list(storage.list_entries(store, temporary=True)) == ["a/b.json"]
+    assert list(storage.list_entries(atomic_root, temporary=True)) == ["a/b.json"]
 
 
-def test_of_many_creators_one_succeeds(store: str) -> None:
-    uri = storage.join(store, "x")
+def test_of_many_creators_one_succeeds(atomic_root: str) -> None:
+    uri = storage.join(atomic_root, "x")
     with ThreadPoolExecutor(8) as pool:
         versions = list(pool.map(lambda i: swap.create(uri, b"%d" % i), range(16)))
     winners = [i for i, version in enumerate(versions) if version is not None]
@@ -62,8 +44,8 @@ def test_of_many_creators_one_succeeds(store: str) -> None:
     assert found == swap.Versioned(b"%d" % winners[0], versions[winners[0]] or "")
 
 
-def test_no_update_is_lost(store: str) -> None:
-    uri = storage.join(store, "list")
+def test_no_update_is_lost(atomic_root: str) -> None:
+    uri = storage.join(atomic_root, "list")
 
     def add(number: int) -> None:
         swap.update(uri, lambda old: json.dumps([*(json.loads(old) if old else []), number]).encode())
@@ -145,7 +127,6 @@ def test_a_lost_answer_is_no_refusal(s3_root: str, conditional_server: str, monk
 def test_a_server_that_ignores_conditions_is_found_out(
     s3_root: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(swap, "SETTLE_S", 0.3)
     monkeypatch.setattr(swap, "_REFUSES", {})
     uri = storage.join(s3_root, "x")
     assert not swap.is_atomic(uri)
@@ -158,5 +139,5 @@ def test_a_server_that_ignores_conditions_is_found_out(
     assert found == swap.Versioned(b"%d" % versions.index(found.version), found.version)
     assert swap.create(uri, b"late") is None
     assert swap.replace(uri, b"new", "other") is None
-    assert swap.replace(uri, b"new", found.version) is not None
+    assert swap.replace(uri, b"new", found.version, settle=False) is not None
     assert list(storage.list_entries(s3_root, temporary=True)) == ["x"]
