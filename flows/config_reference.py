@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from stages.config import Config
+from stages.config import Config, dataclasses_in
 
 _HEAD = """\
 # Every setting
@@ -32,7 +32,7 @@ def reference() -> str:
     parts = [_HEAD, _markdown("General", "", general)]
     hints = typing.get_type_hints(Config)
     for field in dataclasses.fields(Config):
-        for kind in _classes_in(hints[field.name]):
+        for kind in dataclasses_in(hints[field.name]):
             default = _default(field, None)
             given = default if isinstance(default, kind) else None
             parts.append(_table(field.name, kind, _affects(field), given))
@@ -57,7 +57,7 @@ def _rows(
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         path = f"{prefix}.{field.name}" if prefix else field.name
-        nested = _classes_in(hints[field.name])
+        nested = dataclasses_in(hints[field.name])
         # A section that affects nothing makes everything in it affect nothing.
         effect = "nothing" if affects == "nothing" else _affects(field)
         if nested and plain_only:
@@ -70,14 +70,6 @@ def _rows(
             if number or len(nested) > 1:
                 yield f"`{path}`", f"`{choice.__name__}`", "", _first_line(choice), _EFFECTS[effect]
             yield from _rows(path, choice, effect, given=default if isinstance(default, choice) else None)
-
-
-def _classes_in(hint: Any) -> list[type[Any]]:
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return [hint]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union, typing.Annotated):
-        return [kind for part in typing.get_args(hint) for kind in _classes_in(part)]
-    return []
 
 
 def _affects(field: dataclasses.Field[Any]) -> str:

@@ -12,7 +12,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -200,7 +200,7 @@ def settings(kind: type[Any] = Config, prefix: str = "") -> Iterator[SettingInfo
         path = f"{prefix}{f.name}"
         default = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         yield SettingInfo(path, _type_name(hints[f.name]), default, f.metadata.get("help", ""))
-        for nested in _dataclasses_in(hints[f.name]):
+        for nested in dataclasses_in(hints[f.name]):
             yield from settings(nested, f"{path}.")
 
 
@@ -376,11 +376,12 @@ def _did_you_mean(path: Sequence[str], kind: type[Any]) -> str:
     return f"; {parent or 'the top level'} knows: {', '.join(sorted(set(siblings)))}" if siblings else ""
 
 
-def _dataclasses_in(hint: Any) -> Iterable[type[Any]]:
+def dataclasses_in(hint: Any) -> list[type[Any]]:
+    """List the config classes that a type hint allows, in unions and tuples too."""
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
     if typing.get_origin(hint) in (types.UnionType, typing.Union, typing.Annotated, tuple):
-        return [nested for part in typing.get_args(hint) for nested in _dataclasses_in(part)]
+        return [nested for part in typing.get_args(hint) for nested in dataclasses_in(part)]
     return []
 
 

@@ -28,6 +28,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
+# The same examples at every run; `pytest --hypothesis-profile=default` looks for new ones.
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("repeatable")
+
 S3_ACCESS_KEY, S3_SECRET_KEY = "test-access-key", "test-secret-key"
 
 

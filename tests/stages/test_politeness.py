@@ -370,4 +370,5 @@ def test_every_row_comes_out_exactly_once(
         else:
             queues.failed(request, FetchError(answer, retry_after_s=data.draw(st.sampled_from([0.0, 5.0, 40.0]))))
     assert sorted(finished) == list(range(len(hosts)))
-    assert queues.take() is None and not active
+    # A host's rules may still be asked for, on behalf of rows that have ended for another reason meanwhile.
+    assert queues.take() is None and all(request.row is None for request in active)
