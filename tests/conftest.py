@@ -26,6 +26,7 @@ os.environ |= {
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the workers share the cores
 
+import hypothesis
 import pytest
 
 # The same examples at every run; `pytest --hypothesis-profile=default` looks for new ones.
