@@ -4,6 +4,7 @@ Layout::
 
     <folder>/checkpoints/step-000123/rank-0000.safetensors     every rank writes its own files
     <folder>/checkpoints/step-000123/metrics.jsonl             the metrics up to this step
+    <folder>/checkpoints/step-000123/guard.json                what the next steps are judged by (step_guard.py)
     <folder>/checkpoints/step-000123/checkpoint.json           step, files, checksums; its presence means whole
 """
 
@@ -26,6 +27,7 @@ from stages.engine import Engine, files_to_load
 from stages.errors import IntegrityError, StorageError, UnclipError
 from stages.metrics import METRICS_NAME
 from stages.sharded_state import RANK_FILE, assemble
+from stages.step_guard import GUARD_NAME
 from stages.storage import Written
 
 logger = logging.getLogger(__name__)
@@ -72,10 +74,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a training goes on: the step, and the metric lines up to it."""
+    """Where a training goes on: the step, the metric lines up to it, and the state of the step guard, if kept."""
 
     step: int
     metrics: bytes
+    guard: bytes
 
 
 class CheckpointFolder:
@@ -90,13 +93,14 @@ class CheckpointFolder:
         self._uri = storage.join(folder, "checkpoints")
         self._keep_last = keep_last
 
-    def save(self, engine: Engine, step: int, metrics: bytes) -> None:
+    def save(self, engine: Engine, step: int, metrics: bytes, guard: bytes = b"") -> None:
         """Write a checkpoint with all ranks (collective), then delete the oldest ones.
 
         Args:
             engine: its state is saved.
             step: optimizer steps done.
             metrics: lines up to this step; only the first rank's are written.
+            guard: state of the step guard, the same on every rank.
         """
         target = self._step_uri(step)
         if engine.rank == 0:
@@ -106,6 +110,7 @@ class CheckpointFolder:
             engine.save(Path(scratch))
             if engine.rank == 0:
                 (Path(scratch) / METRICS_NAME).write_bytes(metrics)
+                (Path(scratch) / GUARD_NAME).write_bytes(guard)
             own = {
                 path.name: storage.upload(path, storage.join(target, path.name))
                 for path in sorted(Path(scratch).iterdir())
@@ -134,8 +139,15 @@ class CheckpointFolder:
                     continue
                 assert not isinstance(fetched, str)
                 engine.load(fetched[0])
-                return Resumed(step, fetched[1])
+                return Resumed(step, *fetched[1:])
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, newest first; for one rank."""
+        for later in self.steps():
+            if later > step:
+                storage.delete(storage.join(self._step_uri(later), RECORD_NAME))
+                storage.delete_tree(self._step_uri(later))
 
     def steps(self) -> list[int]:
         """List the steps of the checkpoints that have a record, newest first."""
@@ -152,13 +164,16 @@ class CheckpointFolder:
         with contextlib.ExitStack() as stack:
             return assemble([self._fetch(record, name, stack) for name in names], shapes)
 
-    def _try_fetch(self, engine: Engine, step: int, stack: contextlib.ExitStack) -> tuple[Sequence[Path], bytes] | str:
+    def _try_fetch(
+        self, engine: Engine, step: int, stack: contextlib.ExitStack
+    ) -> tuple[Sequence[Path], bytes, bytes] | str:
         """Get this rank's files of a checkpoint, checked; or say in a few words why that is impossible."""
         try:
             record = Checkpoint.read(storage.join(self._step_uri(step), RECORD_NAME))
             names = files_to_load(record.files, record.layout, engine)
             paths = [self._fetch(record, name, stack) for name in names]
-            return paths, self._fetch(record, METRICS_NAME, stack).read_bytes()
+            guard = self._fetch(record, GUARD_NAME, stack).read_bytes() if GUARD_NAME in record.files else b""
+            return paths, self._fetch(record, METRICS_NAME, stack).read_bytes(), guard
         except (UnclipError, TypeError, KeyError) as error:
             return f"{error}"
 

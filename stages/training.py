@@ -27,6 +27,8 @@ from stages.dataset import Batch, Stream
 from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
 from stages.errors import ConfigError, StageError
 from stages.metrics import MetricsLog, MetricsWindow, read_metrics
+from stages.rollback import RollbackHistory, Rollbacks
+from stages.step_guard import StepGuard
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
@@ -52,6 +54,11 @@ class TrainingConfig:
     ema_decay: float = setting(0.9999, "of the moving average of the weights, which is what is exported")
     precision: Precision = setting("fp32", "`fp32`, or `bf16`: autocast over float32 weights")
     num_streams: int = setting(8, "canonical data streams; the number of ranks must divide it")
+    spike_threshold: float | None = setting(
+        None,
+        "skip steps whose loss or gradient norm lies so many robust standard deviations above the median; null: none",
+    )
+    spike_window: int = setting(100, "steps taken that a step is compared with to find a spike")
 
     engine: Literal["deepspeed", "torch"] = setting("deepspeed", "what drives the optimizer on Ray", affects="nothing")
     compile: bool = setting(False, "compile the network with torch.compile; needs a C++ compiler", affects="nothing")
@@ -63,7 +70,13 @@ class TrainingConfig:
     micro_batch_size: int | None = setting(None, "samples per forward pass and rank; null: all", affects="nothing")
     checkpoint_every_steps: int = setting(1000, "steps between checkpoints", affects="nothing")
     keep_last: int = setting(2, "checkpoints kept", affects="nothing")
-    max_nonfinite_steps: int = setting(10, "steps in a row that may be skipped as not finite", affects="nothing")
+    max_nonfinite_steps: int = setting(
+        10, "steps in a row, not finite or spikes, after which the training rolls back", affects="nothing"
+    )
+    max_rollbacks: int = setting(3, "returns to an earlier checkpoint before the training stops", affects="nothing")
+    rollback_learning_rate_factor: float = setting(
+        0.5, "what a rollback multiplies the learning rate with", affects="nothing"
+    )
     log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
     tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
     num_decode_threads: int = setting(0, "threads that decode images; 0: the prefetching one", affects="nothing")
@@ -94,10 +107,14 @@ class TrainingConfig:
         for name in (
             *("num_steps", "global_batch_size", "num_streams", "num_ranks", "keep_last", "prefetch_batches"),
             *("checkpoint_every_steps", "log_every_steps", "max_nonfinite_steps", "learning_rate", "eps"),
-            *("gradient_clipping", "cpus_per_rank"),
+            *("gradient_clipping", "cpus_per_rank", "spike_window", "rollback_learning_rate_factor"),
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is not positive")
+        if self.spike_threshold is not None and self.spike_threshold <= 0:
+            raise ValueError(f"spike_threshold: {self.spike_threshold} is not positive; write null for no guard")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"max_rollbacks: {self.max_rollbacks} is negative; write 0 for none")
 
 
 @dataclass(frozen=True)
@@ -199,7 +216,7 @@ def train(
 
     Raises:
         TrainingStoppedError: after a request to stop.
-        StageError: if the loss was not finite ``max_nonfinite_steps`` times in a row.
+        StageError: if ``max_nonfinite_steps`` in a row were bad and no rollback is left.
     """
     shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
     rank, world_size = position()
@@ -210,22 +227,46 @@ def train(
         engine = make_engine(model, loss, engine_settings(config, world_size))
         stack.callback(engine.close)
         checkpoints = CheckpointFolder(folder, config.keep_last)
-        resumed = checkpoints.resume(engine)
-        first_step = resumed.step if resumed else 0
-        if resumed and rank == 0:
-            logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
-        lines = resumed.metrics if resumed else b""
-        log = _open_log(stack, folder, config, lines, first_step) if rank == 0 else None
-        num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
-        window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
-        batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
-        loop = _Loop(engine, config, seed, place, window, checkpoints, log, report, stop)
-        loop.run(batches, first_step)
+        rollbacks = _rollbacks(engine, checkpoints, config, folder, place)
+        finished = False
+        while not finished:  # once, and again after every rollback, which leaves the folder as a kill would
+            with contextlib.ExitStack() as attempt:
+                resumed = checkpoints.resume(engine)
+                first_step = resumed.step if resumed else 0
+                if resumed and rank == 0:
+                    logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
+                lines = resumed.metrics if resumed else b""
+                log = _open_log(attempt, folder, config, lines, first_step) if rank == 0 else None
+                num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
+                window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
+                guard = StepGuard(config.spike_threshold, config.spike_window, resumed.guard if resumed else b"")
+                history = rollbacks.history(first_step)
+                batches = attempt.enter_context(
+                    contextlib.closing(stream.batches(first_step + history.data_offset, rank, world_size))
+                )
+                loop = _Loop(
+                    engine, config, seed, place, window, checkpoints, guard, history, rollbacks, log, report, stop
+                )
+                finished = loop.run(batches, first_step)
         if log is None:
             return Trained(None, {}, b"")
         last_line = read_metrics(log.content)[-1]
         metrics = {name: value for name, value in last_line.items() if name != "step" and value is not None}
         return Trained(checkpoints.weights(config.num_steps, shapes), metrics, log.content)
+
+
+def _rollbacks(
+    engine: Engine, checkpoints: CheckpointFolder, config: TrainingConfig, folder: str, place: str
+) -> Rollbacks:
+    return Rollbacks(
+        engine=engine,
+        checkpoints=checkpoints,
+        folder=folder,
+        place=place,
+        max_rollbacks=config.max_rollbacks,
+        learning_rate_factor=config.rollback_learning_rate_factor,
+        checkpoint_every_steps=config.checkpoint_every_steps,
+    )
 
 
 def _open_log(
@@ -246,27 +287,34 @@ class _Loop:
     place: str
     window: MetricsWindow
     checkpoints: CheckpointFolder
+    guard: StepGuard
+    history: RollbackHistory
+    rollbacks: Rollbacks
     log: MetricsLog | None
     report: Callable[[Progress], None]
     stop: _StopRequest
 
-    def run(self, batches: Iterator[Batch], first_step: int) -> None:
-        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last."""
-        config, engine = self.config, self.engine
-        num_bad = 0
+    def run(self, batches: Iterator[Batch], first_step: int) -> bool:
+        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last.
+
+        Returns:
+            False if the training was rolled back and has to be resumed.
+        """
+        config, engine, guard, history = self.config, self.engine, self.guard, self.history
         reporter = _Reporter(self.report, config)
         for step in range(first_step, config.num_steps):
             waited_from = time.monotonic()
             batch = next(batches)
             waited_s = time.monotonic() - waited_from
-            assert batch.step == step, f"the stream gave step {batch.step} for step {step}"
-            learning_rate = learning_rate_at(config, step)
-            result = engine.step(self._micro_batches(batch), learning_rate)
+            assert batch.step == step + history.data_offset, f"the stream gave step {batch.step} for step {step}"
+            learning_rate = learning_rate_at(config, step) * history.learning_rate_scale
+            result = engine.step(self._micro_batches(batch), learning_rate, guard.accepts)
             self.window.add(result.loss, result.grad_norm, result.applied, result.terms, waited_s)
-            num_bad = 0 if result.applied else num_bad + 1
-            if num_bad >= config.max_nonfinite_steps:
-                raise self._diverged(step + 1, num_bad)
+            guard.add(step, result)
             done = step + 1
+            if len(guard.bad_steps) >= config.max_nonfinite_steps:
+                self.rollbacks.go_back(history, done, guard.bad_steps)
+                return False
             if engine.rank == 0:
                 reporter.step_done(done, result.loss)
             is_last = done == config.num_steps
@@ -276,15 +324,20 @@ class _Loop:
                 raise TrainingStoppedError(
                     f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
                 )
+        return True
 
     def _keep(self, done: int, learning_rate: float, *, saving: bool) -> None:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
         if saving or done % self.config.log_every_steps == 0:
-            metrics = self.window.close(self.engine, learning_rate)
+            metrics = self.window.close(self.engine, learning_rate) | {
+                "num_spikes": float(self.guard.num_spikes),
+                "num_rollbacks": float(len(self.history.rollbacks)),
+            }
             if self.log is not None:
-                self.log.write(done, metrics)
+                self.log.write(done, dict(sorted(metrics.items())))
         if saving:
-            self.checkpoints.save(self.engine, done, self.log.content if self.log else b"")
+            lines = self.log.content if self.log else b""
+            self.checkpoints.save(self.engine, done, lines, self.guard.to_json())
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """Cut a rank's batch into micro batches on the engine's device, each with its randomness."""
@@ -300,15 +353,6 @@ class _Loop:
         if self.engine.world_size == 1:
             return asked > 0
         return float(self.engine.total(torch.tensor([asked], dtype=torch.float64))[0]) > 0
-
-    def _diverged(self, step: int, num_bad: int) -> StageError:
-        steps = self.checkpoints.steps()
-        last = f"the last checkpoint is of step {steps[0]}" if steps else "there is no checkpoint yet"
-        return StageError(
-            f"{self.place}: loss or gradient was not finite in {num_bad} steps in a row, up to step {step}; {last}. "
-            f"Lower {self.place}.learning_rate (now {self.config.learning_rate:g}), raise {self.place}.warmup_steps "
-            f"or set {self.place}.precision: fp32"
-        )
 
 
 def _torch_seed(seed: int, step: int, rank: int) -> int:
