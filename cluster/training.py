@@ -27,6 +27,7 @@ from stages.manifest import ShardRecord
 logger = logging.getLogger(__name__)
 
 _MAX_STARTS_WITHOUT_PROGRESS = 3
+_GROUP_TIMEOUT_S = 1800
 # A group waits for its turn as long as others use the cluster.
 START_TIMEOUT_S = 30 * 24 * 3600
 
@@ -96,7 +97,7 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 use_gpu=uses_gpu,
                 resources_per_worker={"CPU": resources.num_cpus, **({"GPU": resources.num_gpus} if uses_gpu else {})},
             ),
-            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo", timeout_s=_group_timeout_s(stage)),
             run_config=RunConfig(
                 name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
@@ -109,6 +110,11 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         except TrainingFailedError as error:
             return error
     return None
+
+
+def _group_timeout_s(stage: Stage[Any]) -> int:
+    """Return how long a collective may take: longer than the watchdog's patience, who says more than torch would."""
+    return int(max(_GROUP_TIMEOUT_S, 4 * stage.config.hang_timeout_s))
 
 
 def run_rank(config: dict[str, Any]) -> None:

@@ -24,11 +24,24 @@ from torch import Tensor, nn
 from stages.base import Progress, setting
 from stages.checkpoints import CheckpointFolder
 from stages.dataset import Batch, Stream
-from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
+from stages.determinism import deterministic
+from stages.engine import (
+    Engine,
+    EngineFactory,
+    EngineSettings,
+    LossFunction,
+    MicroBatch,
+    Precision,
+    gather_from_ranks,
+    position,
+)
 from stages.errors import ConfigError, StageError
 from stages.metrics import MetricsLog, MetricsWindow, read_metrics
+from stages.out_of_memory import out_of_memory_explained
 from stages.rollback import RollbackHistory, Rollbacks
 from stages.step_guard import StepGuard
+from stages.stragglers import StragglerWatch
+from stages.watchdog import Watchdog
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
@@ -77,6 +90,15 @@ class TrainingConfig:
     rollback_learning_rate_factor: float = setting(
         0.5, "what a rollback multiplies the learning rate with", affects="nothing"
     )
+    hang_timeout_s: float = setting(
+        1800.0,
+        "seconds without any progress after which a rank reports where it stands and ends; 0: never",
+        affects="nothing",
+    )
+    straggler_ratio: float = setting(
+        1.5, "warn of a rank that takes so many times as long as the median of the others", affects="nothing"
+    )
+    deterministic: bool = setting(False, "deterministic algorithms only; slower", affects="nothing")
     log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
     tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
     num_decode_threads: int = setting(0, "threads that decode images; 0: the prefetching one", affects="nothing")
@@ -113,6 +135,10 @@ class TrainingConfig:
                 raise ValueError(f"{name}: {getattr(self, name)} is not positive")
         if self.spike_threshold is not None and self.spike_threshold <= 0:
             raise ValueError(f"spike_threshold: {self.spike_threshold} is not positive; write null for no guard")
+        if self.hang_timeout_s < 0:
+            raise ValueError(f"hang_timeout_s: {self.hang_timeout_s} is negative; write 0 to watch nothing")
+        if self.straggler_ratio <= 1:
+            raise ValueError(f"straggler_ratio: {self.straggler_ratio} is not above 1; write for example 1.5")
         if self.max_rollbacks < 0:
             raise ValueError(f"max_rollbacks: {self.max_rollbacks} is negative; write 0 for none")
 
@@ -222,12 +248,16 @@ def train(
     rank, world_size = position()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopRequest(should_stop))
+        stack.enter_context(out_of_memory_explained(config, world_size, place))
+        stack.enter_context(deterministic(config.deterministic, place))
+        watchdog = stack.enter_context(_watchdog(config, folder, place))
         # Layers such as dropout draw from torch's global generator, which is seeded anew at every step.
         stack.enter_context(torch.random.fork_rng())
         engine = make_engine(model, loss, engine_settings(config, world_size))
         stack.callback(engine.close)
         checkpoints = CheckpointFolder(folder, config.keep_last)
         rollbacks = _rollbacks(engine, checkpoints, config, folder, place)
+        stragglers = StragglerWatch(engine, place, config.straggler_ratio)
         finished = False
         while not finished:  # once, and again after every rollback, which leaves the folder as a kill would
             with contextlib.ExitStack() as attempt:
@@ -245,7 +275,8 @@ def train(
                     contextlib.closing(stream.batches(first_step + history.data_offset, rank, world_size))
                 )
                 loop = _Loop(
-                    engine, config, seed, place, window, checkpoints, guard, history, rollbacks, log, report, stop
+                    *(engine, config, seed, place, window, checkpoints, guard, history, rollbacks),
+                    *(stragglers, watchdog, log, report, stop),
                 )
                 finished = loop.run(batches, first_step)
         if log is None:
@@ -253,6 +284,12 @@ def train(
         last_line = read_metrics(log.content)[-1]
         metrics = {name: value for name, value in last_line.items() if name != "step" and value is not None}
         return Trained(checkpoints.weights(config.num_steps, shapes), metrics, log.content)
+
+
+def _watchdog(config: TrainingConfig, folder: str, place: str) -> Watchdog:
+    rank, world_size = position()
+    session = gather_from_ranks(time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), world_size)[0]
+    return Watchdog(folder, place, rank=rank, world_size=world_size, session=session, timeout_s=config.hang_timeout_s)
 
 
 def _rollbacks(
@@ -290,6 +327,8 @@ class _Loop:
     guard: StepGuard
     history: RollbackHistory
     rollbacks: Rollbacks
+    stragglers: StragglerWatch
+    watchdog: Watchdog
     log: MetricsLog | None
     report: Callable[[Progress], None]
     stop: _StopRequest
@@ -303,14 +342,18 @@ class _Loop:
         config, engine, guard, history = self.config, self.engine, self.guard, self.history
         reporter = _Reporter(self.report, config)
         for step in range(first_step, config.num_steps):
+            self.watchdog.enter("data", step)
             waited_from = time.monotonic()
             batch = next(batches)
             waited_s = time.monotonic() - waited_from
             assert batch.step == step + history.data_offset, f"the stream gave step {batch.step} for step {step}"
             learning_rate = learning_rate_at(config, step) * history.learning_rate_scale
+            self.watchdog.enter("step", step)
             result = engine.step(self._micro_batches(batch), learning_rate, guard.accepts)
             self.window.add(result.loss, result.grad_norm, result.applied, result.terms, waited_s)
             guard.add(step, result)
+            self.stragglers.add(result.compute_s, waited_s)
+            self.watchdog.step_done()
             done = step + 1
             if len(guard.bad_steps) >= config.max_nonfinite_steps:
                 self.rollbacks.go_back(history, done, guard.bad_steps)
@@ -329,13 +372,16 @@ class _Loop:
     def _keep(self, done: int, learning_rate: float, *, saving: bool) -> None:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
         if saving or done % self.config.log_every_steps == 0:
-            metrics = self.window.close(self.engine, learning_rate) | {
+            self.watchdog.enter("log", done)
+            metrics = self.window.close(self.engine, learning_rate) | self.stragglers.close()
+            metrics |= {
                 "num_spikes": float(self.guard.num_spikes),
                 "num_rollbacks": float(len(self.history.rollbacks)),
             }
             if self.log is not None:
                 self.log.write(done, dict(sorted(metrics.items())))
         if saving:
+            self.watchdog.enter("checkpoint", done)
             lines = self.log.content if self.log else b""
             self.checkpoints.save(self.engine, done, lines, self.guard.to_json())
 
