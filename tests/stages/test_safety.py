@@ -149,7 +149,7 @@ def test_the_state_of_the_guard_comes_back_exactly() -> None:
     assert again.accepts(0.2, 5.0) and not again.accepts(9.0, 5.0) and not again.accepts(float("inf"), 1.0)
 
 
-# ---- hangs ----------------------------------------------------------------------------------------------------------
+# ---- hangs ----------------------------------------------------------------------------------------------------
 
 
 def report(rank: int, **changes: Any) -> HangReport:
@@ -183,7 +183,7 @@ def test_a_hang_ends_the_process_with_stacks(tmp_path: Path, holds_python: bool)
     assert CheckpointFolder(str(tmp_path), 2).steps() == [6]
 
 
-# ---- the rest ---------------------------------------------------------------------------------------------------------
+# ---- the rest ----------------------------------------------------------------------------------------------------
 
 
 def test_the_slowest_rank() -> None:
