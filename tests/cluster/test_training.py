@@ -176,7 +176,7 @@ def test_a_rank_that_dies_is_replaced_and_the_training_resumes(ray_executor: Ray
 def test_a_rank_that_stands_still_is_named_and_the_group_started_again(
     ray_executor: RayExecutor, tmp_path: Path, engine: str
 ) -> None:
-    """Two ranks; the second is stopped like by a debugger. The weights are bit for bit those of an undisturbed group."""
+    """Two ranks; the second is stopped. The weights are bit for bit those of an undisturbed group."""
     marker = tmp_path / "marker"
 
     def outcome(accident: str) -> Any:
