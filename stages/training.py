@@ -260,6 +260,7 @@ def train(
         stragglers = StragglerWatch(engine, place, config.straggler_ratio)
         finished = False
         while not finished:  # once, and again after every rollback, which leaves the folder as a kill would
+            watchdog.enter("start", 0)
             with contextlib.ExitStack() as attempt:
                 resumed = checkpoints.resume(engine)
                 first_step = resumed.step if resumed else 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import sys
 import warnings
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.checkpoints import CheckpointFolder
 from stages.engine import Accept, Engine, EngineSettings, TorchEngine, files_to_load, is_finite
+from stages.stragglers import StragglerWatch
 from stages.training import TrainingConfig, TrainingStoppedError, engine_settings, model_loss, train
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
@@ -134,6 +136,20 @@ def roll_back(folder: Path, make_engine: Any) -> dict[str, Any]:
     return {"num_rollbacks": straight.metrics.get("num_rollbacks"), "same": same}
 
 
+def lag(world_size: int) -> dict[str, Any]:
+    """Let the second rank wait for data; return the numbers and what was warned of."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stages.stragglers").addHandler(handler)
+    engine = TorchEngine(TinyModel(), model_loss, settings(world_size, 0))
+    watch, numbers = StragglerWatch(engine, "tiny", 1.5), {}
+    for _ in range(5):
+        watch.add(compute_s=0.125, data_s=0.5 * engine.rank)
+        numbers = watch.close()
+    return {"numbers": numbers, "heard": heard}
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Be one rank."""
     torch.set_num_threads(1)
@@ -143,6 +159,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
     for name, make_engine in (("deepspeed", DeepSpeedEngine), ("torch", TorchEngine)):
         found[f"rollback_{name}"] = roll_back(folder / f"rollback-{name}", make_engine)
+    found["lag"] = lag(world_size)
     found["compiler"] = "torch._dynamo" in sys.modules
     found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
     dist.barrier()

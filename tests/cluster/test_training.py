@@ -172,15 +172,14 @@ def test_a_rank_that_dies_is_replaced_and_the_training_resumes(ray_executor: Ray
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
 def test_a_rank_that_stands_still_is_named_and_the_group_started_again(
-    ray_executor: RayExecutor, tmp_path: Path, engine: str
+    ray_executor: RayExecutor, tmp_path: Path
 ) -> None:
     """Two ranks; the second is stopped. The weights are bit for bit those of an undisturbed group."""
     marker = tmp_path / "marker"
 
     def outcome(accident: str) -> Any:
-        options = {"num_ranks": 2, "engine": engine, "hang_timeout_s": 8.0, "marker": str(marker)}
+        options = {"num_ranks": 2, "hang_timeout_s": 8.0, "marker": str(marker)}
         return run(ray_executor, tmp_path / accident, accident=accident, **options)
 
     with ThreadPoolExecutor(2) as pool:
