@@ -12,7 +12,7 @@ import importlib
 import logging
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.adamw import FlatAdamW
+from stages.compute_clock import ComputeClock
 from stages.engine import (
+    Accept,
     EngineSettings,
     LossFunction,
     MicroBatch,
@@ -30,6 +32,7 @@ from stages.engine import (
     concatenate,
     device_of,
     gather_from_ranks,
+    is_finite,
     mean_over_ranks,
     position,
     set_learning_rate,
@@ -70,7 +73,7 @@ class DeepSpeedEngine:
         self._settings = settings
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
-        self._optimizer = _WatchedAdamW(trainable(model).values(), settings)
+        self._optimizer = _WatchedAdamW(trainable(model).values(), settings, self._gradient_norm)
         self._linear = torch.nn.functional.linear
         with _no_compiler():
             self._engine, *_ = deepspeed.initialize(
@@ -82,26 +85,36 @@ class DeepSpeedEngine:
         masters, fragments = _layout_of(self._engine, names, settings.zero_stage, self.rank)
         self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay)
 
-    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
-        """See ``Engine.step``."""
+    def step(
+        self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
+    ) -> StepResult:
+        """See ``Engine.step``.
+
+        The ranks meet in the backward pass already, so ``compute_s`` is of the forward passes. In stage 3 these gather
+        weights and thereby wait for others too.
+        """
         set_learning_rate(self._optimizer, learning_rate)
         losses: list[Tensor] = []
         terms: list[Mapping[str, Tensor]] = []
+        clock = ComputeClock(self.device)
         for batch, random in micro_batches:
+            clock.start()
             loss, per_sample = self._engine(batch, random)
+            clock.stop()
             self._engine.backward(loss)
             losses.append(loss.detach())
             terms.append(per_sample)
             if len(losses) < self._settings.num_micro_batches:
                 self._engine.step()  # only counts
         loss_value = mean_over_ranks(losses, self.world_size)
-        self._optimizer.blocked = not math.isfinite(loss_value)
+        # DeepSpeed knows the norm only inside its own step, so the optimizer it calls asks there.
+        self._optimizer.accepts = lambda norm: is_finite(loss_value, norm) and accepts(loss_value, norm)
         self._engine.step()
         norm = self._gradient_norm()
-        applied = math.isfinite(loss_value) and math.isfinite(norm)
+        applied = self._optimizer.accepts(norm)
         if applied:
             self._state.update_average()
-        return StepResult(loss_value, norm, applied, concatenate(terms))
+        return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s())
 
     def total(self, values: Tensor) -> Tensor:
         """See ``Engine.total``."""
@@ -131,7 +144,8 @@ class DeepSpeedEngine:
         torch.nn.functional.linear = self._linear
 
     def _gradient_norm(self) -> float:
-        norm = self._optimizer.norm if self._settings.zero_stage == 0 else self._engine.get_global_grad_norm()
+        """Return the norm of this step's gradient before clipping, known from the moment the optimizer is called."""
+        norm = self._optimizer.norm if self._settings.zero_stage == 0 else self._engine.optimizer._global_grad_norm
         return math.nan if norm is None else float(norm)
 
 
@@ -151,30 +165,28 @@ class _LossModule(nn.Module):
 
 
 class _WatchedAdamW(FlatAdamW):
-    """AdamW that can be told to leave the weights alone, and that clips where DeepSpeed does not (stage 0)."""
+    """AdamW that asks before it touches the weights, and that clips where DeepSpeed does not (stage 0)."""
 
-    def __init__(self, params: Iterable[Tensor], settings: EngineSettings) -> None:
+    def __init__(self, params: Iterable[Tensor], settings: EngineSettings, gradient_norm: Callable[[], float]) -> None:
         super().__init__(
             params, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
         )
-        self.blocked = False
+        self.accepts: Callable[[float], bool] = math.isfinite
         self.norm: float | None = None
+        self._gradient_norm = gradient_norm
         self._max_norm = settings.gradient_clipping if settings.zero_stage == 0 else None
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update, unless blocked or the gradient is not finite."""
+        """Update, unless loss or gradient norm are not accepted; called once per parameter group in stages 1 to 3."""
+        gradients = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         if self._max_norm is not None:
-            gradients = [
-                param.grad for group in self.param_groups for param in group["params"] if param.grad is not None
-            ]
-            norms = torch._foreach_norm(gradients)
-            self.norm = float(torch.linalg.vector_norm(torch.stack(norms)))
-            if not math.isfinite(self.norm):
-                return
-            if self.norm > self._max_norm:
-                torch._foreach_mul_(gradients, self._max_norm / (self.norm + 1e-6))
-        if not self.blocked:
-            super().step(closure)
+            self.norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        norm = self._gradient_norm()
+        if not self.accepts(norm):
+            return
+        if self._max_norm is not None and norm > self._max_norm:
+            torch._foreach_mul_(gradients, self._max_norm / (norm + 1e-6))
+        super().step(closure)
 
 
 def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 RESTARTED = "training_restarted"  # marks the log record of a restart, for those who count them
 _MAX_STARTS_WITHOUT_PROGRESS = 3
+_GROUP_TIMEOUT_S = 1800
 # A group waits for its turn as long as others use the cluster.
 START_TIMEOUT_S = 30 * 24 * 3600
 
@@ -114,7 +115,7 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 use_gpu=uses_gpu,
                 resources_per_worker={"CPU": resources.num_cpus, **({"GPU": resources.num_gpus} if uses_gpu else {})},
             ),
-            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
+            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo", timeout_s=_group_timeout_s(stage)),
             run_config=RunConfig(
                 name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,
@@ -127,6 +128,11 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         except TrainingFailedError as error:
             return error
     return None
+
+
+def _group_timeout_s(stage: Stage[Any]) -> int:
+    """Return how long a collective may take: longer than the watchdog's patience, who says more than torch would."""
+    return int(max(_GROUP_TIMEOUT_S, 4 * stage.config.hang_timeout_s))
 
 
 def run_rank(config: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ Layout::
 
     <folder>/checkpoints/step-000123/rank-0000.safetensors     every rank writes its own files
     <folder>/checkpoints/step-000123/metrics.jsonl             the metrics up to this step
+    <folder>/checkpoints/step-000123/guard.json                what the next steps are judged by (step_guard.py)
     <folder>/checkpoints/step-000123/checkpoint.json           step, files, checksums; its presence means whole
 """
 
@@ -25,6 +26,7 @@ from stages.engine import Engine, files_to_load
 from stages.errors import IntegrityError, StorageError, UnclipError
 from stages.metrics import METRICS_NAME
 from stages.sharded_state import RANK_FILE, assemble
+from stages.step_guard import GUARD_NAME
 from stages.storage import Written
 
 logger = logging.getLogger(__name__)
@@ -71,10 +73,11 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Resumed:
-    """Where a training goes on: the step, and the metric lines up to it."""
+    """Where a training goes on: the step, the metric lines up to it, and the state of the step guard, if kept."""
 
     step: int
     metrics: bytes
+    guard: bytes
 
 
 class CheckpointFolder:
@@ -154,8 +157,15 @@ class CheckpointFolder:
                     continue
                 assert not isinstance(fetched, str)
                 engine.load(fetched[0])
-                return Resumed(step, fetched[1])
+                return Resumed(step, *fetched[1:])
         return None
+
+    def forget_after(self, step: int) -> None:
+        """Delete the checkpoints of later steps, newest first; for one rank."""
+        for later in self.steps():
+            if later > step:
+                storage.delete(storage.join(self.uri_of(later), RECORD_NAME))
+                storage.delete_tree(self.uri_of(later))
 
     def steps(self) -> list[int]:
         """List the steps of the checkpoints that have a record, newest first."""
@@ -172,13 +182,16 @@ class CheckpointFolder:
         with contextlib.ExitStack() as stack:
             return assemble([self._fetch(record, name, stack) for name in names], shapes)
 
-    def _try_fetch(self, engine: Engine, step: int, stack: contextlib.ExitStack) -> tuple[Sequence[Path], bytes] | str:
+    def _try_fetch(
+        self, engine: Engine, step: int, stack: contextlib.ExitStack
+    ) -> tuple[Sequence[Path], bytes, bytes] | str:
         """Get this rank's files of a checkpoint, checked; or say in a few words why that is impossible."""
         try:
             record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
             names = files_to_load(record.files, record.layout, engine)
             paths = [self._fetch(record, name, stack) for name in names]
-            return paths, self._fetch(record, METRICS_NAME, stack).read_bytes()
+            guard = self._fetch(record, GUARD_NAME, stack).read_bytes() if GUARD_NAME in record.files else b""
+            return paths, self._fetch(record, METRICS_NAME, stack).read_bytes(), guard
         except (UnclipError, TypeError, KeyError) as error:
             return f"{error}"
 

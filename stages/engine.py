@@ -10,7 +10,7 @@ Every engine keeps its state (``stages/sharded_state.py``) in the same format, s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from stages.adamw import FlatAdamW
+from stages.compute_clock import ComputeClock
 from stages.errors import ConfigError
 from stages.sharded_state import RANK_FILE, Fragment, ShardedState, Snapshot, rank_file
 from unclip_models.randomness import SampleRandom
@@ -27,6 +28,8 @@ from unclip_models.randomness import SampleRandom
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
 MicroBatch = tuple[Mapping[str, Tensor], SampleRandom]
+# (loss, gradient norm), which are the same on every rank -> whether to take the step
+Accept = Callable[[float, float], bool]
 
 
 class LossFunction(Protocol):
@@ -78,14 +81,27 @@ class StepResult:
     Attributes:
         loss: mean over the global batch, the same on every rank.
         grad_norm: global norm before clipping; nan or inf when it was not finite.
-        applied: False when loss or gradient was not finite on some rank, so that all ranks left the weights alone.
+        applied: False when loss or gradient was not finite on some rank, or not accepted, so that all ranks left the
+            weights alone.
         terms: per-sample terms of this rank's samples, detached.
+        compute_s: what this rank computed before it waited for another one, seconds.
     """
 
     loss: float
     grad_norm: float
     applied: bool
     terms: Mapping[str, Tensor]
+    compute_s: float = 0.0
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient were finite."""
+        return is_finite(self.loss, self.grad_norm)
+
+
+def is_finite(loss: float, grad_norm: float) -> bool:
+    """Tell whether both numbers of a step are finite; the least that is asked of every step."""
+    return math.isfinite(loss) and math.isfinite(grad_norm)
 
 
 class Engine(Protocol):
@@ -96,8 +112,17 @@ class Engine(Protocol):
     device: torch.device
     layout: str  # how the state is spread over files; equal layouts read only their own rank's file
 
-    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
-        """Accumulate the gradients of the micro batches, clip, step, and update the moving average."""
+    def step(
+        self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
+    ) -> StepResult:
+        """Accumulate the gradients of the micro batches, clip, step, and update the moving average.
+
+        Args:
+            micro_batches: this rank's part of the global batch.
+            learning_rate: of this step.
+            accepts: asked between gradient and optimizer step, for finite numbers only; if it says no, the weights are
+                left alone. A pure function of its arguments, the same on every rank, or the ranks would part.
+        """
         ...
 
     def total(self, values: Tensor) -> Tensor:
@@ -171,29 +196,33 @@ class TorchEngine:
         self._state = ShardedState([self._weights], _whole_fragments(self._params), optimizer, settings.ema_decay)
         self._publish()
 
-    def step(self, micro_batches: Iterable[MicroBatch], learning_rate: float) -> StepResult:
+    def step(
+        self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
+    ) -> StepResult:
         """See ``Engine.step``."""
         self._gradients.zero_()
         losses, terms = [], []
+        clock = ComputeClock(self.device)
         for batch, random in micro_batches:
             with autocast(self._settings):
                 loss, per_sample = self._loss(self._model, batch, random)
             (loss / self._settings.num_micro_batches).backward()
             losses.append(loss.detach())
             terms.append(per_sample)
+        clock.stop()
         if self.world_size > 1:
             dist.all_reduce(self._gradients)
             self._gradients /= self.world_size
         loss_value = mean_over_ranks(losses, self.world_size)
         norm = float(torch.linalg.vector_norm(self._gradients))
-        applied = math.isfinite(loss_value) and math.isfinite(norm)
+        applied = is_finite(loss_value, norm) and accepts(loss_value, norm)
         if applied:
             if norm > self._settings.gradient_clipping:
                 self._gradients *= self._settings.gradient_clipping / (norm + 1e-6)
             set_learning_rate(self._state.optimizer, learning_rate)
             self._state.optimizer.step()
             self._state.update_average()
-        return StepResult(loss_value, norm, applied, concatenate(terms))
+        return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s())
 
     def total(self, values: Tensor) -> Tensor:
         """See ``Engine.total``."""

@@ -25,10 +25,25 @@ from stages.base import Progress, setting
 from stages.checkpoints import CheckpointFolder
 from stages.data_watch import DataWatch
 from stages.dataset import Batch, Stream
-from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
+from stages.determinism import deterministic
+from stages.engine import (
+    Engine,
+    EngineFactory,
+    EngineSettings,
+    LossFunction,
+    MicroBatch,
+    Precision,
+    gather_from_ranks,
+    position,
+)
 from stages.errors import ConfigError, StageError
 from stages.metrics import METRICS_NAME, MetricsLog, MetricsWindow, read_metrics
+from stages.out_of_memory import out_of_memory_explained
+from stages.rollback import RollbackHistory, Rollbacks
 from stages.saving import Saver
+from stages.step_guard import GUARD_NAME, StepGuard
+from stages.stragglers import StragglerWatch
+from stages.watchdog import Watchdog
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
@@ -54,6 +69,11 @@ class TrainingConfig:
     ema_decay: float = setting(0.9999, "of the moving average of the weights, which is what is exported")
     precision: Precision = setting("fp32", "`fp32`, or `bf16`: autocast over float32 weights")
     num_streams: int = setting(8, "canonical data streams; the number of ranks must divide it")
+    spike_threshold: float | None = setting(
+        None,
+        "skip steps whose loss or gradient norm lies so many robust standard deviations above the median; null: none",
+    )
+    spike_window: int = setting(100, "steps taken that a step is compared with to find a spike")
 
     engine: Literal["deepspeed", "torch"] = setting("deepspeed", "what drives the optimizer on Ray", affects="nothing")
     compile: bool = setting(False, "compile the network with torch.compile; needs a C++ compiler", affects="nothing")
@@ -69,7 +89,22 @@ class TrainingConfig:
     keep_last: int = setting(2, "checkpoints kept", affects="nothing")
     keep_every_steps: int | None = setting(None, "checkpoints of its multiples are kept for good", affects="nothing")
     max_failed_saves: int = setting(3, "checkpoints in a row that may fail to be written", affects="nothing")
-    max_nonfinite_steps: int = setting(10, "steps in a row that may be skipped as not finite", affects="nothing")
+    max_nonfinite_steps: int = setting(
+        10, "steps in a row, not finite or spikes, after which the training rolls back", affects="nothing"
+    )
+    max_rollbacks: int = setting(3, "returns to an earlier checkpoint before the training stops", affects="nothing")
+    rollback_learning_rate_factor: float = setting(
+        0.5, "what a rollback multiplies the learning rate with", affects="nothing"
+    )
+    hang_timeout_s: float = setting(
+        1800.0,
+        "seconds without any progress after which a rank reports where it stands and ends; 0: never",
+        affects="nothing",
+    )
+    straggler_ratio: float = setting(
+        1.5, "warn of a rank that takes so many times as long as the median of the others", affects="nothing"
+    )
+    deterministic: bool = setting(False, "deterministic algorithms only; slower", affects="nothing")
     log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
     tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
     num_decode_threads: int = setting(0, "threads that decode images; 0: the prefetching one", affects="nothing")
@@ -106,11 +141,18 @@ class TrainingConfig:
             *("num_steps", "global_batch_size", "num_streams", "num_ranks", "keep_last", "prefetch_batches"),
             *("checkpoint_every_steps", "log_every_steps", "max_nonfinite_steps", "learning_rate", "eps"),
             *("max_failed_saves", "checkpoint_every_minutes", "keep_every_steps", "shard_cache_gib"),
-            *("gradient_clipping", "cpus_per_rank"),
+            *("gradient_clipping", "cpus_per_rank", "spike_threshold", "spike_window"),
+            "rollback_learning_rate_factor",
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: {value} is not positive")
+        if self.hang_timeout_s < 0:
+            raise ValueError(f"hang_timeout_s: {self.hang_timeout_s} is negative; write 0 to watch nothing")
+        if self.straggler_ratio <= 1:
+            raise ValueError(f"straggler_ratio: {self.straggler_ratio} is not above 1; write for example 1.5")
+        if self.max_rollbacks < 0:
+            raise ValueError(f"max_rollbacks: {self.max_rollbacks} is negative; write 0 for none")
 
 
 @dataclass(frozen=True)
@@ -212,44 +254,80 @@ def train(
 
     Raises:
         TrainingStoppedError: after a request to stop.
-        StageError: if the loss was not finite ``max_nonfinite_steps`` times in a row.
+        StageError: if ``max_nonfinite_steps`` in a row were bad and no rollback is left.
     """
     shapes = {name: param.shape for name, param in model.named_parameters() if param.requires_grad}
     rank, world_size = position()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopRequest(should_stop))
+        stack.enter_context(out_of_memory_explained(config, world_size, place))
+        stack.enter_context(deterministic(config.deterministic, place))
+        watchdog = stack.enter_context(_watchdog(config, folder, place))
         # Layers such as dropout draw from torch's global generator, which is seeded anew at every step.
         stack.enter_context(torch.random.fork_rng())
         engine = make_engine(model, loss, engine_settings(config, world_size))
         stack.callback(engine.close)
         checkpoints = CheckpointFolder(folder, config.keep_last, config.keep_every_steps)
-        resumed = checkpoints.resume(engine)
-        first_step = resumed.step if resumed else 0
-        if resumed and rank == 0:
-            logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
-        lines = resumed.metrics if resumed else b""
-        log = _open_log(stack, folder, config, lines, first_step) if rank == 0 else None
-        num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
-        window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
-        num_bad = int(read_metrics(lines)[-1].get("num_bad_samples", 0)) if lines else 0
-        watch = DataWatch(vars(config), place, num_bad)
-        batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
-        saver = Saver(
-            checkpoints,
-            engine,
-            place=place,
-            newest=resumed.step if resumed else None,
-            in_background=config.checkpoint_in_background,
-            max_failures=config.max_failed_saves,
-        )
-        stack.callback(saver.close)
-        loop = _Loop(engine, config, seed, place, window, watch, saver, log, report, stop)
-        loop.run(batches, first_step)
+        rollbacks = _rollbacks(engine, checkpoints, config, folder, place)
+        stragglers = StragglerWatch(engine, place, config.straggler_ratio)
+        finished = False
+        while not finished:  # once, and again after every rollback, which leaves the folder as a kill would
+            watchdog.enter("start", 0)
+            with contextlib.ExitStack() as attempt:
+                resumed = checkpoints.resume(engine)
+                first_step = resumed.step if resumed else 0
+                if resumed and rank == 0:
+                    logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
+                lines = resumed.metrics if resumed else b""
+                log = _open_log(attempt, folder, config, lines, first_step) if rank == 0 else None
+                num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
+                window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
+                num_bad = int(read_metrics(lines)[-1].get("num_bad_samples", 0)) if lines else 0
+                watch = DataWatch(vars(config), place, num_bad)
+                saver = Saver(
+                    checkpoints,
+                    engine,
+                    place=place,
+                    newest=resumed.step if resumed else None,
+                    in_background=config.checkpoint_in_background,
+                    max_failures=config.max_failed_saves,
+                )
+                attempt.callback(saver.close)
+                guard = StepGuard(config.spike_threshold, config.spike_window, resumed.guard if resumed else b"")
+                history = rollbacks.history(first_step)
+                batches = attempt.enter_context(
+                    contextlib.closing(stream.batches(first_step + history.data_offset, rank, world_size))
+                )
+                loop = _Loop(
+                    *(engine, config, seed, place, window, watch, saver, guard, history, rollbacks),
+                    *(stragglers, watchdog, log, report, stop),
+                )
+                finished = loop.run(batches, first_step)
         if log is None:
             return Trained(None, {}, b"")
         last_line = read_metrics(log.content)[-1]
         metrics = {name: value for name, value in last_line.items() if name != "step" and value is not None}
         return Trained(checkpoints.weights(config.num_steps, shapes), metrics, log.content)
+
+
+def _watchdog(config: TrainingConfig, folder: str, place: str) -> Watchdog:
+    rank, world_size = position()
+    session = gather_from_ranks(time.strftime("%Y%m%dT%H%M%SZ", time.gmtime()), world_size)[0]
+    return Watchdog(folder, place, rank=rank, world_size=world_size, session=session, timeout_s=config.hang_timeout_s)
+
+
+def _rollbacks(
+    engine: Engine, checkpoints: CheckpointFolder, config: TrainingConfig, folder: str, place: str
+) -> Rollbacks:
+    return Rollbacks(
+        engine=engine,
+        checkpoints=checkpoints,
+        folder=folder,
+        place=place,
+        max_rollbacks=config.max_rollbacks,
+        learning_rate_factor=config.rollback_learning_rate_factor,
+        checkpoint_every_steps=config.checkpoint_every_steps,
+    )
 
 
 def _open_log(
@@ -271,29 +349,43 @@ class _Loop:
     window: MetricsWindow
     watch: DataWatch
     saver: Saver
+    guard: StepGuard
+    history: RollbackHistory
+    rollbacks: Rollbacks
+    stragglers: StragglerWatch
+    watchdog: Watchdog
     log: MetricsLog | None
     report: Callable[[Progress], None]
     stop: _StopRequest
     saved_at: float = field(default_factory=time.monotonic)
 
-    def run(self, batches: Iterator[Batch], first_step: int) -> None:
-        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last."""
-        config, engine = self.config, self.engine
-        num_bad = 0
+    def run(self, batches: Iterator[Batch], first_step: int) -> bool:
+        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last.
+
+        Returns:
+            False if the training was rolled back and has to be resumed.
+        """
+        config, engine, guard, history = self.config, self.engine, self.guard, self.history
         reporter = _Reporter(self.report, config)
         for step in range(first_step, config.num_steps):
+            self.watchdog.enter("data", step)
             waited_from = time.monotonic()
             batch = next(batches)
             waited_s = time.monotonic() - waited_from
-            assert batch.step == step, f"the stream gave step {batch.step} for step {step}"
+            assert batch.step == step + history.data_offset, f"the stream gave step {batch.step} for step {step}"
             self.watch.took(batch, waited_s)
-            learning_rate = learning_rate_at(config, step)
-            result = engine.step(self._micro_batches(batch), learning_rate)
+            learning_rate = learning_rate_at(config, step) * history.learning_rate_scale
+            self.watchdog.enter("step", step)
+            result = engine.step(self._micro_batches(batch), learning_rate, guard.accepts)
             self.window.add(result.loss, result.grad_norm, result.applied, result.terms, waited_s)
-            num_bad = 0 if result.applied else num_bad + 1
-            if num_bad >= config.max_nonfinite_steps:
-                raise self._diverged(step + 1, num_bad)
+            guard.add(step, result)
+            self.stragglers.add(result.compute_s, waited_s)
+            self.watchdog.step_done()
             done = step + 1
+            if len(guard.bad_steps) >= config.max_nonfinite_steps:
+                self.saver.finish()  # what is under way may be what there is to go back to
+                self.rollbacks.go_back(history, done, guard.bad_steps)
+                return False
             if engine.rank == 0:
                 reporter.step_done(done, result.loss, waited_s)
             is_last = done == config.num_steps
@@ -304,16 +396,26 @@ class _Loop:
                 raise TrainingStoppedError(
                     f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
                 )
+        return True
 
     def _keep(self, done: int, learning_rate: float, *, saving: bool, ending: bool) -> None:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
         saving = saving or ending
         if saving or done % self.config.log_every_steps == 0:
-            metrics = self.window.close(self.engine, learning_rate) | self.watch.close(self.engine, done)
+            self.watchdog.enter("log", done)
+            metrics = self.window.close(self.engine, learning_rate) | self.stragglers.close()
+            metrics |= self.watch.close(self.engine, done)
+            metrics |= {
+                "num_spikes": float(self.guard.num_spikes),
+                "num_rollbacks": float(len(self.history.rollbacks)),
+            }
             if self.log is not None:
-                self.log.write(done, metrics)
+                self.log.write(done, dict(sorted(metrics.items())))
         if saving:
-            extra = {} if self.log is None else {METRICS_NAME: self.log.content}
+            self.watchdog.enter("checkpoint", done)
+            extra = {}
+            if self.log is not None:
+                extra = {METRICS_NAME: self.log.content, GUARD_NAME: self.guard.to_json()}
             began_at = time.monotonic()
             self.saver.save(done, extra, wait=ending)
             self.saved_at = time.monotonic()
@@ -340,16 +442,6 @@ class _Loop:
         if num_ready == self.engine.world_size:
             self.saver.finish()
         return stopping > 0, due > 0
-
-    def _diverged(self, step: int, num_bad: int) -> StageError:
-        self.saver.finish()
-        newest = self.saver.newest
-        last = "there is no checkpoint yet" if newest is None else f"the last checkpoint is of step {newest}"
-        return StageError(
-            f"{self.place}: loss or gradient was not finite in {num_bad} steps in a row, up to step {step}; {last}. "
-            f"Lower {self.place}.learning_rate (now {self.config.learning_rate:g}), raise {self.place}.warmup_steps "
-            f"or set {self.place}.precision: fp32"
-        )
 
 
 def _torch_seed(seed: int, step: int, rank: int) -> int:

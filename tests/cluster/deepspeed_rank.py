@@ -5,7 +5,9 @@ Usage: python -m tests.cluster.deepspeed_rank RANK WORLD_SIZE FOLDER
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import sys
 import warnings
 from dataclasses import replace
@@ -17,9 +19,10 @@ import torch.distributed as dist
 
 from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.checkpoints import CheckpointFolder
-from stages.engine import Engine, EngineSettings, TorchEngine, files_to_load
+from stages.engine import Accept, Engine, EngineSettings, TorchEngine, files_to_load, is_finite
 from stages.sharded_state import rank_file
-from stages.training import TrainingConfig, engine_settings, model_loss, train
+from stages.stragglers import StragglerWatch
+from stages.training import TrainingConfig, TrainingStoppedError, engine_settings, model_loss, train
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
 
@@ -39,7 +42,7 @@ CONFIG = TrainingConfig(
 )
 
 
-def steps(engine: Engine, first: int, last: int) -> list[list[Any]]:
+def steps(engine: Engine, first: int, last: int, accepts: Accept = is_finite) -> list[list[Any]]:
     """Do optimizer steps; return loss, norm and whether it was applied, of each."""
     done = []
     stream = VectorStream(poisoned_steps=frozenset({POISONED_STEP}))
@@ -50,7 +53,7 @@ def steps(engine: Engine, first: int, last: int) -> list[list[Any]]:
         for i in range(0, len(batch.indices), MICRO_BATCH_SIZE):
             part = batch.part(i, i + MICRO_BATCH_SIZE, engine.device)
             parts.append((part, SampleRandom(1, batch.step, batch.indices[i : i + MICRO_BATCH_SIZE])))
-        result = engine.step(parts, 1e-2)
+        result = engine.step(parts, 1e-2, accepts)
         done.append([result.loss, result.grad_norm, result.applied])
     raise AssertionError
 
@@ -83,6 +86,7 @@ def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     load(engine, folder / f"zero{zero_stage}", engine.layout)
     found["again"] = steps(engine, 5, 8)
     found["poisoned"] = steps(engine, 8, 11)
+    found["refused"] = steps(engine, 11, 12, lambda loss, norm: False) + steps(engine, 11, 12)
     engine.close()
     # A checkpoint of any stage goes on under any other, and under the plain-torch engine.
     other = DeepSpeedEngine(TinyModel(seed=9), model_loss, settings(world_size, (zero_stage + 1) % 4))
@@ -132,6 +136,41 @@ def lose_a_save(folder: Path, world_size: int) -> dict[str, Any]:
     return {"at_step_8": seen, "at_the_end": CheckpointFolder(options["folder"], 2).steps()}
 
 
+def roll_back(folder: Path, make_engine: Any) -> dict[str, Any]:
+    """Meet a bad stretch on the first rank, straight and with stops before, within and behind it."""
+    config = TrainingConfig(**{**vars(CONFIG), "max_nonfinite_steps": 2, "log_every_steps": 3})
+    stream = VectorStream(poisoned_steps=frozenset({6, 7}))
+
+    def run(name: str, stop_after: int) -> Any:
+        asked = iter(range(1, 99))
+        options: dict[str, Any] = {"make_engine": make_engine, "seed": 2, "folder": str(folder / name), "place": "tiny"}
+        return train(TinyModel(dropout=0.2), stream, config, should_stop=lambda: next(asked) == stop_after, **options)
+
+    straight = run("straight", 0)
+    for stop_after in (3, 7, 10):
+        with contextlib.suppress(TrainingStoppedError):
+            run(
+                "stopped", stop_after - CheckpointFolder(str(folder / "stopped"), 2).steps()[0] if stop_after > 3 else 3
+            )
+    resumed = run("stopped", 0)
+    same = dist.get_rank() > 0 or all(torch.equal(straight.weights[n], resumed.weights[n]) for n in straight.weights)
+    return {"num_rollbacks": straight.metrics.get("num_rollbacks"), "same": same}
+
+
+def lag(world_size: int) -> dict[str, Any]:
+    """Let the second rank wait for data; return the numbers and what was warned of."""
+    heard: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("stages.stragglers").addHandler(handler)
+    engine = TorchEngine(TinyModel(), model_loss, settings(world_size, 0))
+    watch, numbers = StragglerWatch(engine, "tiny", 1.5), {}
+    for _ in range(5):
+        watch.add(compute_s=0.125, data_s=0.5 * engine.rank)
+        numbers = watch.close()
+    return {"numbers": numbers, "heard": heard}
+
+
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Be one rank."""
     torch.set_num_threads(1)
@@ -140,6 +179,9 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
     found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
     found["lost"] = lose_a_save(folder, world_size)
+    for name, make_engine in (("deepspeed", DeepSpeedEngine), ("torch", TorchEngine)):
+        found[f"rollback_{name}"] = roll_back(folder / f"rollback-{name}", make_engine)
+    found["lag"] = lag(world_size)
     found["compiler"] = "torch._dynamo" in sys.modules
     found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
     dist.barrier()

@@ -81,6 +81,29 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(
     assert after[:2] == pytest.approx(reference[10][:2], **CLOSE)
 
 
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_a_step_that_is_not_accepted_leaves_the_weights_alone(found: dict[str, Any], stage: int) -> None:
+    refused, again = found[str(stage)]["refused"]
+    assert not refused[2] and again[2]
+    assert refused[:2] == again[:2]
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
+def test_ranks_roll_back_together_and_resume_bit_for_bit(found: dict[str, Any], engine: str) -> None:
+    rolled_back = found[f"rollback_{engine}"]
+    assert rolled_back["num_rollbacks"] == 1 and rolled_back["same"]
+
+
+def test_a_slow_rank_is_named_with_its_cause(found: dict[str, Any]) -> None:
+    lag = found["lag"]
+    if not lag["numbers"]:  # a rank alone has nobody to be slower than
+        assert lag["heard"] == []
+        return
+    assert lag["numbers"] == {"slowest_rank": 1.0, "slowest_rank_ratio": 5.0}
+    (warning,) = lag["heard"]
+    assert "tiny: rank 1 on" in warning and "0.500 s of each step go into waiting for data, 0.000 s" in warning
+
+
 def test_train_stop_resume_is_the_same_bit_for_bit(found: dict[str, Any]) -> None:
     assert found["resume"] == {
         "message": "tiny: stopped on request after step 7 of 12; run again to resume",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,6 +23,7 @@ from stages.errors import InputError
 from stages.executor import LocalExecutor, ShardFailure
 from stages.manifest import Manifest, ShardRecord
 from stages.training import TrainingConfig, train
+from stages.watchdog import read_reports, suspects
 from tests.stages.training_data import TinyModel, VectorStream
 
 # Ray Data warns of its own settings when it is imported.
@@ -39,7 +42,9 @@ class TinyConfig(TrainingConfig):
     log_every_steps: int = setting(4, "steps", affects="nothing")
     cpus_per_rank: float = setting(0.5, "cores", affects="nothing")
     tensorboard: bool = setting(False, "none", affects="nothing")
-    accident: Literal["none", "dies", "always_dies", "input"] = setting("none", "what happens", affects="nothing")
+    accident: Literal["none", "dies", "stops", "always_dies", "input"] = setting(
+        "none", "what happens", affects="nothing"
+    )
     marker: str = setting("", "file that says it has happened", affects="nothing")
 
 
@@ -64,6 +69,9 @@ class AccidentalStream(VectorStream):
             with marker.open("a") as file:
                 file.write("x")
             os._exit(1)
+        if self._config.accident == "stops" and not marker.exists():
+            marker.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class Tiny(Stage[TinyConfig]):
@@ -161,6 +169,27 @@ def test_a_rank_that_dies_is_replaced_and_the_training_resumes(ray_executor: Ray
         calm, stormy = pool.map(outcome, ("none", "dies"))
     assert marker.read_text() == "x"
     assert torch.equal(weights(calm, tmp_path / "none"), weights(stormy, tmp_path / "dies"))
+
+
+@pytest.mark.chaos
+def test_a_rank_that_stands_still_is_named_and_the_group_started_again(
+    ray_executor: RayExecutor, tmp_path: Path
+) -> None:
+    """Two ranks; the second is stopped. The weights are bit for bit those of an undisturbed group."""
+    marker = tmp_path / "marker"
+
+    def outcome(accident: str) -> Any:
+        options = {"num_ranks": 2, "hang_timeout_s": 8.0, "marker": str(marker)}
+        return run(ray_executor, tmp_path / accident, accident=accident, **options)
+
+    with ThreadPoolExecutor(2) as pool:
+        calm, stormy = pool.map(outcome, ("none", "stops"))
+    assert torch.equal(weights(calm, tmp_path / "none"), weights(stormy, tmp_path / "stops"))
+    (folder,) = (tmp_path / "stops").glob("*/hangs/*")
+    reports = read_reports(str(folder))
+    assert suspects(reports, 2) == [1]  # the other one reported that it waits in a collective
+    assert (reports[0].step, reports[0].phase, reports[0].in_collective) == (6, "step", True)
+    assert not psutil.pid_exists(int(marker.read_text()))
 
 
 @pytest.mark.chaos
