@@ -27,6 +27,7 @@ from unclip_models.ema import ema_update, warmed_up_decay
 
 # What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
 KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
+_EXCHANGED = 1 << 24  # elements swapped at once: 64 MiB of memory beside weights and averages
 RANK_FILE = re.compile(r"rank-\d{4}\.safetensors")
 
 
@@ -82,6 +83,15 @@ class ShardedState:
         """Take the present weights into the moving average; called once after every applied step."""
         ema_update(self.averages, self.masters, warmed_up_decay(self.ema_decay, self.num_updates))
         self.num_updates += 1
+
+    def exchange(self) -> None:
+        """Swap weights and moving averages in place; to do so twice changes no bit."""
+        for master, average in zip(self.masters, self.averages, strict=True):
+            parts = zip(master.detach().view(-1).split(_EXCHANGED), average.view(-1).split(_EXCHANGED), strict=True)
+            for weights, averages in parts:
+                kept = weights.clone()
+                weights.copy_(averages)
+                averages.copy_(kept)
 
     def save(self, path: Path) -> None:
         """Write every fragment of every kind to a safetensors file."""
