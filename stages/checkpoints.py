@@ -89,6 +89,7 @@ class CheckpointFolder:
     def __init__(self, folder: str, keep_last: int) -> None:
         self._uri = storage.join(folder, "checkpoints")
         self._keep_last = keep_last
+        self.spared_step: int | None = None  # kept too: the best step so far of a training that may stop early
 
     def save(self, engine: Engine, step: int, metrics: bytes) -> None:
         """Write a checkpoint with all ranks (collective), then delete the oldest ones.
@@ -176,7 +177,8 @@ class CheckpointFolder:
         """Delete all but the newest ``keep_last`` checkpoints, and what broken-off writes left before them."""
         whole, broken = self._listing()
         newest = sorted(whole, reverse=True)
-        doomed = [*newest[self._keep_last :], *(step for step in broken if step < newest[0])]
+        old = (step for step in newest[self._keep_last :] if step != self.spared_step)
+        doomed = [*old, *(step for step in broken if step < newest[0])]
         for step in doomed:
             with contextlib.suppress(StorageError):  # a leftover costs space only; the next checkpoint tries again
                 storage.delete(storage.join(self._step_uri(step), RECORD_NAME))

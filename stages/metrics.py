@@ -4,6 +4,7 @@ The lines are the record: they are kept with every checkpoint, so a resumed trai
 the checkpoint it resumed from. What is shown while the training runs lies in its folder::
 
     <folder>/metrics.jsonl       published every few seconds
+    <folder>/samples/            grids of samples, step-000123.png
     <folder>/tensorboard/        event files; copied there now and then if the store is remote
 """
 
@@ -22,8 +23,11 @@ from torch import Tensor
 
 from stages import storage
 from stages.engine import Engine
+from stages.pictures import Pixels, encode_png
+from stages.wandb_log import WandbLog
 
 METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples"
 TENSORBOARD_NAME = "tensorboard"
 _PUBLISH_EVERY_S = 20.0
 _NUM_QUARTILES = 4
@@ -38,10 +42,20 @@ class MetricsLog:
         lines: those of the checkpoint the training resumes from.
         first_step: step it resumes from; TensorBoard forgets later ones.
         tensorboard: whether to write event files too.
+        wandb: a run in W&B to write to as well.
     """
 
-    def __init__(self, folder: str, *, lines: bytes = b"", first_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        lines: bytes = b"",
+        first_step: int = 0,
+        tensorboard: bool = True,
+        wandb: WandbLog | None = None,
+    ) -> None:
         self._folder = folder
+        self._wandb = wandb
         self._lines = bytearray(lines)
         self._published_at = time.monotonic()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -59,8 +73,19 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
         if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
             self.publish()
+
+    def show(self, step: int, picture: Pixels) -> None:
+        """Publish a grid of samples, uint8 ``(H, W, 3)``."""
+        uri = storage.join(self._folder, SAMPLES_NAME, f"step-{step:06d}.png")
+        storage.write_bytes(uri, encode_png(picture, {"step": str(step)}))
+        if self._writer is not None:
+            self._writer.add_image("samples", picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.show(step, picture)
 
     def publish(self) -> None:
         """Show the present state in the training's folder."""
@@ -77,6 +102,8 @@ class MetricsLog:
         self.publish()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 

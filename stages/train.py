@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -21,12 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from stages import storage
-from stages.base import Resources, Shard, Stage, record_uri, setting
+from stages.base import Affects, Resources, Shard, Stage, record_uri, setting
 from stages.dataset import TrainingStream
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError, IntegrityError
+from stages.flops import flops_per_sample
+from stages.held_out import HeldOutSamples, held_out_counts
+from stages.insight import Watch
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
+from stages.sample_grids import Painter
 from stages.training import Trained, TrainingConfig, model_loss, train
 from stages.weights import checked_copy, weights_of
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
@@ -102,10 +106,11 @@ class Training(Stage[TrainingC]):
         self.check_inputs(inputs)
         records = [record for record in inputs["curate"].records if record.num_kept > 0]
         num_kept = [record.num_kept for record in records]
-        if sum(num_kept) < self.config.num_streams:
+        held_out = held_out_counts(num_kept, self.config.validation.num_samples)
+        if sum(num_kept) - sum(held_out) < self.config.num_streams:
             raise InputError(
-                f"{self.name}: curate kept {sum(num_kept)} samples, fewer than {self.name}.num_streams: "
-                f"{self.config.num_streams}; loosen curate and filter, or lower num_streams"
+                f"{self.name}: curate kept {sum(num_kept) - sum(held_out)} samples to train on, fewer than "
+                f"{self.name}.num_streams: {self.config.num_streams}; loosen curate and filter, or lower num_streams"
             )
         files: dict[str, File] = {}
         for index, record in enumerate(records):
@@ -114,7 +119,13 @@ class Training(Stage[TrainingC]):
                 files[f"images#{index}"] = record.inputs["images"]
             if self.needs_embeddings:
                 files[f"embeddings#{index}"] = record.inputs["embeddings"]
-        return [self.shard(0, inputs=files | self.extra_files(inputs), num_kept=num_kept)]
+        split = {"num_held_out": held_out} if any(held_out) else {}
+        return [self.shard(0, inputs=files | self.extra_files(inputs), num_kept=num_kept, **split)]
+
+    def _work(self, scopes: Sequence[Affects]) -> dict[str, Any]:
+        """Count how validation goes as part of the work where it decides when the training ends."""
+        work, settings = super()._work(scopes), self.config.validation
+        return work if settings.early_stop_patience is None else {**work, "early_stop": asdict(settings)}
 
     def check_inputs(self, inputs: Mapping[str, Manifest]) -> None:
         """Refuse a model that does not fit the data.
@@ -174,6 +185,8 @@ class Training(Stage[TrainingC]):
         started_at = time.monotonic()
         clip = self._clip(shard)
         model = self.build_model(shard, clip)
+        loss = model_loss if clip is None else _LossWithClipText(clip)
+        watch = self._watch(shard, clip, model)
         make_efficient(model, compile=self.config.compile, channels_last=self.config.channels_last)
         trained = train(
             model,
@@ -183,8 +196,9 @@ class Training(Stage[TrainingC]):
             seed=self.seed,
             folder=storage.join(output, shard.id),
             place=self.name,
-            loss=model_loss if clip is None else _LossWithClipText(clip),
+            loss=loss,
             num_timesteps=self._num_timesteps(),
+            watch=watch,
             report=self.report,
             should_stop=should_stop,
         )
@@ -224,28 +238,50 @@ class Training(Stage[TrainingC]):
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.config.gpus_per_rank else torch.device("cpu")
 
-    def _stream(self, shard: Shard, clip: ClipModel | None) -> TrainingStream:
-        config = self.config
-        inputs = shard.inputs
-        shards = [
+    def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
+        """Give what the training is looked at with; counts what the model, not compiled yet, has to compute."""
+        flops = flops_per_sample(model, model_loss, example_batch(self.config.model))
+        if not any(shard.params.get("num_held_out", ())):
+            return Watch(flops_per_sample=flops)
+        seed = self.config.validation.seed
+        held_out = HeldOutSamples(self._shards(shard), seed=seed, **self._sample_options(clip))
+        complete = (lambda batch: batch) if clip is None else partial(with_clip_text, clip=clip)
+        draw = Painter(self.config.samples, held_out, seed, complete)
+        return Watch(held_out=held_out, draw=draw, flops_per_sample=flops)
+
+    def _shards(self, shard: Shard) -> list[TrainingShard]:
+        inputs, num_kept = shard.inputs, shard.params["num_kept"]
+        held_out = shard.params.get("num_held_out") or [0] * len(num_kept)
+        return [
             TrainingShard(
                 selection=inputs[f"selection#{index}"],
-                num_kept=num_kept,
+                num_kept=num_kept[index],
                 images=inputs.get(f"images#{index}"),
                 embeddings=inputs.get(f"embeddings#{index}"),
+                num_held_out=held_out[index],
             )
-            for index, num_kept in enumerate(shard.params["num_kept"])
+            for index in range(len(num_kept))
         ]
+
+    def _sample_options(self, clip: ClipModel | None) -> dict[str, Any]:
+        """Say what is wanted of every sample, to train on or to validate with."""
+        model = self.config.model
+        return {
+            "root": self.root,
+            "image_size_px": getattr(model, "image_size", None) if self.needs_images else None,
+            "tokenize": self._tokenizer(clip) if self.needs_embeddings else None,
+            "embeddings": self.needs_embeddings,
+            "prepare": partial(training_sample, model) if isinstance(model, UpsamplerConfig) else None,
+        }
+
+    def _stream(self, shard: Shard, clip: ClipModel | None) -> TrainingStream:
+        config = self.config
         return TrainingStream(
-            shards,
-            root=self.root,
+            self._shards(shard),
+            **self._sample_options(clip),
             num_streams=config.num_streams,
             global_batch_size=config.global_batch_size,
             seed=self.seed,
-            image_size_px=getattr(config.model, "image_size", None) if self.needs_images else None,
-            tokenize=self._tokenizer(clip) if self.needs_embeddings else None,
-            embeddings=self.needs_embeddings,
-            prepare=partial(training_sample, config.model) if isinstance(config.model, UpsamplerConfig) else None,
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
@@ -266,8 +302,9 @@ class Training(Stage[TrainingC]):
         model = self.build_model(shard, clip)
         model.load_state_dict({**model.state_dict(), **trained.weights})
         self.complete(model, shard, clip)
-        metadata = {"stage": self.name, "shard": shard.id, "steps": str(self.config.num_steps), "seed": str(self.seed)}
+        metadata = {"stage": self.name, "shard": shard.id, "steps": str(trained.step), "seed": str(self.seed)}
         num_samples = sum(shard.params["num_kept"])
+        num_held_out = sum(shard.params.get("num_held_out", ()))
         with tempfile.TemporaryDirectory(prefix="unclip-export-") as scratch:
             path = Path(scratch) / "weights.safetensors"
             save_model(model, path, metadata=metadata)
@@ -277,9 +314,11 @@ class Training(Stage[TrainingC]):
                 {"weights": ("safetensors", path), "metrics": ("jsonl", trained.metrics_log)},
                 started_at=started_at,
                 num_in=num_samples,
-                num_kept=num_samples,
+                num_kept=num_samples - num_held_out,
+                dropped={"held_out": num_held_out} if num_held_out else {},
                 metrics={
                     **trained.metrics,
+                    "exported_step": float(trained.step),
                     "num_parameters": float(sum(param.numel() for param in model.parameters())),
                 },
             )
@@ -382,6 +421,28 @@ class Upsampler1024(Training[UpsamplerTraining]):
     name = "upsampler_1024"
     needs_images = True
     needs_embeddings = False
+
+
+def example_batch(model: Any) -> dict[str, Tensor]:
+    """Make tensors of the shapes of one training sample, on the meta device.
+
+    Args:
+        model: config of the prior, decoder or upsampler.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(model, UpsamplerConfig):
+        small_px = model.crop_px // model.factor
+        shapes = {"image": (1, 3, model.crop_px, model.crop_px), "low_res": (1, 3, small_px, small_px)}
+    else:
+        shapes = dict.fromkeys(("image_embedding", "text_embedding"), (1, model.embedding_dim))
+    if isinstance(model, DecoderConfig):
+        shapes["image"] = (1, 3, model.image_size, model.image_size)
+    batch = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if hasattr(model, "text"):
+        batch["tokens"] = torch.empty(1, model.text.context_length, dtype=torch.int64, device="meta")
+        if model.text.kind == "clip":
+            batch["text_sequence"] = torch.empty(1, model.text.context_length, model.text.width, device="meta")
+    return batch
 
 
 def with_clip_text(batch: Mapping[str, Tensor], clip: ClipModel) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -26,12 +26,17 @@ from stages.checkpoints import CheckpointFolder
 from stages.dataset import Batch, Stream
 from stages.engine import Engine, EngineFactory, EngineSettings, LossFunction, MicroBatch, Precision, position
 from stages.errors import ConfigError, StageError
+from stages.insight import NOTHING_TO_WATCH, Insight, Seen, Watch
 from stages.metrics import MetricsLog, MetricsWindow, read_metrics
+from stages.sample_grids import SamplesConfig
+from stages.validation import ValidationConfig
+from stages.wandb_log import WandbConfig
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +47,12 @@ class TrainingConfig:
     num_steps: int = setting(1000, "optimizer steps")
     global_batch_size: int = setting(64, "samples per optimizer step, over all ranks")
     learning_rate: float = setting(1.2e-4, "AdamW's peak learning rate")
-    learning_rate_schedule: Literal["constant", "cosine"] = setting("constant", "what follows the warm-up")
+    learning_rate_schedule: Schedule = setting(
+        "constant", "what follows the warm-up: `constant`, `cosine`, `linear`, or `wsd`: constant, then linear"
+    )
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0")
+    decay_fraction: float = setting(0.2, "of all steps: the decay at the end, with `wsd`")
+    final_learning_rate_fraction: float = setting(0.0, "of the peak, to which the learning rate falls at the end")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     beta1: float = setting(0.9, "AdamW's decay of the first moment")
     beta2: float = setting(0.999, "AdamW's decay of the second moment")
@@ -63,6 +72,16 @@ class TrainingConfig:
     micro_batch_size: int | None = setting(None, "samples per forward pass and rank; null: all", affects="nothing")
     checkpoint_every_steps: int = setting(1000, "steps between checkpoints", affects="nothing")
     keep_last: int = setting(2, "checkpoints kept", affects="nothing")
+    validation: ValidationConfig = setting(
+        factory=ValidationConfig, help="loss on held-out samples, with fixed noise; early stop"
+    )
+    samples: SamplesConfig = setting(
+        factory=SamplesConfig, help="samples drawn while training, of held-out ones", affects="nothing"
+    )
+    wandb: WandbConfig = setting(factory=WandbConfig, help="metrics in Weights & Biases", affects="nothing")
+    peak_tflops: float | None = setting(
+        None, "dense peak of one GPU in this precision, TFLOP/s, for `mfu`; null: by its name", affects="nothing"
+    )
     max_nonfinite_steps: int = setting(10, "steps in a row that may be skipped as not finite", affects="nothing")
     log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
     tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
@@ -76,6 +95,11 @@ class TrainingConfig:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); write for example 0.9999")
         if not 0 <= self.warmup_steps <= self.num_steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is not between 0 and num_steps: {self.num_steps}")
+        for name in ("decay_fraction", "final_learning_rate_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name):g} is not in [0, 1]")
+        if self.samples.every_steps and not self.validation.num_samples:
+            raise ValueError("samples.every_steps: samples are drawn of held-out ones; set validation.num_samples")
         if self.global_batch_size % self.num_streams:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is not a multiple of num_streams: {self.num_streams}"
@@ -106,13 +130,15 @@ class Trained:
 
     Attributes:
         weights: averaged weights by parameter name, float32 on the CPU; on the first rank only.
-        metrics: the last logged numbers, likewise.
+        metrics: the numbers logged at the step they are of, likewise.
         metrics_log: all JSON lines, likewise.
+        step: of these weights: the last, or the best validated one if the training may stop early.
     """
 
     weights: Mapping[str, Tensor] | None
     metrics: Mapping[str, float]
     metrics_log: bytes
+    step: int
 
 
 class TrainingStoppedError(StageError):
@@ -128,13 +154,21 @@ def model_loss(
 
 
 def learning_rate_at(config: TrainingConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then constant or a cosine to 0."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    decay_from = config.warmup_steps
+    if config.learning_rate_schedule == "wsd":
+        decay_from = max(decay_from, config.num_steps - round(config.decay_fraction * config.num_steps))
+    progress = max(0, step - decay_from) / max(1, config.num_steps - decay_from)
     if config.learning_rate_schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        height = 1.0
+    elif config.learning_rate_schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        height = 1 - progress
+    lowest = config.final_learning_rate_fraction
+    return config.learning_rate * (lowest + (1 - lowest) * height)
 
 
 def engine_settings(config: TrainingConfig, world_size: int) -> EngineSettings:
@@ -176,6 +210,7 @@ def train(
     place: str,
     loss: LossFunction = model_loss,
     num_timesteps: int | None = None,
+    watch: Watch = NOTHING_TO_WATCH,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
@@ -193,6 +228,7 @@ def train(
         place: the stage, for messages.
         loss: the loss function.
         num_timesteps: of the diffusion, to split the loss by timestep quartile.
+        watch: held-out samples and the like, to look at the training with.
         report: gets signs of life twice a second, on the first rank.
         should_stop: asked after every step; once it says yes on any rank, all ranks write a checkpoint and stop.
             SIGTERM and Ctrl-C do the same where this runs in the main thread.
@@ -215,23 +251,33 @@ def train(
         if resumed and rank == 0:
             logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
         lines = resumed.metrics if resumed else b""
-        log = _open_log(stack, folder, config, lines, first_step) if rank == 0 else None
+        log = _open_log(stack, folder, place, config, lines, first_step) if rank == 0 else None
+        insight = Insight(
+            config,
+            watch,
+            engine,
+            micro_batch_size=engine_settings(config, world_size).micro_batch_size,
+            num_timesteps=num_timesteps,
+            lines=read_metrics(lines),
+        )
         num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
         window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
         batches = stack.enter_context(contextlib.closing(stream.batches(first_step, rank, world_size)))
-        loop = _Loop(engine, config, seed, place, window, checkpoints, log, report, stop)
-        loop.run(batches, first_step)
+        loop = _Loop(engine, config, seed, place, window, checkpoints, log, insight, report, stop)
+        last_step = loop.run(batches, first_step)
+        step = insight.best_step or last_step
         if log is None:
-            return Trained(None, {}, b"")
-        last_line = read_metrics(log.content)[-1]
-        metrics = {name: value for name, value in last_line.items() if name != "step" and value is not None}
-        return Trained(checkpoints.weights(config.num_steps, shapes), metrics, log.content)
+            return Trained(None, {}, b"", step)
+        line = next(line for line in reversed(read_metrics(log.content)) if line["step"] == step)
+        metrics = {name: value for name, value in line.items() if name != "step" and value is not None}
+        return Trained(checkpoints.weights(step, shapes), metrics, log.content, step)
 
 
 def _open_log(
-    stack: contextlib.ExitStack, folder: str, config: TrainingConfig, lines: bytes, first_step: int
+    stack: contextlib.ExitStack, folder: str, place: str, config: TrainingConfig, lines: bytes, first_step: int
 ) -> MetricsLog:
-    log = MetricsLog(folder, lines=lines, first_step=first_step, tensorboard=config.tensorboard)
+    wandb = WandbLog(config.wandb, folder, place, asdict(config)) if config.wandb.project else None
+    log = MetricsLog(folder, lines=lines, first_step=first_step, tensorboard=config.tensorboard, wandb=wandb)
     stack.callback(log.close)
     return log
 
@@ -247,15 +293,19 @@ class _Loop:
     window: MetricsWindow
     checkpoints: CheckpointFolder
     log: MetricsLog | None
+    insight: Insight
     report: Callable[[Progress], None]
     stop: _StopRequest
 
-    def run(self, batches: Iterator[Batch], first_step: int) -> None:
-        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last."""
+    def run(self, batches: Iterator[Batch], first_step: int) -> int:
+        """Do the steps ``first_step .. num_steps - 1``, or fewer, with a checkpoint after the last; return how many."""
         config, engine = self.config, self.engine
-        num_bad = 0
+        num_bad, done = 0, first_step
         reporter = _Reporter(self.report, config)
         for step in range(first_step, config.num_steps):
+            if self.insight.has_ended:
+                logger.info("%s: stopped early after step %d; best: %s", self.place, done, self.insight.best_step)
+                break
             waited_from = time.monotonic()
             batch = next(batches)
             waited_s = time.monotonic() - waited_from
@@ -269,21 +319,29 @@ class _Loop:
             done = step + 1
             if engine.rank == 0:
                 reporter.step_done(done, result.loss)
-            is_last = done == config.num_steps
+            seen = self.insight.look(done)
+            is_last = done == config.num_steps or self.insight.has_ended
             stopping = self._agreed_to_stop() and not is_last
-            self._keep(done, learning_rate, saving=stopping or is_last or done % config.checkpoint_every_steps == 0)
+            due = done % config.checkpoint_every_steps == 0 or done == self.insight.best_step
+            self._keep(done, learning_rate, seen, saving=stopping or is_last or due)
             if stopping:
                 raise TrainingStoppedError(
                     f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
                 )
+        return done
 
-    def _keep(self, done: int, learning_rate: float, *, saving: bool) -> None:
+    def _keep(self, done: int, learning_rate: float, seen: Seen, *, saving: bool) -> None:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
-        if saving or done % self.config.log_every_steps == 0:
+        self.window.pause(seen.seconds or 0.0)
+        if self.log is not None and seen.picture is not None:
+            self.log.show(done, seen.picture)
+        if saving or seen.seconds is not None or done % self.config.log_every_steps == 0:
             metrics = self.window.close(self.engine, learning_rate)
+            metrics |= self.insight.machine(metrics["samples_per_s"]) | seen.numbers
             if self.log is not None:
-                self.log.write(done, metrics)
+                self.log.write(done, dict(sorted(metrics.items())))
         if saving:
+            self.checkpoints.spared_step = self.insight.best_step
             self.checkpoints.save(self.engine, done, self.log.content if self.log else b"")
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:

@@ -34,7 +34,9 @@ class ValidationConfig:
     num_samples: int = setting(0, "samples held out of the training, the same for every model of a run; 0: none")
     every_steps: int = setting(1000, "steps between validations; 0: never", affects="nothing")
     weights: Literal["averaged", "raw", "both"] = setting(
-        "averaged", "which weights are validated: the moving average (what is exported), the raw ones", affects="nothing"
+        "averaged",
+        "which weights are validated: the moving average (what is exported), the raw ones",
+        affects="nothing",
     )
     timesteps_per_sample: int = setting(4, "timesteps at which a diffusion model meets each sample", affects="nothing")
     seed: int = setting(0, "of the noise; keep it, to compare losses across runs", affects="nothing")
@@ -52,7 +54,9 @@ class ValidationConfig:
         if self.early_stop_patience is None:
             return
         if self.early_stop_patience < 1:
-            raise ValueError(f"early_stop_patience: {self.early_stop_patience} is below 1; write null for no early stop")
+            raise ValueError(
+                f"early_stop_patience: {self.early_stop_patience} is below 1; write null for no early stop"
+            )
         if not self.is_on:
             raise ValueError(
                 "early_stop_patience: needs validations; set num_samples and every_steps, or write null for no early stop"
