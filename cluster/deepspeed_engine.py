@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,7 +71,9 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(settings.device)
         # Ranks of stage 0 hold the same, whatever their number, as those of the plain-torch engine do.
         self.layout = f"zero{settings.zero_stage}/{self.world_size}" if settings.zero_stage else "replicated"
+        self.partitioned = settings.zero_stage == 3
         self._settings = settings
+        self._model = model
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
         self._optimizer = _WatchedAdamW(trainable(model).values(), settings, self._gradient_norm)
@@ -116,6 +119,23 @@ class DeepSpeedEngine:
             self._state.update_average()
         return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s())
 
+    @contextlib.contextmanager
+    def evaluating(self, *, averaged: bool, whole: bool = False) -> Iterator[nn.Module]:
+        """See ``Engine.evaluating``."""
+        if averaged:
+            self._exchange()
+        self._engine.eval()
+        with torch.no_grad(), autocast(self._settings), self._gathered(whole):
+            yield self._model
+        self._engine.train()
+        if averaged:
+            self._exchange()
+
+    def loss_of(self, micro_batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See ``Engine.loss_of``."""
+        loss: tuple[Tensor, Mapping[str, Tensor]] = self._engine(*micro_batch)
+        return loss
+
     def total(self, values: Tensor) -> Tensor:
         """See ``Engine.total``."""
         return sum_over_ranks(values, self.device, self.world_size)
@@ -131,17 +151,32 @@ class DeepSpeedEngine:
     def load(self, files: Sequence[Path]) -> None:
         """See ``Engine.load``."""
         self._state.load(files)
-        optimizer = self._engine.optimizer
-        if self._settings.zero_stage in (1, 2):
-            optimizer.update_lp_params()
-        elif self._settings.zero_stage == 3:
-            _publish_stage_3(optimizer)
+        self._publish()
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
         self._engine.destroy()
         # Stage 3 puts its own in its place, for the whole process, whose bias gradients round differently.
         torch.nn.functional.linear = self._linear
+
+    def _exchange(self) -> None:
+        self._state.exchange()
+        self._publish()
+
+    def _publish(self) -> None:
+        """Bring changed master weights to where the forward pass reads them."""
+        optimizer = self._engine.optimizer
+        if self._settings.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._settings.zero_stage == 3:
+            _publish_stage_3(optimizer)
+
+    def _gathered(self, whole: bool) -> AbstractContextManager[Any]:
+        """Hold all parameters on every rank, where that is asked for and they are partitioned."""
+        if not (whole and self.partitioned):
+            return contextlib.nullcontext()
+        zero: Any = importlib.import_module("deepspeed.zero")
+        return zero.GatheredParameters(list(self._model.parameters()))  # type: ignore[no-any-return]
 
     def _gradient_norm(self) -> float:
         """Return the norm of this step's gradient before clipping, known from the moment the optimizer is called."""

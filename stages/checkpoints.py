@@ -93,6 +93,7 @@ class CheckpointFolder:
         self._uri = storage.join(folder, "checkpoints")
         self._keep_last = keep_last
         self._keep_every = keep_every
+        self.spared_step: int | None = None  # kept too: the best step so far of a training that may stop early
 
     def begin(self, engine: Engine, step: int) -> str | None:
         """Make room for a checkpoint (collective).
@@ -209,7 +210,8 @@ class CheckpointFolder:
         """Delete all but the newest and the permanent checkpoints, and what broken-off writes left before them."""
         whole, broken = self._listing()
         newest = sorted(whole, reverse=True)
-        doomed = [step for step in newest[self._keep_last :] if not self._is_permanent(step)]
+        spared = (step for step in newest[self._keep_last :] if step == self.spared_step or self._is_permanent(step))
+        doomed = sorted(set(newest[self._keep_last :]) - set(spared))
         doomed += [step for step in broken if step < newest[0]]
         for step in doomed:
             storage.delete(storage.join(self.uri_of(step), RECORD_NAME))

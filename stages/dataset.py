@@ -142,7 +142,7 @@ class TrainingStream:
             raise IntegrityError("images are wanted for training, but a shard record names no images; run curate again")
         self.global_batch_size = global_batch_size
         self.order = SampleOrder(
-            [shard.num_kept for shard in shards],
+            [shard.num_trained for shard in shards],
             num_streams=num_streams,
             global_batch_size=global_batch_size,
             seed=seed,

@@ -9,8 +9,10 @@ Every engine keeps its state (``stages/sharded_state.py``) in the same format, s
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
@@ -111,6 +113,7 @@ class Engine(Protocol):
     world_size: int
     device: torch.device
     layout: str  # how the state is spread over files; equal layouts read only their own rank's file
+    partitioned: bool  # whether a forward pass needs all ranks, because each holds a part of the weights
 
     def step(
         self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
@@ -123,6 +126,22 @@ class Engine(Protocol):
             accepts: asked between gradient and optimizer step, for finite numbers only; if it says no, the weights are
                 left alone. A pure function of its arguments, the same on every rank, or the ranks would part.
         """
+        ...
+
+    def evaluating(self, *, averaged: bool, whole: bool = False) -> AbstractContextManager[nn.Module]:
+        """Lend the model for measurements (collective): in evaluation mode, without gradients, in its precision.
+
+        On leaving, weights and averages are what they were, to the last bit. After an error they are not: the training
+        is over then, and to put them back would wait for ranks that have gone on.
+
+        Args:
+            averaged: whether the weights are the averaged ones meanwhile.
+            whole: whether every rank needs all of the weights, to call other methods of the model than its loss.
+        """
+        ...
+
+    def loss_of(self, micro_batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Compute loss and terms of a micro batch, inside ``evaluating`` (collective if ``partitioned``)."""
         ...
 
     def total(self, values: Tensor) -> Tensor:
@@ -187,6 +206,7 @@ class TorchEngine:
         self.rank, self.world_size = position()
         self.device = device_of(settings)
         self.layout = "replicated"
+        self.partitioned = False
         self._settings = settings
         self._loss = loss
         self._model = model.to(self.device).train()
@@ -223,6 +243,22 @@ class TorchEngine:
             self._state.optimizer.step()
             self._state.update_average()
         return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s())
+
+    @contextlib.contextmanager
+    def evaluating(self, *, averaged: bool, whole: bool = False) -> Iterator[nn.Module]:
+        """See ``Engine.evaluating``."""
+        if averaged:
+            self._state.exchange()
+        self._model.eval()
+        with torch.no_grad(), autocast(self._settings):
+            yield self._model
+        self._model.train()
+        if averaged:
+            self._state.exchange()
+
+    def loss_of(self, micro_batch: MicroBatch) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """See ``Engine.loss_of``."""
+        return self._loss(self._model, *micro_batch)
 
     def total(self, values: Tensor) -> Tensor:
         """See ``Engine.total``."""

@@ -4,6 +4,7 @@ The lines are the record: they are kept with every checkpoint, so a resumed trai
 the checkpoint it resumed from. What is shown while the training runs lies in its folder::
 
     <folder>/metrics.jsonl       published every few seconds
+    <folder>/samples/            grids of samples, step-000123.png
     <folder>/tensorboard/        event files; copied there now and then if the store is remote
 """
 
@@ -14,7 +15,7 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,17 @@ from torch import Tensor
 from stages import storage
 from stages.engine import Engine
 from stages.errors import StorageError
+from stages.pictures import Pixels, encode_png
+from stages.wandb_log import WandbLog
 
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+SAMPLES_NAME = "samples"
 TENSORBOARD_NAME = "tensorboard"
 _PUBLISH_EVERY_S = 20.0
 _NUM_QUARTILES = 4
-_TIMESTEP_TERMS = ("t", "timestep")
+TIMESTEP_TERMS = ("t", "timestep")
 
 
 class MetricsLog:
@@ -42,10 +46,20 @@ class MetricsLog:
         lines: those of the checkpoint the training resumes from.
         first_step: step it resumes from; TensorBoard forgets later ones.
         tensorboard: whether to write event files too.
+        wandb: a run in W&B to write to as well.
     """
 
-    def __init__(self, folder: str, *, lines: bytes = b"", first_step: int = 0, tensorboard: bool = True) -> None:
+    def __init__(
+        self,
+        folder: str,
+        *,
+        lines: bytes = b"",
+        first_step: int = 0,
+        tensorboard: bool = True,
+        wandb: WandbLog | None = None,
+    ) -> None:
         self._folder = folder
+        self._wandb = wandb
         self._lines = bytearray(lines)
         self._published_at = time.monotonic()
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -63,8 +77,19 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in numbers.items():
                 self._writer.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.write(step, values)
         if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
             self.publish()
+
+    def show(self, step: int, picture: Pixels) -> None:
+        """Publish a grid of samples, uint8 ``(H, W, 3)``."""
+        uri = storage.join(self._folder, SAMPLES_NAME, f"step-{step:06d}.png")
+        storage.write_bytes(uri, encode_png(picture, {"step": str(step)}))
+        if self._writer is not None:
+            self._writer.add_image("samples", picture, step, dataformats="HWC")
+        if self._wandb is not None:
+            self._wandb.show(step, picture)
 
     def publish(self) -> None:
         """Show the present state in the training's folder; a store that fails is no reason to stop the training."""
@@ -87,6 +112,8 @@ class MetricsLog:
         self.publish()
         if self._writer is not None:
             self._writer.close()
+        if self._wandb is not None:
+            self._wandb.close()
         if self._scratch is not None:
             self._scratch.cleanup()
 
@@ -122,6 +149,7 @@ class MetricsWindow:
         self._terms: list[Mapping[str, Tensor]] = []
         self._waited_s = 0.0
         self._saving_s = 0.0
+        self._paused_s = 0.0
         self._started_at = time.monotonic()
 
     def add(self, loss: float, grad_norm: float, applied: bool, terms: Mapping[str, Tensor], waited_s: float) -> None:
@@ -138,11 +166,15 @@ class MetricsWindow:
         """Take in what the steps lost to a checkpoint."""
         self._saving_s += seconds
 
+    def pause(self, seconds: float) -> None:
+        """Leave time that was not spent on steps, but on looking at the model, out of the rates."""
+        self._paused_s += seconds
+
     def close(self, engine: Engine, learning_rate: float) -> dict[str, float]:
         """Average over the window and all ranks (collective), and start the next one."""
-        elapsed_s = max(time.monotonic() - self._started_at, 1e-9)
+        elapsed_s = max(time.monotonic() - self._started_at - self._paused_s, 1e-9)
         num_steps = max(1, len(self._losses))
-        sums = self._term_sums()
+        sums = term_sums(self._terms, self._num_timesteps)
         totals = engine.total(torch.tensor([*sums.values(), self._waited_s], dtype=torch.float64)).tolist()
         numbers = {
             "loss": sum(self._losses) / num_steps if self._losses else math.nan,
@@ -153,30 +185,42 @@ class MetricsWindow:
             "checkpoint_wait_fraction": self._saving_s / elapsed_s,
             "num_skipped_steps": float(self._num_skipped),
         }
-        values = dict(zip(sums, totals[:-1], strict=True))
-        for name in {key.removesuffix("/sum") for key in values if key.endswith("/sum")}:
-            if values[f"{name}/count"] > 0:
-                numbers[name] = values[f"{name}/sum"] / values[f"{name}/count"]
+        numbers |= means_of(dict(zip(sums, totals[:-1], strict=True)))
         self._restart()
         return dict(sorted(numbers.items()))
 
-    def _term_sums(self) -> dict[str, float]:
-        """Sum this rank's per-sample terms; the same keys on every rank, whatever the samples."""
-        sums: dict[str, float] = {}
-        names = self._terms[0].keys() if self._terms else ()
-        columns = {name: torch.cat([term[name].reshape(-1) for term in self._terms]).double().cpu() for name in names}
-        t = next((columns.pop(name) for name in _TIMESTEP_TERMS if name in columns), None)
-        for name, values in columns.items():
-            if name != "loss":
-                sums |= {f"{name}/sum": float(values.sum()), f"{name}/count": float(len(values))}
-        measured = columns.get("loss", columns.get("mse"))
-        if t is not None and measured is not None and self._num_timesteps:
-            quartile = (t * _NUM_QUARTILES / self._num_timesteps).long()
-            for q in range(_NUM_QUARTILES):
-                chosen = measured[quartile == q]
-                name = f"loss_quartile_{q + 1}"
-                sums |= {f"{name}/sum": float(chosen.sum()), f"{name}/count": float(len(chosen))}
-        return sums
+
+def term_sums(terms: Sequence[Mapping[str, Tensor]], num_timesteps: int | None) -> dict[str, float]:
+    """Sum per-sample terms; the same keys on every rank, whatever the samples.
+
+    Args:
+        terms: of micro batches, each ``(B,)`` by name.
+        num_timesteps: of the diffusion, to split the loss by timestep quartile; None for other models.
+
+    Returns:
+        For every term, and every quartile of the loss, ``<name>/sum`` and ``<name>/count``.
+    """
+    sums: dict[str, float] = {}
+    names = terms[0].keys() if terms else ()
+    columns = {name: torch.cat([term[name].reshape(-1) for term in terms]).double().cpu() for name in names}
+    t = next((columns.pop(name) for name in TIMESTEP_TERMS if name in columns), None)
+    for name, values in columns.items():
+        if name != "loss":
+            sums |= {f"{name}/sum": float(values.sum()), f"{name}/count": float(len(values))}
+    measured = columns.get("loss", columns.get("mse"))
+    if t is not None and measured is not None and num_timesteps:
+        quartile = (t * _NUM_QUARTILES / num_timesteps).long()
+        for q in range(_NUM_QUARTILES):
+            chosen = measured[quartile == q]
+            name = f"loss_quartile_{q + 1}"
+            sums |= {f"{name}/sum": float(chosen.sum()), f"{name}/count": float(len(chosen))}
+    return sums
+
+
+def means_of(sums: Mapping[str, float]) -> dict[str, float]:
+    """Divide the sums of ``term_sums`` by their counts; what was never counted is left out."""
+    names = (key.removesuffix("/sum") for key in sums if key.endswith("/sum"))
+    return {name: sums[f"{name}/sum"] / sums[f"{name}/count"] for name in names if sums[f"{name}/count"] > 0}
 
 
 def read_metrics(content: bytes) -> list[dict[str, float]]:

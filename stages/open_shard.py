@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import tarfile
@@ -43,12 +44,19 @@ class TrainingShard:
         num_kept: how many those are, from the record of the selection.
         images: the tar, if images are wanted.
         embeddings: the table with ``image_embedding``, ``text_embedding`` and ``caption``, if those are wanted.
+        num_held_out: how many of the samples are not trained on; an open shard has them last.
     """
 
     selection: File
     num_kept: int
     images: File | None = None
     embeddings: File | None = None
+    num_held_out: int = 0
+
+    @property
+    def num_trained(self) -> int:
+        """Samples to train on."""
+        return self.num_kept - self.num_held_out
 
 
 class OpenShard:
@@ -92,6 +100,7 @@ class OpenShard:
                 f"{shard.selection.path}: selects {len(self.keys)} samples, its record says {shard.num_kept}; "
                 "run curate again"
             )
+        self.keys = held_out_last(self.keys, shard.num_held_out)
         self.num_bytes = _ROW_BYTES * len(self.keys)
         if shard.embeddings is not None and (vectors or captions):
             self._join_embeddings(shard.embeddings, vectors)
@@ -178,6 +187,20 @@ class OpenShard:
         except BaseException:
             self._stack.close()
             raise
+
+
+def sample_number(key: str) -> int:
+    """Hash a sample's key to 63 bits: the sample's place in line for being held out, and its randomness there."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def held_out_last(keys: Sequence[str], num_held_out: int) -> list[str]:
+    """Put the keys with the smallest hashes behind the others, which stay in their order."""
+    if num_held_out == 0:
+        return list(keys)
+    held_out = sorted(keys, key=lambda key: (sample_number(key), key))[:num_held_out]
+    out = set(held_out)
+    return [key for key in keys if key not in out] + held_out
 
 
 def decode_image(data: bytes, side_px: int, place: str) -> np.ndarray:

@@ -97,6 +97,10 @@ class Saver:
         """Whether this rank's part of a save has ended, and only the others' and the record are missing."""
         return self._under_way is not None and self._under_way[1].ended
 
+    def spare(self, step: int | None) -> None:
+        """Keep the checkpoint of a step, however old it gets; None: of no one."""
+        self._checkpoints.spared_step = step
+
     def save(self, step: int, extra: Mapping[str, bytes], *, wait: bool = False) -> None:
         """Begin a checkpoint (collective).
 

@@ -27,6 +27,7 @@ from unclip_models.ema import ema_update, warmed_up_decay
 
 # What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
 KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
+_EXCHANGED = 1 << 24  # elements swapped at once: 64 MiB of memory beside weights and averages
 RANK_FILE = re.compile(r"rank-\d{4}\.safetensors")
 
 
@@ -111,6 +112,15 @@ class ShardedState:
             for f in self.fragments:
                 tensors[f"{kind}/{f.name}/{f.start}"] = copies[f.flat][f.offset : f.offset + f.length]
         return Snapshot(rank, tensors, self.num_updates)
+
+    def exchange(self) -> None:
+        """Swap weights and moving averages in place; to do so twice changes no bit."""
+        for master, average in zip(self.masters, self.averages, strict=True):
+            parts = zip(master.detach().view(-1).split(_EXCHANGED), average.view(-1).split(_EXCHANGED), strict=True)
+            for weights, averages in parts:
+                kept = weights.clone()
+                weights.copy_(averages)
+                averages.copy_(kept)
 
     def load(self, files: Sequence[Path]) -> None:
         """Fill every fragment from the files; see ``Engine.load``."""

@@ -11,7 +11,7 @@ import contextlib
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -26,11 +26,15 @@ from stages.dataset import TrainingStream
 from stages.disk_cache import disk_cache
 from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError, IntegrityError
+from stages.flops import flops_per_sample
+from stages.held_out import HeldOutSamples, held_out_counts
+from stages.insight import Watch
 from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.mixture import shares_of
 from stages.open_shard import TrainingShard
 from stages.other_datasets import OtherDataset, OtherDatasets
+from stages.sample_grids import Painter
 from stages.training import Trained, TrainingConfig, model_loss, train
 from stages.warm_start import InitFrom, SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
@@ -130,10 +134,14 @@ class Training(Stage[TrainingC]):
         return found
 
     def _work(self, scopes: Sequence[Affects]) -> dict[str, Any]:
-        """Leave out what the config does not use of other runs: such a training is what it was without the setting."""
-        work = super()._work(scopes)
+        """Leave out what the config does not use of other runs: such a training is what it was without the setting.
+
+        How validation goes counts where it decides when the training ends.
+        """
+        work, validation = super()._work(scopes), self.config.validation
         unused = [name for name in ("datasets", "init_from", "frozen") if not getattr(self.config, name)]
-        return {**work, "config": {key: value for key, value in work["config"].items() if key not in unused}}
+        work["config"] = {key: value for key, value in work["config"].items() if key not in unused}
+        return work if validation.early_stop_patience is None else {**work, "early_stop": asdict(validation)}
 
     @property
     def _other_datasets(self) -> OtherDatasets:
@@ -155,10 +163,11 @@ class Training(Stage[TrainingC]):
         self.check_inputs(inputs)
         records = [record for record in inputs["curate"].records if record.num_kept > 0]
         num_kept = [record.num_kept for record in records]
-        if sum(num_kept) < self.config.num_streams:
+        held_out = held_out_counts(num_kept, self.config.validation.num_samples)
+        if sum(num_kept) - sum(held_out) < self.config.num_streams:
             raise InputError(
-                f"{self.name}: curate kept {sum(num_kept)} samples, fewer than {self.name}.num_streams: "
-                f"{self.config.num_streams}; loosen curate and filter, or lower num_streams"
+                f"{self.name}: curate kept {sum(num_kept) - sum(held_out)} samples to train on, fewer than "
+                f"{self.name}.num_streams: {self.config.num_streams}; loosen curate and filter, or lower num_streams"
             )
         files: dict[str, File] = {}
         for index, record in enumerate(records):
@@ -167,8 +176,9 @@ class Training(Stage[TrainingC]):
                 files[f"images#{index}"] = record.inputs["images"]
             if self.needs_embeddings:
                 files[f"embeddings#{index}"] = record.inputs["embeddings"]
+        split = {"num_held_out": held_out} if any(held_out) else {}
         others = self._from_other_runs()
-        return [self.shard(0, inputs=files | self.extra_files(inputs), num_kept=num_kept, **others)]
+        return [self.shard(0, inputs=files | self.extra_files(inputs), num_kept=num_kept, **split, **others)]
 
     def check_inputs(self, inputs: Mapping[str, Manifest]) -> None:
         """Refuse a model that does not fit the data.
@@ -235,6 +245,8 @@ class Training(Stage[TrainingC]):
         clip = self._clip(shard)
         model = self.build_model(shard, clip)
         freeze(model, self.config.frozen, f"{self.name}.frozen")
+        loss = model_loss if clip is None else _LossWithClipText(clip)
+        watch = self._watch(shard, clip, model)
         make_efficient(model, compile=self.config.compile, channels_last=self.config.channels_last)
         trained = train(
             model,
@@ -244,8 +256,9 @@ class Training(Stage[TrainingC]):
             seed=self.seed,
             folder=storage.join(output, shard.id),
             place=self.name,
-            loss=model_loss if clip is None else _LossWithClipText(clip),
+            loss=loss,
             num_timesteps=self._num_timesteps(),
+            watch=watch,
             report=self.report,
             should_stop=fenced(should_stop, self.fence),
         )
@@ -293,31 +306,52 @@ class Training(Stage[TrainingC]):
     def _device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.config.gpus_per_rank else torch.device("cpu")
 
-    def _stream(self, shard: Shard, clip: ClipModel | None) -> TrainingStream:
-        config = self.config
-        inputs = shard.inputs
-        shards = [
+    def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
+        """Give what the training is looked at with; counts what the model, not compiled yet, has to compute."""
+        flops = flops_per_sample(model, model_loss, example_batch(self.config.model))
+        if not any(shard.params.get("num_held_out", ())):
+            return Watch(flops_per_sample=flops)
+        seed = self.config.validation.seed
+        held_out = HeldOutSamples(self._shards(shard), seed=seed, **self._sample_options(clip))
+        complete = (lambda batch: batch) if clip is None else partial(with_clip_text, clip=clip)
+        draw = Painter(self.config.samples, held_out, seed, complete)
+        return Watch(held_out=held_out, draw=draw, flops_per_sample=flops)
+
+    def _shards(self, shard: Shard) -> list[TrainingShard]:
+        inputs, num_kept = shard.inputs, shard.params["num_kept"]
+        held_out = shard.params.get("num_held_out") or [0] * len(num_kept)
+        return [
             TrainingShard(
                 selection=inputs[f"selection#{index}"],
-                num_kept=num_kept,
+                num_kept=num_kept[index],
                 images=inputs.get(f"images#{index}"),
                 embeddings=inputs.get(f"embeddings#{index}"),
+                num_held_out=held_out[index],
             )
-            for index, num_kept in enumerate(shard.params["num_kept"])
+            for index in range(len(num_kept))
         ]
-        others = self._other_datasets
+
+    def _sample_options(self, clip: ClipModel | None) -> dict[str, Any]:
+        """Say what is wanted of every sample, to train on or to validate with."""
+        model = self.config.model
+        return {
+            "root": self.root,
+            "image_size_px": getattr(model, "image_size", None) if self.needs_images else None,
+            "tokenize": self._tokenizer(clip) if self.needs_embeddings else None,
+            "embeddings": self.needs_embeddings,
+            "prepare": partial(training_sample, model) if isinstance(model, UpsamplerConfig) else None,
+        }
+
+    def _stream(self, shard: Shard, clip: ClipModel | None) -> TrainingStream:
+        config = self.config
         return TrainingStream(
-            shards,
-            root=self.root,
-            mixed_in=others.read(shard.params.get("datasets", ())),
-            shares=others.shares,
+            self._shards(shard),
+            mixed_in=self._other_datasets.read(shard.params.get("datasets", ())),
+            shares=self._other_datasets.shares,
+            **self._sample_options(clip),
             num_streams=config.num_streams,
             global_batch_size=config.global_batch_size,
             seed=self.seed,
-            image_size_px=getattr(config.model, "image_size", None) if self.needs_images else None,
-            tokenize=self._tokenizer(clip) if self.needs_embeddings else None,
-            embeddings=self.needs_embeddings,
-            prepare=partial(training_sample, config.model) if isinstance(config.model, UpsamplerConfig) else None,
             num_decode_threads=config.num_decode_threads,
             prefetch_batches=config.prefetch_batches,
             cache_gib=config.cache_gib,
@@ -339,8 +373,9 @@ class Training(Stage[TrainingC]):
         model = self.build_model(shard, clip)
         model.load_state_dict({**model.state_dict(), **trained.weights})
         self.complete(model, shard, clip)
-        metadata = {"stage": self.name, "shard": shard.id, "steps": str(self.config.num_steps), "seed": str(self.seed)}
+        metadata = {"stage": self.name, "shard": shard.id, "steps": str(trained.step), "seed": str(self.seed)}
         num_samples = sum(shard.params["num_kept"])
+        num_held_out = sum(shard.params.get("num_held_out", ()))
         with tempfile.TemporaryDirectory(prefix="unclip-export-") as scratch:
             path = Path(scratch) / "weights.safetensors"
             save_model(model, path, metadata=metadata)
@@ -350,10 +385,12 @@ class Training(Stage[TrainingC]):
                 {"weights": ("safetensors", path), "metrics": ("jsonl", trained.metrics_log)},
                 started_at=started_at,
                 num_in=num_samples,
-                num_kept=num_samples,
+                num_kept=num_samples - num_held_out,
+                dropped={"held_out": num_held_out} if num_held_out else {},
                 metrics={
                     **trained.metrics,
                     **self._other_datasets.cards(),
+                    "exported_step": float(trained.step),
                     "num_parameters": float(sum(param.numel() for param in model.parameters())),
                 },
             )
@@ -456,6 +493,28 @@ class Upsampler1024(Training[UpsamplerTraining]):
     name = "upsampler_1024"
     needs_images = True
     needs_embeddings = False
+
+
+def example_batch(model: Any) -> dict[str, Tensor]:
+    """Make tensors of the shapes of one training sample, on the meta device.
+
+    Args:
+        model: config of the prior, decoder or upsampler.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(model, UpsamplerConfig):
+        small_px = model.crop_px // model.factor
+        shapes = {"image": (1, 3, model.crop_px, model.crop_px), "low_res": (1, 3, small_px, small_px)}
+    else:
+        shapes = dict.fromkeys(("image_embedding", "text_embedding"), (1, model.embedding_dim))
+    if isinstance(model, DecoderConfig):
+        shapes["image"] = (1, 3, model.image_size, model.image_size)
+    batch = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    if hasattr(model, "text"):
+        batch["tokens"] = torch.empty(1, model.text.context_length, dtype=torch.int64, device="meta")
+        if model.text.kind == "clip":
+            batch["text_sequence"] = torch.empty(1, model.text.context_length, model.text.width, device="meta")
+    return batch
 
 
 def with_clip_text(batch: Mapping[str, Tensor], clip: ClipModel) -> dict[str, Tensor]:

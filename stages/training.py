@@ -14,7 +14,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from types import FrameType, TracebackType
 from typing import Any, Literal
 
@@ -37,18 +37,23 @@ from stages.engine import (
     position,
 )
 from stages.errors import ConfigError, StageError
+from stages.insight import NOTHING_TO_WATCH, Insight, Seen, Watch
 from stages.metrics import METRICS_NAME, MetricsLog, MetricsWindow, read_metrics
 from stages.out_of_memory import out_of_memory_explained
 from stages.rollback import RollbackHistory, Rollbacks
+from stages.sample_grids import SamplesConfig
 from stages.saving import Saver
 from stages.step_guard import GUARD_NAME, StepGuard
 from stages.stragglers import StragglerWatch
+from stages.validation import ValidationConfig
+from stages.wandb_log import WandbConfig, WandbLog
 from stages.watchdog import Watchdog
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
 
 _REPORT_EVERY_S = 0.5
+Schedule = Literal["constant", "cosine", "linear", "wsd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +64,12 @@ class TrainingConfig:
     num_steps: int = setting(1000, "optimizer steps")
     global_batch_size: int = setting(64, "samples per optimizer step, over all ranks")
     learning_rate: float = setting(1.2e-4, "AdamW's peak learning rate")
-    learning_rate_schedule: Literal["constant", "cosine"] = setting("constant", "what follows the warm-up")
+    learning_rate_schedule: Schedule = setting(
+        "constant", "what follows the warm-up: `constant`, `cosine`, `linear`, or `wsd`: constant, then linear"
+    )
     warmup_steps: int = setting(0, "steps in which the learning rate rises from 0")
+    decay_fraction: float = setting(0.2, "of all steps: the decay at the end, with `wsd`")
+    final_learning_rate_fraction: float = setting(0.0, "of the peak, to which the learning rate falls at the end")
     weight_decay: float = setting(0.0, "AdamW's decoupled weight decay")
     beta1: float = setting(0.9, "AdamW's decay of the first moment")
     beta2: float = setting(0.999, "AdamW's decay of the second moment")
@@ -105,6 +114,16 @@ class TrainingConfig:
         1.5, "warn of a rank that takes so many times as long as the median of the others", affects="nothing"
     )
     deterministic: bool = setting(False, "deterministic algorithms only; slower", affects="nothing")
+    validation: ValidationConfig = setting(
+        factory=ValidationConfig, help="loss on held-out samples, with fixed noise; early stop"
+    )
+    samples: SamplesConfig = setting(
+        factory=SamplesConfig, help="samples drawn while training, of held-out ones", affects="nothing"
+    )
+    wandb: WandbConfig = setting(factory=WandbConfig, help="metrics in Weights & Biases", affects="nothing")
+    peak_tflops: float | None = setting(
+        None, "dense peak of one GPU in this precision, TFLOP/s, for `mfu`; null: by its name", affects="nothing"
+    )
     log_every_steps: int = setting(10, "steps averaged into one line of metrics", affects="nothing")
     tensorboard: bool = setting(True, "write TensorBoard events beside the JSON lines", affects="nothing")
     num_decode_threads: int = setting(0, "threads that decode images; 0: the prefetching one", affects="nothing")
@@ -120,6 +139,11 @@ class TrainingConfig:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); write for example 0.9999")
         if not 0 <= self.warmup_steps <= self.num_steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} is not between 0 and num_steps: {self.num_steps}")
+        for name in ("decay_fraction", "final_learning_rate_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: {getattr(self, name):g} is not in [0, 1]")
+        if self.samples.every_steps and not self.validation.num_samples:
+            raise ValueError("samples.every_steps: samples are drawn of held-out ones; set validation.num_samples")
         if self.global_batch_size % self.num_streams:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is not a multiple of num_streams: {self.num_streams}"
@@ -161,13 +185,15 @@ class Trained:
 
     Attributes:
         weights: averaged weights by parameter name, float32 on the CPU; on the first rank only.
-        metrics: the last logged numbers, likewise.
+        metrics: the numbers logged at the step they are of, likewise.
         metrics_log: all JSON lines, likewise.
+        step: of these weights: the last, or the best validated one if the training may stop early.
     """
 
     weights: Mapping[str, Tensor] | None
     metrics: Mapping[str, float]
     metrics_log: bytes
+    step: int
 
 
 class TrainingStoppedError(StageError):
@@ -183,13 +209,21 @@ def model_loss(
 
 
 def learning_rate_at(config: TrainingConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 0: linear warm-up, then constant or a cosine to 0."""
+    """Return the learning rate of a step, counted from 0: linear warm-up, then the schedule."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
+    decay_from = config.warmup_steps
+    if config.learning_rate_schedule == "wsd":
+        decay_from = max(decay_from, config.num_steps - round(config.decay_fraction * config.num_steps))
+    progress = max(0, step - decay_from) / max(1, config.num_steps - decay_from)
     if config.learning_rate_schedule == "constant":
-        return config.learning_rate
-    progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        height = 1.0
+    elif config.learning_rate_schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * progress))
+    else:
+        height = 1 - progress
+    lowest = config.final_learning_rate_fraction
+    return config.learning_rate * (lowest + (1 - lowest) * height)
 
 
 def engine_settings(config: TrainingConfig, world_size: int) -> EngineSettings:
@@ -231,6 +265,7 @@ def train(
     place: str,
     loss: LossFunction = model_loss,
     num_timesteps: int | None = None,
+    watch: Watch = NOTHING_TO_WATCH,
     report: Callable[[Progress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
@@ -248,6 +283,7 @@ def train(
         place: the stage, for messages.
         loss: the loss function.
         num_timesteps: of the diffusion, to split the loss by timestep quartile.
+        watch: held-out samples and the like, to look at the training with.
         report: gets signs of life twice a second, on the first rank.
         should_stop: asked after every step; once it says yes on any rank, all ranks write a checkpoint and stop.
             SIGTERM and Ctrl-C do the same where this runs in the main thread.
@@ -270,8 +306,8 @@ def train(
         checkpoints = CheckpointFolder(folder, config.keep_last, config.keep_every_steps)
         rollbacks = _rollbacks(engine, checkpoints, config, folder, place)
         stragglers = StragglerWatch(engine, place, config.straggler_ratio)
-        finished = False
-        while not finished:  # once, and again after every rollback, which leaves the folder as a kill would
+        last_step: int | None = None
+        while last_step is None:  # once, and again after every rollback, which leaves the folder as a kill would
             watchdog.enter("start", 0)
             with contextlib.ExitStack() as attempt:
                 resumed = checkpoints.resume(engine)
@@ -279,11 +315,11 @@ def train(
                 if resumed and rank == 0:
                     logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
                 lines = resumed.metrics if resumed else b""
-                log = _open_log(attempt, folder, config, lines, first_step) if rank == 0 else None
+                log = _open_log(attempt, folder, place, config, lines, first_step) if rank == 0 else None
                 num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
                 window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
                 num_bad = int(read_metrics(lines)[-1].get("num_bad_samples", 0)) if lines else 0
-                watch = DataWatch(vars(config), place, num_bad)
+                data_watch = DataWatch(vars(config), place, num_bad)
                 saver = Saver(
                     checkpoints,
                     engine,
@@ -293,21 +329,30 @@ def train(
                     max_failures=config.max_failed_saves,
                 )
                 attempt.callback(saver.close)
+                insight = Insight(
+                    config,
+                    watch,
+                    engine,
+                    micro_batch_size=engine_settings(config, world_size).micro_batch_size,
+                    num_timesteps=num_timesteps,
+                    lines=read_metrics(lines),
+                )
                 guard = StepGuard(config.spike_threshold, config.spike_window, resumed.guard if resumed else b"")
                 history = rollbacks.history(first_step)
                 batches = attempt.enter_context(
                     contextlib.closing(stream.batches(first_step + history.data_offset, rank, world_size))
                 )
                 loop = _Loop(
-                    *(engine, config, seed, place, window, watch, saver, guard, history, rollbacks),
-                    *(stragglers, watchdog, log, report, stop),
+                    *(engine, config, seed, place, window, data_watch, saver, guard, history, rollbacks),
+                    *(stragglers, watchdog, log, insight, report, stop),
                 )
-                finished = loop.run(batches, first_step)
+                last_step = loop.run(batches, first_step)
+        step = insight.best_step or last_step
         if log is None:
-            return Trained(None, {}, b"")
-        last_line = read_metrics(log.content)[-1]
-        metrics = {name: value for name, value in last_line.items() if name != "step" and value is not None}
-        return Trained(checkpoints.weights(config.num_steps, shapes), metrics, log.content)
+            return Trained(None, {}, b"", step)
+        line = next(line for line in reversed(read_metrics(log.content)) if line["step"] == step)
+        metrics = {name: value for name, value in line.items() if name != "step" and value is not None}
+        return Trained(checkpoints.weights(step, shapes), metrics, log.content, step)
 
 
 def _watchdog(config: TrainingConfig, folder: str, place: str) -> Watchdog:
@@ -331,9 +376,10 @@ def _rollbacks(
 
 
 def _open_log(
-    stack: contextlib.ExitStack, folder: str, config: TrainingConfig, lines: bytes, first_step: int
+    stack: contextlib.ExitStack, folder: str, place: str, config: TrainingConfig, lines: bytes, first_step: int
 ) -> MetricsLog:
-    log = MetricsLog(folder, lines=lines, first_step=first_step, tensorboard=config.tensorboard)
+    wandb = WandbLog(config.wandb, folder, place, asdict(config)) if config.wandb.project else None
+    log = MetricsLog(folder, lines=lines, first_step=first_step, tensorboard=config.tensorboard, wandb=wandb)
     stack.callback(log.close)
     return log
 
@@ -355,19 +401,24 @@ class _Loop:
     stragglers: StragglerWatch
     watchdog: Watchdog
     log: MetricsLog | None
+    insight: Insight
     report: Callable[[Progress], None]
     stop: _StopRequest
     saved_at: float = field(default_factory=time.monotonic)
 
-    def run(self, batches: Iterator[Batch], first_step: int) -> bool:
-        """Do the steps ``first_step .. num_steps - 1``, with a checkpoint after the last.
+    def run(self, batches: Iterator[Batch], first_step: int) -> int | None:
+        """Do the steps ``first_step .. num_steps - 1``, or fewer, with a checkpoint after the last.
 
         Returns:
-            False if the training was rolled back and has to be resumed.
+            Steps done at the end; None if the training was rolled back and has to be resumed.
         """
         config, engine, guard, history = self.config, self.engine, self.guard, self.history
         reporter = _Reporter(self.report, config)
+        done = first_step
         for step in range(first_step, config.num_steps):
+            if self.insight.has_ended:
+                logger.info("%s: stopped early after step %d; best: %s", self.place, done, self.insight.best_step)
+                break
             self.watchdog.enter("data", step)
             waited_from = time.monotonic()
             batch = next(batches)
@@ -385,26 +436,32 @@ class _Loop:
             if len(guard.bad_steps) >= config.max_nonfinite_steps:
                 self.saver.finish()  # what is under way may be what there is to go back to
                 self.rollbacks.go_back(history, done, guard.bad_steps)
-                return False
+                return None
             if engine.rank == 0:
                 reporter.step_done(done, result.loss, waited_s)
-            is_last = done == config.num_steps
+            self.watchdog.enter("insight", done)
+            seen = self.insight.look(done)
+            is_last = done == config.num_steps or self.insight.has_ended
             stopping, due = self._agree()
-            due = due or done % config.checkpoint_every_steps == 0
-            self._keep(done, learning_rate, saving=due, ending=is_last or stopping)
+            due = due or done % config.checkpoint_every_steps == 0 or done == self.insight.best_step
+            self._keep(done, learning_rate, seen, saving=due, ending=is_last or stopping)
             if stopping and not is_last:
                 raise TrainingStoppedError(
                     f"{self.place}: stopped on request after step {done} of {config.num_steps}; run again to resume"
                 )
-        return True
+        return done
 
-    def _keep(self, done: int, learning_rate: float, *, saving: bool, ending: bool) -> None:
+    def _keep(self, done: int, learning_rate: float, seen: Seen, *, saving: bool, ending: bool) -> None:
         """Log and save what is due after a step; a checkpoint holds the numbers of all its steps."""
         saving = saving or ending
-        if saving or done % self.config.log_every_steps == 0:
+        self.window.pause(seen.seconds or 0.0)
+        if self.log is not None and seen.picture is not None:
+            self.log.show(done, seen.picture)
+        if saving or seen.seconds is not None or done % self.config.log_every_steps == 0:
             self.watchdog.enter("log", done)
             metrics = self.window.close(self.engine, learning_rate) | self.stragglers.close()
             metrics |= self.watch.close(self.engine, done)
+            metrics |= self.insight.machine(metrics["samples_per_s"]) | dict(seen.numbers)
             metrics |= {
                 "num_spikes": float(self.guard.num_spikes),
                 "num_rollbacks": float(len(self.history.rollbacks)),
@@ -417,6 +474,7 @@ class _Loop:
             if self.log is not None:
                 extra = {METRICS_NAME: self.log.content, GUARD_NAME: self.guard.to_json()}
             began_at = time.monotonic()
+            self.saver.spare(self.insight.best_step)
             self.saver.save(done, extra, wait=ending)
             self.saved_at = time.monotonic()
             self.window.add_saving(self.saved_at - began_at)

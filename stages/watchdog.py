@@ -39,7 +39,7 @@ _FIRST_STEP_FACTOR = 3.0  # compilation, first shards, memory pools
 _STDERR = 2
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 
-Phase = Literal["start", "data", "step", "log", "checkpoint"]
+Phase = Literal["start", "data", "step", "insight", "log", "checkpoint"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -77,11 +77,25 @@ def load(engine: Engine, folder: Path, layout: str) -> None:
     engine.load([folder / name for name in names])
 
 
+def look(engine: Engine) -> dict[str, Any]:
+    """Measure the loss of the averaged weights on fixed samples; tell whether that left the state as it was."""
+    before = engine.snapshot()
+    batch = next(VectorStream().batches(3, engine.rank, engine.world_size))
+    with engine.evaluating(averaged=True):
+        part = batch.part(0, len(batch.indices), engine.device)
+        loss, _ = engine.loss_of((part, SampleRandom(1, 3, batch.indices)))
+    after = engine.snapshot()
+    same = before is None or after is None or all(torch.equal(x, after.tensors[n]) for n, x in before.tensors.items())
+    mean = engine.total(loss.double().reshape(1).cpu()) / engine.world_size
+    return {"loss": float(mean), "same": all(engine.gather(same))}
+
+
 def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Train, save, train on; go back to the checkpoint and repeat; meet a step that is not finite."""
     engine = DeepSpeedEngine(TinyModel(), model_loss, settings(world_size, zero_stage))
     found: dict[str, Any] = {"first": steps(engine, 0, 5)}
     save_and_load(engine, folder / f"zero{zero_stage}")
+    found["looked"] = look(engine)
     found["on"] = steps(engine, 5, 8)
     load(engine, folder / f"zero{zero_stage}", engine.layout)
     found["again"] = steps(engine, 5, 8)
@@ -95,6 +109,7 @@ def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     other.close()
     plain = TorchEngine(TinyModel(seed=9), model_loss, settings(world_size, 0))
     load(plain, folder / f"zero{zero_stage}", engine.layout)
+    found["plain_looked"] = look(plain)
     found["plain"] = steps(plain, 5, 8)
     return found
 

@@ -60,6 +60,13 @@ def test_a_save_that_fails_on_one_rank_counts_on_none(found: dict[str, Any]) -> 
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_averaged_weights_are_lent_and_given_back(found: dict[str, Any], stage: int) -> None:
+    looked, plain = found[str(stage)]["looked"], found[str(stage)]["plain_looked"]
+    assert looked["same"] and plain["same"], "to the last bit"
+    assert looked["loss"] == pytest.approx(plain["loss"], **CLOSE)
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
 def test_resuming_is_exact(found: dict[str, Any], stage: int) -> None:
     assert found[str(stage)]["again"] == found[str(stage)]["on"]
 

@@ -193,7 +193,7 @@ def test_other_buckets_than_those_of_the_pca_are_refused(inputs: dict[str, Manif
 
 def test_too_few_samples_are_refused(inputs: dict[str, Manifest]) -> None:
     config = dataclasses.replace(PRIOR, num_streams=32, global_batch_size=32)
-    with pytest.raises(InputError, match=r"curate kept 24 samples, fewer than prior\.num_streams: 32"):
+    with pytest.raises(InputError, match=r"curate kept 24 samples to train on, fewer than prior\.num_streams: 32"):
         Prior(config, root=inputs["curate"].root).plan(inputs)
 
 

@@ -32,8 +32,8 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def lines_of(trained: Trained) -> list[dict[str, float]]:
-    """Metrics without those that measure time."""
-    timed = ("samples_per_s", "data_wait_fraction", "checkpoint_wait_fraction")
+    """Metrics without those that measure time or memory."""
+    timed = ("samples_per_s", "data_wait_fraction", "checkpoint_wait_fraction", "memory_gib")
     return [
         {name: value for name, value in line.items() if name not in timed} for line in read_metrics(trained.metrics_log)
     ]
