@@ -18,7 +18,7 @@ from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.sharded_state import split_key
 from stages.training import model_loss
 from stages.warm_start import freeze
-from tests.cluster.deepspeed_rank import ZERO_STAGES, load, settings, steps
+from tests.cluster.deepspeed_rank import ZERO_STAGES, load, save, settings, steps
 from tests.stages.training_data import TinyModel
 
 FROZEN = ("body.0.*", "body.4.bias")
@@ -41,9 +41,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         engine = DeepSpeedEngine(frozen_model(), model_loss, settings(world_size, zero_stage))
         first = steps(engine, 0, 4)
         state = folder / f"zero{zero_stage}"
-        state.mkdir(exist_ok=True)
-        engine.save(state)
-        engine.gather(None)
+        save(engine, state)
         names = set()
         for path in state.iterdir():
             with safe_open(path, framework="pt") as file:
