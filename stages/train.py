@@ -8,6 +8,7 @@ this process, ``cluster/training.py`` calls the same ``process`` on every rank o
 from __future__ import annotations
 
 import contextlib
+import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -47,6 +48,8 @@ from unclip_models.efficiency import make_efficient
 from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
 from unclip_models.randomness import SampleRandom
 from unclip_models.upsampler import UpsamplerConfig, training_sample
+
+logger = logging.getLogger(__name__)
 
 _GAMMA_SAMPLES = 512
 
@@ -308,7 +311,11 @@ class Training(Stage[TrainingC]):
 
     def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
         """Give what the training is looked at with; counts what the model, not compiled yet, has to compute."""
-        flops = flops_per_sample(model, model_loss, example_batch(self.config.model))
+        try:
+            flops = flops_per_sample(model, model_loss, example_batch(self.config.model))
+        except RuntimeError as error:  # an operation without shapes alone; no reason not to train
+            logger.warning("%s: the arithmetic of a sample cannot be counted, so there is no mfu: %s", self.name, error)
+            flops = None
         if not any(shard.params.get("num_held_out", ())):
             return Watch(flops_per_sample=flops)
         seed = self.config.validation.seed
