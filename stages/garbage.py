@@ -1,8 +1,8 @@
 """Garbage: what lies in the store and is named by nothing that counts.
 
 Named means: by a manifest, by the record of a shard that a manifest names, by a version of the model registry, or by
-the plan of a run that the given configs would go on with. Everything else goes once it is old enough; what is young may belong to a run of another
-config that is in progress.
+the plan of a run that the given configs would go on with. Everything else goes once it is old enough; what is young
+may belong to a run of another config that is in progress.
 """
 
 from __future__ import annotations

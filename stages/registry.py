@@ -173,8 +173,9 @@ def _registered(root: str, manifests: Mapping[str, Manifest], gate: PromotionGat
             decision=_ask(root, gate, metrics, read_production(root)),
         )
         # Another may have taken the number since: look again, it may even have been the same run.
-        if swap.create(version_uri(root, version.number), storage.json_bytes(version.to_json())) is not None:
-            return version
+        record = json.dumps(version.to_json(), indent=1) + "\n"  # unsorted: stages stay in the pipeline's order
+        if swap.create(version_uri(root, version.number), record.encode()) is not None:
+            return _read(root, version.number)
 
 
 def _lists(manifests: Mapping[str, Manifest]) -> tuple[UrlList, ...]:
