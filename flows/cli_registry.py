@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flows.console import PLAIN, open_console, print_json
 from flows.project import open_project
 from stages.errors import ConfigError, InputError
+from stages.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from stages.gate import Decision
@@ -62,7 +63,7 @@ def promote(args: argparse.Namespace) -> int:
     from stages.registry import card_uri, register
     from stages.registry import promote as promote_version
 
-    reason = (args.force_reason or "").strip()
+    reason = hide_secrets((args.force_reason or "").strip())
     if args.force_reason is not None and not reason:
         raise ConfigError("--force-reason: is empty; say why the gate is passed over")
     config = load_config(args.config, args.set)

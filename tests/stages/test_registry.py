@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stages import storage
+from stages import storage, swap
 from stages.errors import ConflictError, InputError, IntegrityError, UnclipError
 from stages.gate import GateRule, PromotionGateConfig
 from stages.registry import (
@@ -73,7 +73,16 @@ def test_the_card_says_what_the_record_says(atomic_root: str) -> None:
     assert storage.read_bytes(card_uri(root, 1)).decode() == card
 
 
-def test_a_failed_gate_leaves_production_untouched_and_says_why(root: str) -> None:
+def test_a_server_that_ignores_conditions_will_do(s3_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "SETTLE_S", 0.05)
+    assert not swap.is_atomic(f"{s3_root}/x")
+    for number in registered(s3_root, 1, 2):
+        promote(s3_root, number, OPEN)
+    assert rollback(s3_root).number == read_production(s3_root).number == 1
+
+
+def test_a_failed_gate_leaves_production_untouched_and_says_why(atomic_root: str) -> None:
+    root = atomic_root
     good, better = registered(root, 1, 2, clip_score=0.25)
     (bad,) = registered(root, 3, clip_score=0.125)
     refused = promote(root, bad, NO_WORSE)
