@@ -27,7 +27,7 @@ from stages.errors import ConflictError, InputError, IntegrityError
 from stages.gate import Decision, PromotionGateConfig, decide
 from stages.manifest import Manifest
 from stages.model_card import model_card
-from stages.version import UrlList, Version, VersionedStage, digest_of_run, lists_of
+from stages.version import Version, VersionedStage, digest_of_run, lists_of
 
 _VERSIONS = "registry/versions"
 _PRODUCTION = "registry/production.json"
@@ -168,7 +168,7 @@ def _registered(root: str, manifests: Mapping[str, Manifest], gate: PromotionGat
             created_at=_now(),
             digest=digest,
             stages={name: VersionedStage.of(manifest) for name, manifest in manifests.items()},
-            lists=_lists(manifests),
+            lists=lists_of(manifests["source"]) if "source" in manifests else (),
             metrics=metrics,
             decision=_ask(root, gate, metrics, read_production(root)),
         )
@@ -176,10 +176,6 @@ def _registered(root: str, manifests: Mapping[str, Manifest], gate: PromotionGat
         record = json.dumps(version.to_json(), indent=1) + "\n"  # unsorted: stages stay in the pipeline's order
         if swap.create(version_uri(root, version.number), record.encode()) is not None:
             return _read(root, version.number)
-
-
-def _lists(manifests: Mapping[str, Manifest]) -> tuple[UrlList, ...]:
-    return lists_of(manifests["source"]) if "source" in manifests else ()
 
 
 def _read(root: str, number: int) -> Version:
