@@ -8,6 +8,7 @@ import tempfile
 import threading
 from collections.abc import ItemsView
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,8 +61,8 @@ def test_a_version_tells_what_its_manifests_say_and_is_registered_once(atomic_ro
     assert version.metrics["clip_score"] == 0.3 and version.decision.passed and version.code_versions == ["1.0"]
 
 
-def test_the_card_says_what_the_record_says(atomic_root: str) -> None:
-    root = atomic_root
+def test_the_card_says_what_the_record_says(tmp_path: Path) -> None:
+    root = str(tmp_path)
     version = register(root, finished_run(root, 1, clip_score=0.125), NO_WORSE)
     card = storage.read_bytes(card_uri(root, 1)).decode()
     decoder = version.stages["decoder"].weights[0]
@@ -182,8 +183,8 @@ def test_weights_that_are_gone_or_made_anew_are_not_put_into_production(atomic_r
     assert production_bytes(root) == before
 
 
-def test_damage_is_refused(atomic_root: str) -> None:
-    root = atomic_root
+def test_damage_is_refused(tmp_path: Path) -> None:
+    root = str(tmp_path)
     (number,) = registered(root, 1)
     promote(root, number, OPEN)
     value = json.loads(production_bytes(root))
@@ -197,8 +198,8 @@ def test_damage_is_refused(atomic_root: str) -> None:
             read_versions(root)
 
 
-def test_a_diff_tells_what_distinguishes_two_versions(atomic_root: str) -> None:
-    root = atomic_root
+def test_a_diff_tells_what_distinguishes_two_versions(tmp_path: Path) -> None:
+    root = str(tmp_path)
     a = register(root, finished_run(root, 1, lists={"jan.csv": 30, "old.csv": 5}), OPEN)
     lists = {"jan.csv": 40, "feb.csv": 7}
     b = register(root, finished_run(root, 2, lists=lists, learning_rate=2e-4, clip_score=0.3, recall=0.5), OPEN)
@@ -226,7 +227,7 @@ def three_versions(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @given(actions=ACTIONS)
-@settings(max_examples=25)
+@settings(max_examples=15)
 def test_history_only_grows(three_versions: str, actions: list[tuple[str, int]]) -> None:
     """Whatever is asked in whatever order: changes are added at the end or nothing is written at all."""
     with tempfile.TemporaryDirectory() as folder:
