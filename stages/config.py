@@ -30,6 +30,7 @@ from stages.errors import ConfigError, StorageError
 from stages.evaluate import EvaluateConfig
 from stages.executor import ClusterConfig
 from stages.filter_rules import FilterConfig
+from stages.gate import PromotionGateConfig
 from stages.generate import GenerateConfig
 from stages.ledger import LedgerConfig
 from stages.machines import AwsConfig, KubernetesConfig
@@ -67,6 +68,7 @@ class Config:
     upsampler_1024: UpsamplerTraining = setting(help="the second upsampler")
     generate: GenerateConfig = setting(factory=GenerateConfig, help="sampling")
     evaluate: EvaluateConfig = setting(factory=EvaluateConfig, help="metrics and the gate")
+    gate: PromotionGateConfig = setting(factory=PromotionGateConfig, help="for `unclip promote`", affects="nothing")
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**63:

@@ -5,6 +5,7 @@ UnclipError
 |-- InputError       data the user named is missing, unreadable or empty       exit code 1
 |-- StorageError     the store cannot be reached, read or written              exit code 1
 |   `-- NotFoundError    one object is not there
+|-- ConflictError    another process was faster; nothing was changed           exit code 1
 |-- IntegrityError   an artefact is not what its record says it is             exit code 1
 |-- ShardError       one shard cannot be processed                             exit code 1
 `-- StageError       a stage failed as a whole                                 exit code 1
@@ -38,6 +39,10 @@ class StorageError(UnclipError):
 
 class NotFoundError(StorageError):
     """The store has no object of that name."""
+
+
+class ConflictError(UnclipError):
+    """Another process has changed the same thing meanwhile; nothing was written."""
 
 
 class IntegrityError(UnclipError):

@@ -1,8 +1,8 @@
 """Garbage: what lies in the store and is named by nothing that counts.
 
-Named means: by a manifest, by the record of a shard that a manifest names, or by the plan of a run that the given
-configs would go on with. Everything else goes once it is old enough; what is young may belong to a run of another
-config that is in progress.
+Named means: by a manifest, by the record of a shard that a manifest names, by a version of the model registry, or by
+the plan of a run that the given configs would go on with. Everything else goes once it is old enough; what is young
+may belong to a run of another config that is in progress.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from stages.base import Stage
 from stages.errors import IntegrityError, NotFoundError, StorageError
 from stages.lease import LEASE_NAME
 from stages.manifest import MANIFEST_NAME, TABLE_NAME, Manifest, ShardRecord, manifest_uri
+from stages.registry import read_versions
 from stages.segments import SEGMENTS_FOLDER, read_records
 from stages.storage import TEMPORARY_SUFFIX, Entry
 
@@ -89,13 +90,13 @@ def find_garbage(
         pipelines: the stages of every config whose work is to be kept; their names are the folders looked at.
         fingerprints: names of their results.
         older_than_days: nothing younger goes, except temporary files older than ``TEMPORARY_DAYS``.
-        stale: whether results that none of the configs reaches are garbage too.
+        stale: whether results are garbage too that none of the configs reaches and no version is made of.
 
     Returns:
         In the order in which they may be deleted: manifests first, then records, then what those name.
 
     Raises:
-        IntegrityError: if a manifest that counts cannot be read: what it names is then not known.
+        IntegrityError: if a manifest that counts or a version cannot be read: what it names is then not known.
         StorageError: if the store does not answer.
     """
     now_s = time.time()
@@ -104,12 +105,18 @@ def find_garbage(
     listings = {name: storage.list_entries(storage.join(root, name), temporary=True) for name in stages}
     reached = {Result(stage=name, fingerprint=f) for names in fingerprints for name, f in names.items()}
     live = set(all_results({name: storage.list_entries(storage.join(root, name)) for name in stages}))
+    versions = read_versions(root).values()
     if stale:
-        old = {r for r in live - reached if _age_days(listings, r, now_s) > older_than_days}
+        registered = {
+            Result(stage=name, fingerprint=stage.fingerprint) for v in versions for name, stage in v.stages.items()
+        }
+        old = {r for r in live - reached - registered if _age_days(listings, r, now_s) > older_than_days}
         live -= old
     names = _named(
         root, listings, sorted(live, key=lambda r: (r.stage, r.fingerprint)), reached, pipelines, fingerprints
     )
+    # Also where the manifest of a registered version is gone: its weights are all that is left of it.
+    names.paths.update(file.path for v in versions for stage in v.stages.values() for file in stage.weights)
     found: list[Garbage] = []
     for stage, listing in listings.items():
         newest = _newest_by_shard(listing)

@@ -25,8 +25,11 @@ from stages.garbage import (
     delete_garbage,
     find_garbage,
 )
+from stages.gate import PromotionGateConfig
 from stages.manifest import Manifest
+from stages.registry import register, version_uri
 from stages.runner import run_stage
+from tests.stages.finished_run import publish_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
 
 DAY_S = 86_400
@@ -149,3 +152,19 @@ def test_an_unreadable_manifest_stops_the_collection(root: str) -> None:
     storage.write_bytes(squares.uri, b"{}")
     with pytest.raises(IntegrityError, match="repair"):
         collect(pipeline)
+
+
+def test_what_registered_versions_name_stays(root: str) -> None:
+    old, new = Pipeline(root), Pipeline(root, power=3)
+    run = {**old.run(), "evaluate": publish_stage(root, "evaluate", "0" * 16, metrics={"clip_score": 0.3})}
+    run["squares"] = publish_stage(root, "squares", "1" * 16, run["squares"].records, weights=b"weights")
+    new.run()
+    assert {item.reason for item in collect(new, stale=True)} >= {STALE}
+    version = register(root, run, PromotionGateConfig())
+    kept = {stage.manifest for stage in version.stages.values()} | {version.stages["squares"].weights[0].path}
+    assert not kept & reasons(collect(new, stale=True)).keys()
+    storage.delete(f"{root}/{version.stages['squares'].manifest}")
+    assert not kept & reasons(collect(new, stale=True)).keys()  # the weights stay without it
+    storage.write_bytes(version_uri(root, 1), b"{}")
+    with pytest.raises(IntegrityError, match="0001"):
+        collect(new, stale=True)

@@ -1,0 +1,219 @@
+"""The commands of the model registry: promote, rollback, versions, diff."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from flows.console import PLAIN, open_console, print_json
+from flows.project import open_project
+from stages.errors import ConfigError, InputError
+from stages.redaction import hide_secrets
+
+if TYPE_CHECKING:
+    from stages.gate import Decision
+    from stages.manifest import Manifest
+    from stages.version import VersionDiff
+
+_SHOWN = ("frechet_distance", "clip_score", "caption_accuracy_all")
+
+
+def promote_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip promote``."""
+    _common_arguments(parser)
+    parser.add_argument(
+        "--version", type=int, metavar="N", help="a registered version; without, the finished run of this config"
+    )
+    parser.add_argument("--force-reason", metavar="TEXT", help="promote even if the gate fails; the reason is kept")
+
+
+def rollback_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip rollback``."""
+    _common_arguments(parser)
+    parser.add_argument(
+        "--to", type=int, metavar="N", help="a version that has been in production; without, the one before"
+    )
+
+
+def versions_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip versions``."""
+    _common_arguments(parser)
+
+
+def diff_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe ``unclip diff``."""
+    _common_arguments(parser)
+    parser.add_argument("a", type=int, metavar="A", help="number of a version")
+    parser.add_argument("b", type=int, metavar="B", help="number of another")
+
+
+def _common_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file")
+    parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--json", action="store_true", help="print JSON to standard output")
+
+
+def promote(args: argparse.Namespace) -> int:
+    """Register the finished run if need be, ask the gate, and put the version into production; 1 if the gate fails."""
+    from stages.config import load_config
+    from stages.registry import card_uri, register
+    from stages.registry import promote as promote_version
+
+    reason = hide_secrets((args.force_reason or "").strip())
+    if args.force_reason is not None and not reason:
+        raise ConfigError("--force-reason: is empty; say why the gate is passed over")
+    config = load_config(args.config, args.set)
+    number = args.version
+    if number is None:
+        number = register(config.root, _finished_run(args), config.gate).number
+    outcome = promote_version(config.root, number, config.gate, force_reason=reason)
+    if args.json:
+        print_json(
+            {
+                "status": outcome.status,
+                "version": number,
+                "before": outcome.before,
+                "production": outcome.before if outcome.status == "refused" else number,
+                "decision": outcome.decision.to_json() if outcome.decision else None,
+                "card": card_uri(config.root, number),
+            }
+        )
+        return 1 if outcome.status == "refused" else 0
+    if outcome.decision is not None:
+        _show_decision(outcome.decision)
+    was = f"version {outcome.before}" if outcome.before else "nothing"
+    if outcome.status == "refused":
+        _say(f"version {number} is registered, not promoted; in production is still {was}")
+    elif outcome.status == "unchanged":
+        _say(f"version {number} is in production already; nothing to do")
+    else:
+        forced = f", forced past the gate: {reason}" if outcome.decision and not outcome.decision.passed else ""
+        _say(f"version {number} is in production (before: {was}){forced}")
+        _say(f"model card: {card_uri(config.root, number)}")
+    return 1 if outcome.status == "refused" else 0
+
+
+def _finished_run(args: argparse.Namespace) -> Mapping[str, Manifest]:
+    project = open_project(args.config, args.set)
+    if missing := [name for name in project.stages if name not in project.manifests]:
+        raise InputError(
+            f"promote: {', '.join(missing)} not finished; `unclip run {args.config}` brings them to an end"
+        )
+    return project.manifests
+
+
+def rollback(args: argparse.Namespace) -> int:
+    """Put an earlier version into production again."""
+    from stages.registry import rollback as roll_back
+
+    change = roll_back(_root(args), args.to)
+    if args.json:
+        print_json({"status": "rolled back", "version": change.number, "before": change.before})
+    else:
+        _say(f"version {change.number} is in production again (before: version {change.before})")
+    return 0
+
+
+def versions(args: argparse.Namespace) -> int:
+    """List all versions; the one in production is marked."""
+    from rich import box
+    from rich.table import Table
+
+    from stages.registry import read_production, read_versions
+
+    root = _root(args)
+    known, production = read_versions(root), read_production(root)
+    if args.json:
+        print_json(
+            {
+                "root": root,
+                "production": production.number,
+                "versions": [version.to_json() for version in known.values()],
+                "history": [asdict(change) for change in production.history],
+            }
+        )
+        return 0
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for name in ("version", "registered", "rows", *_SHOWN, "gate then", "code", ""):
+        table.add_column(name, justify="right" if name in ("rows", *_SHOWN) else "left")
+    for number, version in known.items():
+        rows = version.stages["curate"].num_kept if "curate" in version.stages else None
+        table.add_row(
+            str(number),
+            version.created_at,
+            _shown(rows),
+            *(_shown(version.metrics.get(name)) for name in _SHOWN),
+            "passed" if version.decision.passed else "failed",
+            ", ".join(version.code_versions),
+            "in production" if number == production.number else "",
+        )
+    console = open_console(sys.stdout)
+    console.print(table if known else "no version yet; `unclip promote` registers the finished run")
+    for change in production.history:
+        forced = f", forced: {change.reason}" if change.reason else ""
+        _say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
+    return 0
+
+
+def diff(args: argparse.Namespace) -> int:
+    """Show what distinguishes two versions."""
+    from stages.registry import find_version
+    from stages.version import compare
+
+    root = _root(args)
+    found = compare(find_version(root, args.a), find_version(root, args.b))
+    if args.json:
+        print_json(found.to_json())
+    else:
+        _show_diff(found)
+    return 0
+
+
+def _show_diff(found: VersionDiff) -> None:
+    if not found.results:
+        _say(f"versions {found.a} and {found.b} are made of the same results")
+    else:
+        _say(f"results that differ: {', '.join(found.results)}")
+    for item in found.removed:
+        _say(f"- list {item.name}: {item.num_rows:,} rows")
+    for item in found.added:
+        _say(f"+ list {item.name}: {item.num_rows:,} rows")
+    for name, (a, b) in found.changed.items():
+        _say(f"  list {name}: {a.num_rows:,} -> {b.num_rows:,} rows, {a.sha256[:12]} -> {b.sha256[:12]}")
+    for what, pairs in (
+        ("setting", found.config),
+        ("rows out of", found.rows),
+        ("metric", found.metrics),
+        ("code of", found.code),
+    ):
+        for name, (before, after) in pairs.items():
+            _say(f"  {what} {name}: {_shown(before)} -> {_shown(after)}")
+
+
+def _show_decision(decision: Decision) -> None:
+    if not decision.rules:
+        _say("the gate has no rule: everything passes; set `gate.rules`")
+    for rule in decision.rules:
+        _say(f"{'met    ' if rule.passed else 'NOT met'}  {rule.reason}")
+
+
+def _root(args: argparse.Namespace) -> str:
+    from stages.config import load_config
+
+    return load_config(args.config, args.set).root
+
+
+def _say(text: str) -> None:
+    open_console(sys.stdout).print(text, soft_wrap=True, **PLAIN)
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else json.dumps(value)
