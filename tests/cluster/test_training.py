@@ -39,6 +39,8 @@ class TinyConfig(TrainingConfig):
     learning_rate: float = setting(1e-2, "peak")
     num_streams: int = setting(4, "streams")
     checkpoint_every_steps: int = setting(4, "steps", affects="nothing")
+    # An accident two fast steps later must find it written.
+    checkpoint_in_background: bool = setting(False, "wait for them", affects="nothing")
     log_every_steps: int = setting(4, "steps", affects="nothing")
     cpus_per_rank: float = setting(0.5, "cores", affects="nothing")
     tensorboard: bool = setting(False, "none", affects="nothing")
