@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from stages.errors import ConfigError, StageError
+from stages.errors import ConfigError, StageError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class JobCluster:
             self._client = JobSubmissionClient(address)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
-                f"cluster.submit: '{address}': {_first_line(error)}; give the address of the cluster's dashboard, such "
+                f"cluster.submit: '{address}': {first_line(error)}; give the address of the cluster's dashboard, such "
                 "as http://head:8265, and see that it is up"
             ) from error
 
@@ -124,7 +124,7 @@ class JobCluster:
             except RuntimeError as error:
                 if self._find(name) is not None:
                     return name, False  # somebody else was faster
-                raise StageError(f"cluster.submit: {self._address} refuses the job: {_first_line(error)}") from error
+                raise StageError(f"cluster.submit: {self._address} refuses the job: {first_line(error)}") from error
         return name, True
 
     def state(self, name: str) -> JobState:
@@ -155,7 +155,7 @@ class JobCluster:
                 except (ConnectionError, OSError) as error:
                     if time.monotonic() - answered_at > _LOST_CONTACT_S:
                         raise StageError(
-                            f"job {name}: {self._address} does not answer ({_first_line(error)}); the job may go on: "
+                            f"job {name}: {self._address} does not answer ({first_line(error)}); the job may go on: "
                             "the same command attaches to it again"
                         ) from error
                 time.sleep(_POLL_S)
@@ -190,7 +190,7 @@ class JobCluster:
         except RuntimeError as error:
             if "does not exist" in str(error):
                 return None
-            raise ConnectionError(_first_line(error)) from error
+            raise ConnectionError(first_line(error)) from error
 
 
 class _Log:
@@ -251,7 +251,3 @@ def _state_of(job: Any) -> JobState:
 
 def _number(name: str) -> int:
     return int(name.rpartition("-")[2])
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

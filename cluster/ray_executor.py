@@ -24,7 +24,7 @@ from typing import Any
 from cluster.board import Board, BoardLink
 from cluster.draining import DrainWatch
 from stages.base import Progress, Result, Shard, Stage
-from stages.errors import ConfigError, ShardError, StageError, UnclipError
+from stages.errors import ConfigError, ShardError, StageError, UnclipError, first_line
 from stages.executor import ClusterConfig, ShardFailure, failure_of
 from stages.manifest import Manifest, ShardRecord
 
@@ -92,10 +92,10 @@ def _start(cluster: ClusterConfig) -> None:
             ray.shutdown()
             if attempt == _MAX_STARTS or isinstance(error, ValueError):
                 raise StageError(
-                    f"cluster: Ray does not start on this machine: {_first_line(error)}; free some memory and cores "
+                    f"cluster: Ray does not start on this machine: {first_line(error)}; free some memory and cores "
                     "and run again, or set cluster.executor: local"
                 ) from error
-            logger.warning("Ray did not start (%s); trying again", _first_line(error))
+            logger.warning("Ray did not start (%s); trying again", first_line(error))
 
 
 def _join(cluster: ClusterConfig) -> None:
@@ -107,13 +107,9 @@ def _join(cluster: ClusterConfig) -> None:
         ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"cluster.address: '{cluster.address}': {_first_line(error)}; start that cluster, correct the address, or "
+            f"cluster.address: '{cluster.address}': {first_line(error)}; start that cluster, correct the address, or "
             "write `local`"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _runtime_env() -> dict[str, Any]:
@@ -374,7 +370,7 @@ class _Pool:
 
         with contextlib.suppress(Exception):
             ray.kill(running.actor)  # one that merely cannot be reached must not do the shard beside its successor
-        reason = _first_line(error)
+        reason = first_line(error)
         if running.shard is None:
             self._num_failed_starts += not getattr(error, "preempted", False)
             if self._num_failed_starts >= _MAX_DEATHS:

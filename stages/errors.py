@@ -72,3 +72,8 @@ def _rebuild_shard_error(message: str, retryable: bool) -> ShardError:
 
 class StageError(UnclipError):
     """A stage failed as a whole; what it committed is kept and the same command resumes it."""
+
+
+def first_line(error: BaseException) -> str:
+    """Say in one line what an error of other software says in many; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import os
@@ -29,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stages import storage, swap
+from stages.clock import utc_now
 from stages.errors import IntegrityError, StageError, StorageError
 
 logger = logging.getLogger(__name__)
@@ -327,7 +327,7 @@ def claim(uri: str, *, ttl_s: float, run: str = "", on_wait: Callable[[Holding],
             if holding is not None and not holding.is_free:
                 logger.warning("%s: taking over from %s", uri.rsplit("/", 3)[-3], holding)
             token = holding.token + 1 if holding is not None else 1
-            mine = Holding(token=token, owner=owner, since=_now())
+            mine = Holding(token=token, owner=owner, since=utc_now())
             version = (
                 swap.create(uri, mine.to_bytes())
                 if found is None
@@ -350,10 +350,6 @@ def _lost(uri: str, found: Holding | None) -> LeaseLostError:
     stage = uri.rsplit("/", 3)[-3]
     by = f"by {found}" if found is not None else "away: its lease is gone"
     return LeaseLostError(f"{stage}: taken over {by}; this run writes nothing more, run again to follow the other one")
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _this_machine() -> str:

@@ -13,7 +13,6 @@ of one. Its history only grows.
 
 from __future__ import annotations
 
-import datetime
 import json
 import re
 import secrets
@@ -23,6 +22,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from stages import storage, swap
+from stages.clock import utc_now
 from stages.errors import ConflictError, InputError, IntegrityError
 from stages.gate import Decision, PromotionGateConfig, decide
 from stages.manifest import Manifest
@@ -165,7 +165,7 @@ def _registered(root: str, manifests: Mapping[str, Manifest], gate: PromotionGat
                 return version
         version = Version(
             number=max(known, default=0) + 1,
-            created_at=_now(),
+            created_at=utc_now(),
             digest=digest,
             stages={name: VersionedStage.of(manifest) for name, manifest in manifests.items()},
             lists=lists_of(manifests["source"]) if "source" in manifests else (),
@@ -310,7 +310,7 @@ def _change(
     """Write one more change, if production is still what was read."""
     change = Change(
         id=secrets.token_hex(8),
-        at=_now(),
+        at=utc_now(),
         action=action,
         number=number,
         before=production.number,
@@ -328,7 +328,3 @@ def _change(
             "now; see `unclip versions`, then try again"
         )
     return change
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

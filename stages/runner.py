@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import importlib.metadata
 import logging
 import time
@@ -16,6 +15,7 @@ from typing import Any, Literal
 from stages import storage
 from stages.balance import check_balance
 from stages.base import Progress, Shard, Stage, identity_of, record_uri
+from stages.clock import utc_now
 from stages.errors import IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.lease import Lease
@@ -225,7 +225,7 @@ def run_stage(
         metrics=result.metrics,
         quarantined=quarantined,
         code_version=importlib.metadata.version("unclip-pipeline"),
-        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        created_at=utc_now(),
         wall_time_s=round(time.monotonic() - started_at, 3),
     )
     manifest.write(lease.publish if lease is not None else None)

@@ -301,7 +301,8 @@ def train(
         watchdog = stack.enter_context(_watchdog(config, folder, place))
         # Layers such as dropout draw from torch's global generator, which is seeded anew at every step.
         stack.enter_context(torch.random.fork_rng())
-        engine = make_engine(model, loss, engine_settings(config, world_size))
+        settings = engine_settings(config, world_size)
+        engine = make_engine(model, loss, settings)
         stack.callback(engine.close)
         checkpoints = CheckpointFolder(folder, config.keep_last, config.keep_every_steps)
         rollbacks = _rollbacks(engine, checkpoints, config, folder, place)
@@ -314,11 +315,12 @@ def train(
                 first_step = resumed.step if resumed else 0
                 if resumed and rank == 0:
                     logger.info("%s: resuming from step %d of %d", place, first_step, config.num_steps)
-                lines = resumed.metrics if resumed else b""
-                log = _open_log(attempt, folder, place, config, lines, first_step) if rank == 0 else None
-                num_skipped = int(read_metrics(lines)[-1]["num_skipped_steps"]) if lines else 0
+                content = resumed.metrics if resumed else b""
+                log = _open_log(attempt, folder, place, config, content, first_step) if rank == 0 else None
+                lines = read_metrics(content)
+                num_skipped = int(lines[-1]["num_skipped_steps"]) if lines else 0
                 window = MetricsWindow(config.global_batch_size, num_timesteps, num_skipped)
-                num_bad = int(read_metrics(lines)[-1].get("num_bad_samples", 0)) if lines else 0
+                num_bad = int(lines[-1].get("num_bad_samples", 0)) if lines else 0
                 data_watch = DataWatch(vars(config), place, num_bad)
                 saver = Saver(
                     checkpoints,
@@ -333,9 +335,9 @@ def train(
                     config,
                     watch,
                     engine,
-                    micro_batch_size=engine_settings(config, world_size).micro_batch_size,
+                    micro_batch_size=settings.micro_batch_size,
                     num_timesteps=num_timesteps,
-                    lines=read_metrics(lines),
+                    lines=lines,
                 )
                 guard = StepGuard(config.spike_threshold, config.spike_window, resumed.guard if resumed else b"")
                 history = rollbacks.history(first_step)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import random
 import socket
 import struct
@@ -12,12 +11,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+
+from tests.s3_forwarding import ForwardingHandler, serving
 
 FAULTS = ("500", "503", "truncated", "reset_before", "reset_after")
 _CODES = {"500": "InternalError", "503": "SlowDown"}
-_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
 @dataclass
@@ -51,47 +49,24 @@ class Schedule:
 @contextmanager
 def faulty_proxy(endpoint: str, schedule: Schedule) -> Iterator[str]:
     """Serve a spoiled view of ``endpoint``; yield its own address."""
-    target = urllib.parse.urlsplit(endpoint).netloc
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+    class Handler(ForwardingHandler):
+        target = urllib.parse.urlsplit(endpoint).netloc
 
         def do_GET(self) -> None:
             fault = schedule.next()
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = self.body()
             if fault == "reset_before":
                 return self._reset()
             if fault in _CODES:
-                code = _CODES[fault]
-                text = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>spoiled</Message></Error>".encode()
-                return self._answer(int(fault), {"Content-Type": "application/xml"}, text, len(text))
-            connection = http.client.HTTPConnection(target, timeout=30)
-            try:
-                # The signature covers the Host header: it goes through as it is.
-                connection.request(self.command, self.path, body=body or None, headers=dict(self.headers))
-                answer = connection.getresponse()
-                content = answer.read()
-            finally:
-                connection.close()
+                return self.refuse(int(fault), _CODES[fault], "spoiled")
+            answer = self.forward(body)
             if fault == "reset_after":
                 return self._reset()
-            headers = {name: value for name, value in answer.getheaders() if name.lower() not in _HOP}
-            if self.command == "HEAD":
-                return self._answer(answer.status, headers, b"", int(answer.headers.get("Content-Length") or 0))
-            sent = content[: len(content) // 2] if fault == "truncated" else content
-            self._answer(answer.status, headers, sent, len(content))
-            if len(sent) < len(content):
+            if fault == "truncated" and self.command != "HEAD" and answer.content:
+                answer = answer._replace(content=answer.content[: len(answer.content) // 2])
                 self.close_connection = True
-
-        do_PUT = do_POST = do_DELETE = do_HEAD = do_GET
-
-        def _answer(self, status: int, headers: dict[str, str], body: bytes, length: int) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(b"" if self.command == "HEAD" else body)
+            self.answer(answer)
 
         def _reset(self) -> None:
             # Lingering for no time makes the kernel answer with a reset instead of an orderly end.
@@ -109,16 +84,5 @@ def faulty_proxy(endpoint: str, schedule: Schedule) -> Iterator[str]:
             with suppress(OSError, ValueError):
                 super().finish()
 
-        def log_message(self, format: str, *args: Any) -> None:
-            """Say nothing."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with serving(Handler) as address:
+        yield address

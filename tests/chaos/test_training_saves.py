@@ -15,13 +15,13 @@ import torch
 
 from stages import storage
 from stages.checkpoints import CheckpointFolder
-from stages.engine import TorchEngine
 from stages.errors import StageError
-from stages.training import Trained, TrainingConfig, train
+from stages.training import Trained, TrainingConfig
 from tests.chaos.s3_proxy import Schedule, faulty_proxy
 from tests.chaos.test_full_disk import small_disk  # noqa: F401 - a fixture
+from tests.stages import train_until_killed
 from tests.stages.train_until_killed import CONFIG
-from tests.stages.training_data import TinyModel, VectorStream
+from tests.stages.training_data import VectorStream
 
 BACKGROUND = dataclasses.replace(CONFIG, checkpoint_in_background=True)
 
@@ -40,8 +40,7 @@ class Disturbed(VectorStream):
 
 
 def run(folder: str, stream: VectorStream, config: TrainingConfig = BACKGROUND) -> Trained:
-    where: dict[str, Any] = {"folder": folder, "place": "tiny", "num_timesteps": 100}
-    return train(TinyModel(dropout=0.2), stream, config, make_engine=TorchEngine, seed=5, **where)
+    return train_until_killed.run(folder, stream, config)
 
 
 def assert_same_weights(a: Trained, b: Trained) -> None:

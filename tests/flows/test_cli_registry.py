@@ -1,4 +1,7 @@
-"""``unclip promote``, ``rollback``, ``versions`` and ``diff``: three weeks of data, one of them bad."""
+"""``unclip promote``, ``rollback``, ``versions`` and ``diff`` over the results of three weeks, one of them bad.
+
+The source stage runs; the other results, metrics included, are written by hand: the registry is tested, not training.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def answer(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -
     return found
 
 
-def test_three_weeks_of_retraining(weeks: Weeks, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_registry_over_three_weeks_of_results(weeks: Weeks, capsys: pytest.CaptureFixture[str]) -> None:
     config = weeks.config
     weeks.finish(0.25, 8.0, but="ledger")
     assert main(["promote", config]) == 1 and "ledger not finished; `unclip run" in capsys.readouterr().err

@@ -25,6 +25,7 @@ from stages.step_guard import StepGuard
 from stages.stragglers import slowest_rank
 from stages.training import Trained, TrainingConfig, TrainingStoppedError, train
 from stages.watchdog import EXIT_CODE, HangReport, read_reports, suspects, verdict
+from tests.stages import train_until_killed
 from tests.stages.train_until_killed import CONFIG
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
@@ -35,17 +36,8 @@ CAREFUL = dataclasses.replace(CONFIG, max_nonfinite_steps=3)
 
 def run(folder: Path, config: TrainingConfig = CAREFUL, stream: Any = None, stop_after: int | None = None) -> Trained:
     asked = iter(range(1, 999))
-    return train(
-        TinyModel(dropout=0.2),
-        stream or VectorStream(poisoned_steps=BAD),
-        config,
-        make_engine=TorchEngine,
-        seed=5,
-        folder=str(folder),
-        place="tiny",
-        num_timesteps=100,
-        should_stop=lambda: next(asked) == stop_after,
-    )
+    given = stream or VectorStream(poisoned_steps=BAD)
+    return train_until_killed.run(str(folder), given, config, lambda: next(asked) == stop_after)
 
 
 def same(a: Trained, b: Trained) -> bool:

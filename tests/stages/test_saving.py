@@ -13,10 +13,10 @@ import torch
 
 from stages import saving, storage
 from stages.checkpoints import CheckpointFolder
-from stages.engine import TorchEngine
 from stages.errors import StageError
 from stages.storage import Written
-from stages.training import Trained, TrainingConfig, train
+from stages.training import Trained, TrainingConfig
+from tests.stages import train_until_killed
 from tests.stages.test_training import assert_same
 from tests.stages.train_until_killed import CONFIG
 from tests.stages.training_data import TinyModel, VectorStream
@@ -25,9 +25,7 @@ BACKGROUND = dataclasses.replace(CONFIG, checkpoint_in_background=True)
 
 
 def run(folder: Path, config: TrainingConfig = BACKGROUND, stream: VectorStream | None = None) -> Trained:
-    model = TinyModel(dropout=0.2)
-    where: dict[str, Any] = {"folder": str(folder), "place": "tiny", "num_timesteps": 100}
-    return train(model, stream or VectorStream(), config, make_engine=TorchEngine, seed=5, **where)
+    return train_until_killed.run(str(folder), stream or VectorStream(), config)
 
 
 @pytest.fixture(scope="module")

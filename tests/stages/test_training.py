@@ -85,17 +85,7 @@ def test_stop_on_request_in_a_thread(straight: Trained, tmp_path: Path) -> None:
 
     def work() -> None:
         try:
-            train(
-                TinyModel(dropout=0.2),
-                VectorStream(),
-                CONFIG,
-                make_engine=TorchEngine,
-                seed=5,
-                folder=str(tmp_path),
-                place="tiny",
-                num_timesteps=100,
-                should_stop=lambda: next(asked),
-            )
+            run(str(tmp_path), VectorStream(), should_stop=lambda: next(asked))
         except StageError as error:
             errors.append(error)
 
@@ -142,17 +132,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 def _stop_after(step: int, folder: str, config: TrainingConfig) -> None:
     asked = iter([False] * (step - 1) + [True])
-    train(
-        TinyModel(dropout=0.2),
-        VectorStream(),
-        config,
-        make_engine=TorchEngine,
-        seed=5,
-        folder=folder,
-        place="tiny",
-        num_timesteps=100,
-        should_stop=lambda: next(asked),
-    )
+    run(folder, VectorStream(), config, lambda: next(asked))
 
 
 def test_checkpoints_work_on_any_store(straight: Trained, root: str) -> None:

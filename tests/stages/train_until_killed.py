@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from stages.dataset import Batch
 from stages.engine import TorchEngine
-from stages.training import TrainingConfig, train
+from stages.training import Trained, TrainingConfig, train
 from tests.stages.training_data import TinyModel, VectorStream
 
 CONFIG = TrainingConfig(
@@ -46,10 +46,15 @@ class DeadlyStream(VectorStream):
             yield batch
 
 
-def run(folder: str, stream: Any) -> Any:
+def run(
+    folder: str,
+    stream: Any,
+    config: TrainingConfig = CONFIG,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Trained:
     """Train with dropout, so that torch's own generator matters too."""
-    model = TinyModel(dropout=0.2)
-    return train(model, stream, CONFIG, make_engine=TorchEngine, seed=5, folder=folder, place="tiny", num_timesteps=100)
+    where: dict[str, Any] = {"folder": folder, "place": "tiny", "num_timesteps": 100, "should_stop": should_stop}
+    return train(TinyModel(dropout=0.2), stream, config, make_engine=TorchEngine, seed=5, **where)
 
 
 if __name__ == "__main__":
