@@ -189,9 +189,8 @@ class Source(Stage[SourceConfig]):
     # ---- lists ------------------------------------------------------------------------------------------------------
 
     def _lists(self) -> list[_UrlList]:
-        uris = [uri for place in self._places for uri in _expand(place)]
-        names = _short_names(uris)
-        return [_UrlList(name, uri, _content_hash(uri)) for name, uri in zip(names, uris, strict=True)]
+        named = _named(self._places)
+        return [_UrlList(name, uri, _content_hash(uri)) for name, uri in named.items()]
 
     def _planned_list(self, shard: Shard) -> _UrlList:
         name, sha256 = shard.params["list"], shard.params["list_sha256"]
@@ -255,41 +254,47 @@ def _format_of(uri: str) -> str:
     return extension if extension in FORMATS else ""
 
 
-def _expand(place: str) -> list[str]:
-    """Return the lists that an entry of ``source.lists`` names: itself, or the lists in a folder by name."""
+def _named(places: Sequence[str]) -> dict[str, str]:
+    """Name every list by its path inside the entry of ``source.lists`` that brings it.
+
+    A name enters its shards' identities. So it depends on nothing that other lists could change, and a moved folder
+    or file keeps its names.
+
+    Raises:
+        InputError: if a list is given twice, or two lists have one name.
+    """
+    named: dict[str, str] = {}
+    given: set[str] = set()
+    for place in places:
+        for name, uri in _expand(place).items():
+            if uri in given:
+                raise InputError(f"source.lists: {uri} is given twice; remove one of the two")
+            if name in named:
+                raise InputError(
+                    f"source.lists: {named[name]} and {uri} are both named '{name}'; give a folder that holds both, "
+                    "so that they are told apart by their paths in it, or rename one"
+                )
+            given.add(uri)
+            named[name] = uri
+    return named
+
+
+def _expand(place: str) -> dict[str, str]:
+    """Return the lists that an entry of ``source.lists`` brings, itself or those in a folder: name -> URI."""
     if storage.exists(place):
         if not _format_of(place):
             raise InputError(f"source.lists: {place}: the name must end in {', '.join('.' + f for f in FORMATS)}")
-        return [place]
+        return {place.rpartition("/")[2]: place}
     names = storage.list_files(place)
     # Beside its tables img2dataset leaves statistics.
     statistics = {name.removesuffix(".parquet") + "_stats.json" for name in names if name.endswith(".parquet")}
-    found = [storage.join(place, name) for name in names if _format_of(name) and name not in statistics]
+    found = {name: storage.join(place, name) for name in names if _format_of(name) and name not in statistics}
     if not found:
         raise InputError(
             f"source.lists: {place} is neither a file nor a folder with {', '.join('.' + f for f in FORMATS)} files; "
             "correct the path"
         )
     return found
-
-
-def _short_names(uris: Sequence[str]) -> list[str]:
-    """Name every list by the shortest tail of its path that no other list shares, so that a moved list keeps its name.
-
-    Raises:
-        InputError: if a list is given twice.
-    """
-    twice = next((uri for position, uri in enumerate(uris) if uri in uris[:position]), None)
-    if twice is not None:
-        raise InputError(f"source.lists: {twice} is given twice; remove one of the two")
-    parts = [uri.split("/") for uri in uris]
-    names: list[str] = []
-    for own in parts:
-        length = 1
-        while sum(other[-length:] == own[-length:] for other in parts) > 1:
-            length += 1
-        names.append("/".join(own[-length:]))
-    return names
 
 
 _HASHES: dict[tuple[str, int, int], str] = {}

@@ -143,9 +143,31 @@ def test_a_moved_list_is_the_same_list(tmp_path: Path) -> None:
     here, there = make(tmp_path, tmp_path / "pairs.json"), make(tmp_path, tmp_path / "x" / "pairs.json")
     assert here.fingerprint({}) == there.fingerprint({})
     assert [shard.id for shard in here.plan({})] == [shard.id for shard in there.plan({})]
-    both = make(tmp_path, tmp_path / "pairs.json", tmp_path / "x" / "pairs.json")
+    with pytest.raises(InputError, match=r"are both named 'pairs\.json'; give a folder that holds both"):
+        make(tmp_path, tmp_path / "pairs.json", tmp_path / "x" / "pairs.json").plan({})
+    both = make(tmp_path, tmp_path)
     assert len({shard.id for shard in both.plan({})}) == 2
     assert both.fingerprint({}) != here.fingerprint({})
+
+
+def test_lists_in_dated_folders_come_and_go_without_renaming_others(tmp_path: Path) -> None:
+    """The rows of a renamed list would be downloaded anew."""
+    weeks = [tmp_path / "lists" / f"2026-11-{day}" / "urls.json" for day in ("01", "08", "15")]
+
+    def ids() -> dict[str, str]:
+        return {shard.params["list"]: shard.id for shard in make(tmp_path, tmp_path / "lists").plan({})}
+
+    seen = []
+    for week in weeks:
+        week.parent.mkdir(parents=True)
+        write_json(week)
+        seen.append(ids())
+    weeks[0].unlink()
+    seen.append(ids())
+    everything = seen[2]
+    assert list(everything) == [f"{week.parent.name}/urls.json" for week in weeks]
+    assert [len(known) for known in seen] == [1, 2, 3, 2]
+    assert all(known.items() <= everything.items() for known in seen)
 
 
 def test_relative_lists_are_found_from_another_working_directory(
