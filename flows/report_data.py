@@ -12,9 +12,11 @@ import numpy.typing as npt
 import pyarrow.compute as pc
 from PIL import Image
 
+from stages import storage
 from stages.manifest import Manifest, ShardRecord
-from stages.metrics import read_metrics
+from stages.metrics import last_picture, read_metrics
 from stages.samples import Sample, embeddings_of, kept_keys, read_tar, table_from_bytes
+from stages.validation import LOSS as VALIDATION_LOSS
 
 Array = npt.NDArray[np.float64]
 
@@ -192,13 +194,38 @@ def bins(groups: Sequence[Array], *, whole: bool = False) -> tuple[list[float], 
     return edges.tolist(), [np.histogram(group, edges)[0].tolist() for group in groups]
 
 
-def loss_curve(manifest: Manifest) -> list[tuple[float, float]]:
-    """Return ``(step, loss)`` of a training, without the steps whose loss was not finite; empty if it keeps none."""
+@dataclass(frozen=True, kw_only=True)
+class Learning:
+    """What a training wrote down of itself: points ``(step, value)``, those that are not finite left out.
+
+    Attributes:
+        loss: on the samples trained on.
+        validation_loss: on samples held out, with fixed noise.
+        picture: its last grid of samples: after which step, and PNG; None if it drew none, or the grid is gone.
+    """
+
+    loss: Sequence[tuple[float, float]]
+    validation_loss: Sequence[tuple[float, float]] = ()
+    picture: tuple[int, bytes] | None = None
+
+
+def learning(manifest: Manifest) -> Learning | None:
+    """Read what a training wrote down of itself; None if it keeps nothing."""
     for record in manifest.records:
         if "metrics" in record.files:
-            rows = read_metrics(record.files["metrics"].read(manifest.root))
-            return [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
-    return []
+            file = record.files["metrics"]
+            rows = read_metrics(file.read(manifest.root))
+            folder = storage.join(manifest.root, file.path.rpartition("/")[0], record.shard_id)
+            return Learning(
+                loss=_points(rows, "loss"),
+                validation_loss=_points(rows, VALIDATION_LOSS),
+                picture=last_picture(folder),
+            )
+    return None
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
 def spectrum(manifest: Manifest) -> Array:

@@ -43,7 +43,7 @@ code,.mono { font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans
 .images { display:grid; grid-template-columns:repeat(auto-fill,minmax(108px,1fr)); gap:18px 14px; margin:18px 0; }
 figure { margin:0; } figure img { display:block; width:100%; aspect-ratio:1; object-fit:contain; border-radius:7px;
   background:var(--wash); border:1px solid var(--line); }
-.pixels { image-rendering:pixelated; }
+.grid { display:block; width:100%; border-radius:5px; } .pixels { image-rendering:pixelated; }
 figcaption { font-size:12.5px; line-height:1.4; margin-top:7px; overflow-wrap:anywhere; }
 figcaption .seen { display:block; color:var(--soft); } figcaption .seen b { color:var(--bad); font-weight:600; }
 .scroll { overflow-x:auto; }

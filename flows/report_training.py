@@ -1,14 +1,15 @@
-"""The report's part on the trainings: loss curves, and what was trained for how long."""
+"""The report's part on the trainings: losses, the last samples drawn, and what was trained for how long."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from flows.charts import Series, line_chart, short_number, smooth
-from flows.report_data import loss_curve
-from flows.report_html import card, cards, legend, number, table
+from flows.report_data import Learning, learning
+from flows.report_html import card, cards, legend, number, soft, table
 from stages.manifest import Manifest
 
 TRAININGS = {
@@ -23,33 +24,60 @@ _LOG_RATIO = 6.0  # a loss that falls by more than this is shown on a logarithmi
 
 
 def training_section(manifests: Mapping[str, Manifest]) -> str:
-    """Show the loss of every training, and a table of the models."""
-    found = {title: loss_curve(manifests[name]) for name, title in TRAININGS.items() if name in manifests}
-    curves = {title: curve for title, curve in found.items() if curve}
-    wide = len(curves) in (1, 2, 4)  # in two columns, else in three
-    charts = [card(title, _loss_chart(curve, title, 440 if wide else 330)) for title, curve in curves.items()]
-    rows = [_row(name, manifests[name]) for name in TRAININGS if name in manifests]
-    if not rows:
+    """Show the losses of every training, what it drew last, and a table of the models."""
+    trainings = {name: manifests[name] for name in TRAININGS if name in manifests}
+    if not trainings:
         return ""
-    key = legend(
-        [("faint", "as logged"), ("strong", "averaged over a tenth of the training; as logged where that is short")]
+    learned = {TRAININGS[name]: found for name, manifest in trainings.items() if (found := learning(manifest))}
+    curves = {title: found for title, found in learned.items() if found.loss}
+    wide = len(curves) in (1, 2, 4)  # in two columns, else in three
+    charts = [card(title, _loss_chart(found, title, 440 if wide else 330)) for title, found in curves.items()]
+    entries = [
+        ("faint", "as logged"),
+        ("strong", "averaged over a tenth of the training; as logged where that is short"),
+    ]
+    if any(found.validation_loss for found in curves.values()):
+        entries.append(("other", "of samples held out, averaged weights, fixed noise"))
+    grids = [_grid(title, *found.picture) for title, found in learned.items() if found.picture is not None]
+    rows = [_row(name, manifest, learned.get(TRAININGS[name])) for name, manifest in trainings.items()]
+    models = table(
+        ["model", "what", "#parameters", "#steps x samples", "#last loss", "#held-out loss", "#samples/s"], rows
     )
-    models = table(["model", "what", "#parameters", "#steps x samples", "#last loss", "#samples/s"], rows)
-    return (cards(charts, wide=wide) + key if charts else "") + models
+    return (cards(charts, wide=wide) + legend(entries) if charts else "") + models + _gallery(grids)
 
 
-def _loss_chart(curve: list[tuple[float, float]], title: str, width: float) -> str:
+def _gallery(grids: Sequence[str]) -> str:
+    if not grids:
+        return ""
+    text = (
+        "What each training drew last, with its averaged weights, of samples held out of it: a column per sample. "
+        "A decoder draws from the true embedding and caption: the true image is above, the drawn one below. An "
+        "upsampler draws from the shrunk true image: that is above, then the drawn and the true one."
+    )
+    return soft(text) + cards(grids, wide=True)
+
+
+def _grid(title: str, step: int, png: bytes) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    label = escape(f"{title}: samples drawn after step {step:,}")
+    return card(f"{title}, step {step:,}", f'<img class="grid" src="{source}" alt="{label}" loading="lazy">')
+
+
+def _loss_chart(found: Learning, title: str, width: float) -> str:
+    curve = found.loss
     window = len(curve) // 10
-    values = [loss for _, loss in curve]
+    values = [loss for _, loss in (*curve, *found.validation_loss)]
     falls_far = min(values) > 0 and max(values) / min(values) > _LOG_RATIO
     lines = [Series(name="as logged", points=curve, style="faint" if window >= _MIN_WINDOW else "strong")]
     if window >= _MIN_WINDOW:
         lines.append(Series(name="averaged", points=smooth(curve, window)))
+    if found.validation_loss:
+        lines.append(Series(name="held out", points=found.validation_loss, style="other"))
     label = f"{title}: loss over {len(curve)} logged steps"
     return line_chart(lines, label=label, x_label="step", log_y=falls_far, width=width, height=200)
 
 
-def _row(name: str, manifest: Manifest) -> list[str]:
+def _row(name: str, manifest: Manifest, learned: Learning | None) -> list[str]:
     metrics = {**(manifest.records[0].metrics if manifest.records else {}), **manifest.metrics}
     config = manifest.config
     is_trained = any("metrics" in record.files for record in manifest.records)
@@ -62,6 +90,7 @@ def _row(name: str, manifest: Manifest) -> list[str]:
         short_number(float(metrics["num_parameters"])) if "num_parameters" in metrics else "-",
         steps,
         number(float(metrics["loss"])) if is_trained and metrics.get("loss") is not None else "-",
+        number(learned.validation_loss[-1][1]) if learned is not None and learned.validation_loss else "-",
         short_number(float(metrics["samples_per_s"])) if is_trained and "samples_per_s" in metrics else "-",
     ]
 

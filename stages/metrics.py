@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
 TENSORBOARD_NAME = "tensorboard"
 _PUBLISH_EVERY_S = 20.0
+_PICTURE = re.compile(r"step-(\d+)\.png")
 _NUM_QUARTILES = 4
 TIMESTEP_TERMS = ("t", "timestep")
 
@@ -221,6 +223,16 @@ def means_of(sums: Mapping[str, float]) -> dict[str, float]:
     """Divide the sums of ``term_sums`` by their counts; what was never counted is left out."""
     names = (key.removesuffix("/sum") for key in sums if key.endswith("/sum"))
     return {name: sums[f"{name}/sum"] / sums[f"{name}/count"] for name in names if sums[f"{name}/count"] > 0}
+
+
+def last_picture(folder: str) -> tuple[int, bytes] | None:
+    """Return the last grid of samples in a training's folder, and after which step it was drawn; None without one."""
+    names = storage.list_files(storage.join(folder, SAMPLES_NAME))
+    steps = {int(match[1]): name for name in names if (match := _PICTURE.fullmatch(name))}
+    if not steps:
+        return None
+    step = max(steps)
+    return step, storage.read_bytes(storage.join(folder, SAMPLES_NAME, steps[step]))
 
 
 def read_metrics(content: bytes) -> list[dict[str, float]]:

@@ -65,7 +65,7 @@ def manifests(root: str) -> dict[str, Manifest]:
     found = {
         "source": source.manifest([record]),
         **found,
-        **publish_weights(root, loss_curve()),
+        **publish_weights(root, loss_curve(), {"decoder": sample_of(0).image}),
         "pca": publish_pca(root),
     }
     samples = [sample_of(500 + i) for i in range(15)]
@@ -109,7 +109,9 @@ def test_the_whole_report(manifests: Mapping[str, Manifest], config: Config) -> 
     page = Page(html)
     assert page.ids == ["images", "quality", "training", "funnel", "data", "CLIP", "lineage", "configuration"]
     assert all(link.startswith(("data:", "#")) for link in page.links)
-    assert sum(link.startswith("data:image/png") for link in page.links) == 15
+    assert sum(link.startswith("data:image/png") for link in page.links) == 15 + 1  # one of the decoder's training
+    assert "Decoder, step 7" in page.text and "held-out loss" in page.text
+    assert page.text.count(f"{loss_curve()[-1]['validation_loss']:.4g}") == 4  # of every generator, none of the CLIP
     assert "url(" not in html and "@import" not in html and "http://" not in page.text.replace("http://127", "")
     assert "a <b> store" in page.text and "<b> store" not in html
     accuracy = manifests["evaluate"].metrics["caption_accuracy_all"]

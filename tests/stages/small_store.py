@@ -136,8 +136,16 @@ def seeded_model(name: str) -> nn.Module:
     return model.eval()
 
 
-def publish_weights(root: str, curve: Sequence[Mapping[str, Any]] = ()) -> dict[str, Manifest]:
-    """Publish untrained weights of every model, with ``curve`` as the metrics of each training."""
+def publish_weights(
+    root: str, curve: Sequence[Mapping[str, Any]] = (), grids: Mapping[str, bytes] | None = None
+) -> dict[str, Manifest]:
+    """Publish untrained weights of every model.
+
+    Args:
+        root: the store.
+        curve: the metrics of each training.
+        grids: name of a training -> the PNG it drew after step 7.
+    """
     found: dict[str, Manifest] = {}
     lines = "".join(json.dumps(row) + "\n" for row in curve).encode()
     for name in ("clip", *GENERATORS):
@@ -149,6 +157,9 @@ def publish_weights(root: str, curve: Sequence[Mapping[str, Any]] = ()) -> dict[
             if name != "clip" and lines:
                 files["metrics"] = ("metrics.jsonl", lines)
             record = stage.record(0, files, {})
+        if grids and name in grids:
+            folder = record.files["metrics"].path.removesuffix(".metrics.jsonl")
+            storage.write_bytes(storage.join(root, folder, "samples", "step-000007.png"), grids[name])
         found[name] = stage.manifest([record], metrics={"embedding_dim": EMBEDDING_DIM} if name == "clip" else {})
     return found
 
@@ -256,5 +267,6 @@ def loss_curve(num_steps: int = 120) -> list[dict[str, Any]]:
     noise = np.random.default_rng(0).normal(0, 0.05, num_steps)
     return [
         {"step": step, "loss": (0.05 + math.exp(-step / 30)) * math.exp(noise[step - 1])}
+        | ({"validation_loss": 0.06 + math.exp(-step / 30)} if step % 40 == 0 else {})
         for step in range(1, num_steps + 1)
     ]
