@@ -1,4 +1,7 @@
-"""The command line ``unclip``: exit codes 0 (done), 1 (failed), 2 (bad usage or config), 130 (Ctrl-C)."""
+"""The command line ``unclip``.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 refused by the gate, 130 Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from flows import (
     cli_operate,
     cli_registry,
     cli_render,
+    cli_retrain,
     cli_store,
     cli_takedown,
 )
@@ -183,10 +187,18 @@ def _run(args: argparse.Namespace) -> int:
     pending = [name for name in selection.stages if project.states[name].status != "done"]
     if not pending and not selection.forced:
         return _say_nothing_to_do(args, project, selection)
+    return _bring_to_end(args, project, selection)
+
+
+def _bring_to_end(args: argparse.Namespace, project: Project, selection: Selection) -> int:
     _say_list_changes(project)
     if project.config.cluster.submit is not None:
         return cli_jobs.run_as_job(args, project, selection)
     return _run_stages(args, project, selection)
+
+
+def _retrain(args: argparse.Namespace) -> int:
+    return cli_retrain.retrain(args, _bring_to_end)
 
 
 def _retry_failed(args: argparse.Namespace, project: Project, selection: Selection) -> Project:
@@ -440,6 +452,11 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     ),
     "repair": (cli_store.repair, cli_store.repair_arguments, "have damaged work, and nothing else, done again"),
     "gc": (cli_store.gc, cli_store.gc_arguments, "show or delete what nothing in the store needs any more"),
+    "retrain": (
+        _retrain,
+        cli_retrain.retrain_arguments,
+        "process what is new, train on from production, ask the gate, promote",
+    ),
     "promote": (
         cli_registry.promote,
         cli_registry.promote_arguments,

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stages.manifest import Manifest
     from stages.version import VersionDiff
 
+REFUSED = 3  # the exit code where the gate says no: nothing failed, and nothing was promoted
 _SHOWN = ("frechet_distance", "clip_score", "caption_accuracy_all")
 
 
@@ -58,7 +59,7 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def promote(args: argparse.Namespace) -> int:
-    """Register the finished run if need be, ask the gate, and put the version into production; 1 if the gate fails."""
+    """Register the finished run if need be, ask the gate, and put the version into production."""
     from stages.config import load_config
     from stages.registry import card_uri, register
     from stages.registry import promote as promote_version
@@ -82,19 +83,19 @@ def promote(args: argparse.Namespace) -> int:
                 "card": card_uri(config.root, number),
             }
         )
-        return 1 if outcome.status == "refused" else 0
+        return REFUSED if outcome.status == "refused" else 0
     if outcome.decision is not None:
-        _show_decision(outcome.decision)
+        show_decision(outcome.decision)
     was = f"version {outcome.before}" if outcome.before else "nothing"
     if outcome.status == "refused":
-        _say(f"version {number} is registered, not promoted; in production is still {was}")
+        say(f"version {number} is registered, not promoted; in production is still {was}")
     elif outcome.status == "unchanged":
-        _say(f"version {number} is in production already; nothing to do")
+        say(f"version {number} is in production already; nothing to do")
     else:
         forced = f", forced past the gate: {reason}" if outcome.decision and not outcome.decision.passed else ""
-        _say(f"version {number} is in production (before: {was}){forced}")
-        _say(f"model card: {card_uri(config.root, number)}")
-    return 1 if outcome.status == "refused" else 0
+        say(f"version {number} is in production (before: {was}){forced}")
+        say(f"model card: {card_uri(config.root, number)}")
+    return REFUSED if outcome.status == "refused" else 0
 
 
 def _finished_run(args: argparse.Namespace) -> Mapping[str, Manifest]:
@@ -114,7 +115,7 @@ def rollback(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"status": "rolled back", "version": change.number, "before": change.before})
     else:
-        _say(f"version {change.number} is in production again (before: version {change.before})")
+        say(f"version {change.number} is in production again (before: version {change.before})")
     return 0
 
 
@@ -155,7 +156,7 @@ def versions(args: argparse.Namespace) -> int:
     console.print(table if known else "no version yet; `unclip promote` registers the finished run")
     for change in production.history:
         forced = f", forced: {change.reason}" if change.reason else ""
-        _say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
+        say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
     return 0
 
 
@@ -175,15 +176,15 @@ def diff(args: argparse.Namespace) -> int:
 
 def _show_diff(found: VersionDiff) -> None:
     if not found.results:
-        _say(f"versions {found.a} and {found.b} are made of the same results")
+        say(f"versions {found.a} and {found.b} are made of the same results")
     else:
-        _say(f"results that differ: {', '.join(found.results)}")
+        say(f"results that differ: {', '.join(found.results)}")
     for item in found.removed:
-        _say(f"- list {item.name}: {item.num_rows:,} rows")
+        say(f"- list {item.name}: {item.num_rows:,} rows")
     for item in found.added:
-        _say(f"+ list {item.name}: {item.num_rows:,} rows")
+        say(f"+ list {item.name}: {item.num_rows:,} rows")
     for name, (a, b) in found.changed.items():
-        _say(f"  list {name}: {a.num_rows:,} -> {b.num_rows:,} rows, {a.sha256[:12]} -> {b.sha256[:12]}")
+        say(f"  list {name}: {a.num_rows:,} -> {b.num_rows:,} rows, {a.sha256[:12]} -> {b.sha256[:12]}")
     for what, pairs in (
         ("setting", found.config),
         ("rows out of", found.rows),
@@ -191,14 +192,15 @@ def _show_diff(found: VersionDiff) -> None:
         ("code of", found.code),
     ):
         for name, (before, after) in pairs.items():
-            _say(f"  {what} {name}: {_shown(before)} -> {_shown(after)}")
+            say(f"  {what} {name}: {_shown(before)} -> {_shown(after)}")
 
 
-def _show_decision(decision: Decision) -> None:
+def show_decision(decision: Decision) -> None:
+    """Print every bound of the gate, and whether it is met."""
     if not decision.rules:
-        _say("the gate has no rule: everything passes; set `gate.rules`")
+        say("the gate has no rule: everything passes; set `gate.rules`")
     for rule in decision.rules:
-        _say(f"{'met    ' if rule.passed else 'NOT met'}  {rule.reason}")
+        say(f"{'met    ' if rule.passed else 'NOT met'}  {rule.reason}")
 
 
 def _root(args: argparse.Namespace) -> str:
@@ -207,7 +209,8 @@ def _root(args: argparse.Namespace) -> str:
     return load_config(args.config, args.set).root
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line to standard output, never wrapped."""
     open_console(sys.stdout).print(text, soft_wrap=True, **PLAIN)
 
 
