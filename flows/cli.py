@@ -295,13 +295,12 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
     # What libraries print meanwhile must not mix with the answer on stdout.
     stdout_to_stderr = contextlib.redirect_stdout(sys.stderr)
     with (
+        server or contextlib.nullcontext(),
         Interrupt(on_stop=say_stopping) as interrupt,
         open_display(console) as shown,
         stdout_to_stderr,
         recorded(project, selection, args.config, shown) as recording,
     ):
-        if server is not None:
-            server.start()
         from flows.pipeline import open_executor, run_name, run_pipeline
         from flows.report import funnel_markdown
         from flows.tasks import Run
@@ -359,7 +358,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _models_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [-h] [list] CONFIG [-s K=V] [--json]"
+    parser.add_argument("action", nargs="?", choices=("list",), help="the registered versions, not the sizes")
+    _json_arguments(parser)
+
+
 def _models(args: argparse.Namespace) -> int:
+    if args.action == "list":
+        return cli_registry.list_versions(args)
     from rich import box
     from rich.table import Table
 
@@ -467,11 +474,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
         cli_registry.rollback_arguments,
         "put an earlier version of the models into production again",
     ),
-    "versions": (cli_registry.versions, cli_registry.versions_arguments, "list the registered versions of the models"),
     "diff": (cli_registry.diff, cli_registry.diff_arguments, "show what distinguishes two versions of the models"),
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
     "render": (cli_render.render, cli_render.render_arguments, "write the files of a cluster: kubernetes or aws"),
-    "models": (_models, _json_arguments, "show the size of every model"),
+    "models": (_models, _models_arguments, "show the size of every model; models list: the registered versions"),
     "config": (_config, _config_command_arguments, "print the config with every default written out"),
     "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),
 }

@@ -1,4 +1,4 @@
-"""The commands of the model registry: promote, rollback, versions, diff."""
+"""The commands of the model registry: promote, rollback, models list, diff."""
 
 from __future__ import annotations
 
@@ -38,11 +38,6 @@ def rollback_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to", type=int, metavar="N", help="a version that has been in production; without, the one before"
     )
-
-
-def versions_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe ``unclip versions``."""
-    _common_arguments(parser)
 
 
 def diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +114,7 @@ def rollback(args: argparse.Namespace) -> int:
     return 0
 
 
-def versions(args: argparse.Namespace) -> int:
+def list_versions(args: argparse.Namespace) -> int:
     """List all versions; the one in production is marked."""
     from rich import box
     from rich.table import Table

@@ -1,0 +1,209 @@
+"""Three weeks of retraining, for real: each week only what is new is processed, and a poisoned week is refused.
+
+Pictures of shapes come from a loopback server, every model is trained, a real Prefect server runs the flow. The yardstick
+is the prior's loss on a set that never changes: with the captions of one week exchanged, it gets worse.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flows.cli import main
+from flows.cli_registry import REFUSED
+from flows.project import open_project
+from stages import shapes, storage
+from stages.manifest import Manifest
+from stages.samples import table_from_bytes
+from stages.weights import weights_of
+from tests.stages.data_run import Pictures, serving, write_list
+from tests.stages.small_store import SHAPES
+
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
+
+TINY = Path(__file__).parents[1] / "tiny.yaml"
+ROWS_PER_SHARD = 32
+WEEKS = {"2026-11-01": range(0, 192), "2026-11-08": range(192, 288), "2026-11-15": range(288, 480)}
+GOOD, BETTER, BAD = WEEKS
+TRUSTED = range(5000, 5128)
+DATA_STAGES = ("source", "download", "filter", "embed", "curate")
+MAX_RISE = 0.01
+
+SETTINGS: dict[str, Any] = {
+    "cluster": {"executor": "local"},
+    "download": {
+        **{"image_size_px": 32, "image_format": "png", "image_quality": 1, "keep_encoded": True},
+        **{"allowed_networks": ["127.0.0.0/8"], "backoff_s": 0.0, "retries": 0},
+    },
+    "curate": {"clip_score_min": -1.0, "keep_fraction": 1.0},  # or it would keep the poison from the gate
+    "filter": {"near_duplicate_bits": None, "min_side_px": 16},
+    "clip": {"num_steps": 150, "warmup_steps": 10, "checkpoint_every_steps": 150, "tensorboard": False},
+    "prior": {
+        **{"num_steps": 150, "global_batch_size": 32, "learning_rate": 3e-3, "warmup_steps": 5, "ema_decay": 0.9},
+        **{"checkpoint_every_steps": 150, "log_every_steps": 50, "tensorboard": False, "cpus_per_rank": 1},
+        "init_from": {"version": "production"},
+    },
+    **{
+        name: {
+            **{"num_steps": 2, "warmup_steps": 1, "checkpoint_every_steps": 2, "tensorboard": False},
+            "init_from": {"version": "production"},
+        }
+        for name in ("decoder", "upsampler_256", "upsampler_1024")
+    },
+    "generate": {"num_samples": 8, "until": "decoder"},
+    "gate": {"rules": {"prior_validation_loss": {"max_rise": MAX_RISE}}},
+}
+
+
+def rows_of(server: Pictures, indices: range, *, poisoned: bool = False) -> list[tuple[str, str | None]]:
+    """List pictures; poisoned: each with the caption of the next, none with its own."""
+    captions = [shapes.picture_of(SHAPES, index).caption for index in indices]
+    shown = captions[1:] + captions[:1] if poisoned else captions
+    return [(server.url(index), caption) for index, caption in zip(indices, shown, strict=True)]
+
+
+class Drill:
+    """A config whose lists grow week by week."""
+
+    def __init__(self, folder: Path, server: Pictures, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.server, self._capsys = folder, server, capsys
+        self.config, self.root = str(folder / "weekly.yaml"), str(folder / "store")
+
+    def trust(self) -> None:
+        """Train a CLIP on the trusted set and curate it; both are what later weeks are measured with."""
+        trusted = str(self.folder / "trusted.yaml")
+        write_list(self.folder / "trusted" / "pairs.jsonl", rows_of(self.server, TRUSTED))
+        root, lists = str(self.folder / "yardstick"), [str(self.folder / "trusted")]
+        self._write(trusted, root=root, source={"lists": lists})
+        assert main(["run", trusted, "--until", "curate"]) == 0
+        done = open_project(trusted, []).manifests
+        self._write(
+            self.config,
+            root=self.root,
+            source={"lists": [str(self.folder / "weeks")]},
+            clip={"kind": "pretrained", "name": str(Path(root) / weights_of(done["clip"]).path)},
+            prior=SETTINGS["prior"]
+            | {"validation": {"num_samples": 120, "dataset": {"root": root, "fingerprint": done["curate"].fingerprint}}},
+        )
+
+    def _write(self, path: str, *, root: str, source: dict[str, Any], **sections: Any) -> None:
+        urls = {"kind": "urls", "rows_per_shard": ROWS_PER_SHARD, **source}
+        values = {**SETTINGS, "root": root, "source": urls, **sections}
+        Path(path).write_text("\n".join([f"extends: {TINY}", *(f"{k}: {json.dumps(v)}" for k, v in values.items())]))
+
+    def append(self, week: str, *, poisoned: bool = False) -> None:
+        path = self.folder / "weeks" / week / "pairs.jsonl"
+        path.parent.mkdir(parents=True)
+        write_list(path, rows_of(self.server, WEEKS[week], poisoned=poisoned))
+
+    def answer(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+        self._capsys.readouterr()
+        command, *rest = arguments
+        found = main([command, *([] if command != "models" else [rest.pop(0)]), self.config, *rest, "--json"])
+        said = self._capsys.readouterr()
+        assert found == code, said.err
+        value: dict[str, Any] = json.loads(said.out)
+        return value
+
+    def manifests(self) -> dict[str, Manifest]:
+        return open_project(self.config, []).manifests
+
+    def shards(self) -> dict[str, set[str]]:
+        return {name: {record.shard_id for record in self.manifests()[name].records} for name in DATA_STAGES}
+
+    def written(self) -> dict[str, int]:
+        """Return when every file of the stages was written."""
+        entries = storage.list_entries(self.root)
+        return {n: e.modified_ns for n, e in entries.items() if "/shards/" in n and "/segments/" not in n}
+
+    def production(self) -> bytes:
+        return storage.read_bytes(f"{self.root}/registry/production.json")
+
+
+@pytest.fixture
+def drill(
+    tmp_path: Path, prefect_state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Any:
+    monkeypatch.setenv("XDG_STATE_HOME", str(prefect_state))
+    with serving() as server:
+        found = Drill(tmp_path, server, capsys)
+        found.trust()
+        server.num_requests.clear()
+        yield found
+
+
+def test_three_weeks(drill: Drill) -> None:
+    # Week 1: nothing is in production, so nothing can be started from or compared with.
+    drill.append(GOOD)
+    first = drill.answer("retrain")
+    assert (first["status"], first["version"], first["production"], first["trained"]) == ("promoted", 1, 1, True)
+    shards = drill.shards()
+    assert {name: len(ids) for name, ids in shards.items()} == dict.fromkeys(DATA_STAGES, 6)
+    written = drill.written()
+    again = drill.answer("retrain")
+    assert (again["status"], again["trained"]) == ("unchanged", False) and drill.written() == written
+
+    # Week 2: its three shards alone are processed, and the models go on from version 1.
+    drill.append(BETTER)
+    second = drill.answer("retrain")
+    assert (second["status"], second["version"], second["production"]) == ("promoted", 2, 2)
+    check_only_new_shards(drill, shards, written, 3)
+
+    # Week 3 is poisoned: every picture has the caption of another. Nothing before the gate can know.
+    shards, written, production = drill.shards(), drill.written(), drill.production()
+    drill.append(BAD, poisoned=True)
+    third = drill.answer("retrain", code=REFUSED)
+    assert (third["status"], third["version"], third["production"]) == ("refused", 3, 2)
+    check_only_new_shards(drill, shards, written, 6)
+    (rule,) = third["decision"]["rules"]
+    assert rule["metric"] == "prior_validation_loss" and rule["bound"] == "max_rise" and not rule["passed"]
+    assert rule["value"] > rule["production"] + MAX_RISE
+    assert drill.production() == production, "a refusal leaves production as it was, byte for byte"
+    assert drill.answer("retrain", code=REFUSED)["trained"] is False
+    assert set(drill.server.num_requests.values()) == {1}, "every picture was asked for once in three weeks"
+    ledger = drill.manifests()["ledger"]
+    parts = [table_from_bytes(record.files["ledger"].read(drill.root)) for record in ledger.records]
+    lists = Counter(name for part in parts for name in part["list"].to_pylist())
+    assert lists == {f"{week}/pairs.jsonl": len(rows) for week, rows in WEEKS.items()}
+
+    check_lineage(drill)
+
+    # Rollback; without the bad week the data are those of version 2, which a person has just taken back.
+    assert drill.answer("rollback")["version"] == 1
+    (drill.folder / "weeks" / BAD / "pairs.jsonl").unlink()
+    back = drill.answer("retrain")
+    assert (back["status"], back["version"], back["production"], back["trained"]) == ("taken back", 2, 1, False)
+    history = drill.answer("models", "list")["history"]
+    assert [(change["action"], change["number"]) for change in history] == [
+        ("promote", 1),
+        ("promote", 2),
+        ("rollback", 1),
+    ]
+
+
+def check_only_new_shards(drill: Drill, before: dict[str, set[str]], written: dict[str, int], num_new: int) -> None:
+    now = drill.shards()
+    assert {name: len(ids - before[name]) for name, ids in now.items()} == dict.fromkeys(DATA_STAGES, num_new)
+    assert all(before[name] <= now[name] for name in DATA_STAGES)
+    after = drill.written()
+    touched = [name for name in written if name.split("/")[0] in DATA_STAGES and after[name] != written[name]]
+    assert touched == []
+
+
+def check_lineage(drill: Drill) -> None:
+    """From the store alone: what differs, what started where, why it was refused, which code it was."""
+    difference = drill.answer("diff", "2", "3")
+    assert [(item["name"], item["num_rows"]) for item in difference["added"]] == [(f"{BAD}/pairs.jsonl", 192)]
+    assert difference["config"]["prior.init_from.version"] == [1, 2]
+    before, after = difference["metrics"]["prior_validation_loss"]
+    assert after > before + MAX_RISE
+    versions = {version["number"]: version for version in drill.answer("models", "list")["versions"]}
+    starts = {n: version["stages"]["decoder"]["config"]["init_from"] for n, version in versions.items()}
+    assert starts[1] is None and (starts[2]["version"], starts[3]["version"]) == (1, 2)
+    card = (Path(drill.root) / "registry/versions/0003.md").read_text()
+    assert "NOT met: prior_validation_loss" in card and f"| `{BAD}/pairs.jsonl` | 192 |" in card
+    assert all(version["stages"]["prior"]["code_version"] for version in versions.values())
