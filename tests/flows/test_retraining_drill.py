@@ -87,7 +87,9 @@ class Drill:
             source={"lists": [str(self.folder / "weeks")]},
             clip={"kind": "pretrained", "name": str(Path(root) / weights_of(done["clip"]).path)},
             prior=SETTINGS["prior"]
-            | {"validation": {"num_samples": 120, "dataset": {"root": root, "fingerprint": done["curate"].fingerprint}}},
+            | {
+                "validation": {"num_samples": 120, "dataset": {"root": root, "fingerprint": done["curate"].fingerprint}}
+            },
         )
 
     def _write(self, path: str, *, root: str, source: dict[str, Any], **sections: Any) -> None:
@@ -95,9 +97,9 @@ class Drill:
         values = {**SETTINGS, "root": root, "source": urls, **sections}
         Path(path).write_text("\n".join([f"extends: {TINY}", *(f"{k}: {json.dumps(v)}" for k, v in values.items())]))
 
-    def append(self, week: str, *, poisoned: bool = False) -> None:
-        path = self.folder / "weeks" / week / "pairs.jsonl"
-        path.parent.mkdir(parents=True)
+    def append(self, week: str, *, name: str = "pairs.jsonl", poisoned: bool = False) -> None:
+        path = self.folder / "weeks" / week / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_list(path, rows_of(self.server, WEEKS[week], poisoned=poisoned))
 
     def answer(self, *arguments: str, code: int = 0) -> dict[str, Any]:
@@ -172,16 +174,20 @@ def test_three_weeks(drill: Drill) -> None:
 
     check_lineage(drill)
 
-    # Rollback; without the bad week the data are those of version 2, which a person has just taken back.
-    assert drill.answer("rollback")["version"] == 1
-    (drill.folder / "weeks" / BAD / "pairs.jsonl").unlink()
+    # The same week with the right captions, as another list, passes: it was the poison that the gate has seen.
+    (drill.folder / "weeks" / BAD / "pairs.jsonl").rename(drill.folder / "bad.jsonl")
+    drill.append(BAD, name="corrected.jsonl")
+    fourth = drill.answer("retrain")
+    assert (fourth["status"], fourth["version"], fourth["production"]) == ("promoted", 4, 4)
+
+    # Rollback: what a person takes back is not put into production again by the next retraining.
+    assert drill.answer("rollback")["version"] == 2
     back = drill.answer("retrain")
-    assert (back["status"], back["version"], back["production"], back["trained"]) == ("taken back", 2, 1, False)
+    assert (back["status"], back["version"], back["production"], back["trained"]) == ("taken back", 4, 2, False)
     history = drill.answer("models", "list")["history"]
     assert [(change["action"], change["number"]) for change in history] == [
-        ("promote", 1),
-        ("promote", 2),
-        ("rollback", 1),
+        *(("promote", number) for number in (1, 2, 4)),
+        ("rollback", 2),
     ]
 
 
