@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -120,15 +120,17 @@ def list_versions(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from stages.registry import read_production, read_versions
+    from stages.withdrawn import read_withdrawn
 
     root = _root(args)
-    known, production = read_versions(root), read_production(root)
+    known, production, withdrawn = read_versions(root), read_production(root), read_withdrawn(root)
     if args.json:
         print_json(
             {
                 "root": root,
                 "production": production.number,
                 "versions": [version.to_json() for version in known.values()],
+                "withdrawn": {number: asdict(withdrawal) for number, withdrawal in withdrawn.items()},
                 "history": [asdict(change) for change in production.history],
             }
         )
@@ -145,14 +147,23 @@ def list_versions(args: argparse.Namespace) -> int:
             *(_shown(version.metrics.get(name)) for name in _SHOWN),
             "passed" if version.decision.passed else "failed",
             ", ".join(version.code_versions),
-            "in production" if number == production.number else "",
+            ", ".join(_marks(number, production.number, withdrawn)),
         )
     console = open_console(sys.stdout)
     console.print(table if known else "no version yet; `unclip promote` registers the finished run")
+    for number, withdrawal in withdrawn.items():
+        say(f"version {number} {withdrawal}")
     for change in production.history:
         forced = f", forced: {change.reason}" if change.reason else ""
         say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
     return 0
+
+
+def _marks(number: int, production: int | None, withdrawn: Container[int]) -> Iterator[str]:
+    if number == production:
+        yield "in production"
+    if number in withdrawn:
+        yield "WITHDRAWN"
 
 
 def diff(args: argparse.Namespace) -> int:

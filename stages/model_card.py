@@ -33,8 +33,8 @@ def model_card(version: Version) -> str:
             ),
         ),
         "## Metrics",
-        "Of generated images, and of as many real ones (`real`): the floor or ceiling of each metric. Validation losses "
-        "are of real samples that were not trained on.",
+        "Of generated images, and of as many real ones (`real`): the floor or ceiling of each metric. The losses are "
+        "of real samples that were not trained on.",
         _metrics(version),
         "## Gate",
         _gate(version),
@@ -45,10 +45,8 @@ def model_card(version: Version) -> str:
 def _start(config: Mapping[str, Any]) -> str:
     """Say where a training started, as its settings name it."""
     init = config.get("init_from") or {}
-    given = [
-        f"{name} {init[name]}" for name in ("version", "fingerprint", "file", "root") if init.get(name) is not None
-    ]
-    return ", ".join(given)
+    names = ("version", "fingerprint", "file", "root")
+    return ", ".join(f"{name} {init[name]}" for name in names if init.get(name) is not None)
 
 
 def _data(version: Version) -> str:

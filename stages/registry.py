@@ -312,6 +312,23 @@ def _ask(root: str, gate: PromotionGateConfig, metrics: Mapping[str, Any], produ
     return decide(gate, metrics, production=before, compared_with=number)
 
 
+def open_version(root: str, which: int | Literal["production"]) -> tuple[Version, dict[str, Manifest]]:
+    """Give a version to be used: its record, and the results it consists of that are still in the store.
+
+    Raises:
+        InputError: if there is no such version, nothing is in production, or it has been withdrawn.
+        IntegrityError: if its weights are not there any more.
+    """
+    number = read_production(root).number if which == "production" else which
+    if number is None:
+        raise InputError(f"{root}: nothing is in production yet; `unclip promote` puts a version there")
+    version = find_version(root, number)
+    refuse_withdrawn(root, number, "use")
+    _check_present(root, version)
+    found = {name: Manifest.read(root, name, stage.fingerprint) for name, stage in version.stages.items()}
+    return version, {n: m for n, m in found.items() if m is not None and m.digest == version.stages[n].digest}
+
+
 def _check_present(root: str, version: Version) -> None:
     """Refuse a version whose weights are gone, or were made anew (``--force``) under the same name."""
     for name, stage in version.stages.items():

@@ -1,7 +1,7 @@
 """Three weeks of retraining, for real: each week only what is new is processed, and a poisoned week is refused.
 
-Pictures of shapes come from a loopback server, every model is trained, a real Prefect server runs the flow. The yardstick
-is the prior's loss on a set that never changes: with the captions of one week exchanged, it gets worse.
+Pictures of shapes come from a loopback server, every model is trained, a real Prefect server runs the flow. The
+yardstick is the prior's loss on a set that never changes: with the captions of one week exchanged, it gets worse.
 """
 
 from __future__ import annotations

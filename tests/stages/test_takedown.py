@@ -61,7 +61,7 @@ def test_nothing_of_a_sample_is_left(run: Run) -> None:
     add_tombstones(run.root, stones, "asked for by its author")
     expected = find_affected(run.root, read_tombstones(run.root))
     assert [(s["key"], s["url"]) for s in expected.samples] == [(key, run.server.url(9))]
-    assert [model["stage"] for model in expected.models] == ["prior"]
+    assert [model["stage"] for model in expected.exposed.models] == ["prior"]
     affected = take_down(run.root, read_tombstones(run.root))
     assert affected == expected
     left = run.all_bytes()
