@@ -29,12 +29,12 @@ _OF_IMAGES = (
     "num_checked",
     *(f"caption_accuracy_{question}{end}" for question in QUESTIONS for end in ("", "_low", "_high")),
 )
-_LOSSES = tuple(f"{training}_validation_loss" for training in ("prior", "decoder", "upsampler_256", "upsampler_1024"))
+LOSSES = tuple(f"{training}_validation_loss" for training in ("prior", "decoder", "upsampler_256", "upsampler_1024"))
 METRICS = (
     *("num_generated", "num_reference", "num_control"),
     *_OF_IMAGES,
     *(f"real_{name}" for name in _OF_IMAGES),
-    *_LOSSES,
+    *LOSSES,
 )
 
 
