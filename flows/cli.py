@@ -18,6 +18,7 @@ from rich.console import Console
 
 from flows import (
     cli_ablate,
+    cli_backfill,
     cli_cost,
     cli_exchange,
     cli_images,
@@ -199,6 +200,10 @@ def _bring_to_end(args: argparse.Namespace, project: Project, selection: Selecti
 
 def _retrain(args: argparse.Namespace) -> int:
     return cli_retrain.retrain(args, _bring_to_end)
+
+
+def _backfill(args: argparse.Namespace) -> int:
+    return cli_backfill.backfill(args, _bring_to_end)
 
 
 def _retry_failed(args: argparse.Namespace, project: Project, selection: Selection) -> Project:
@@ -423,6 +428,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "cancel": (cli_jobs.cancel, cli_jobs.cancel_arguments, "stop the Ray Job that runs this config"),
     "adopt": (_adopt, _adopt_arguments, "take over the images that img2dataset has downloaded before"),
     "retry": (_retry, _run_arguments, "try the quarantined shards again, and bring the pipeline to its end"),
+    "backfill": (_backfill, cli_backfill.backfill_arguments, "process the lists of past days, one after the other"),
     "plan": (_plan, _plan_arguments, "show what is done, what will run and why, and what it will take"),
     "status": (cli_operate.status, cli_operate.status_arguments, "show what the store holds"),
     "runs": (cli_operate.runs, cli_operate.runs_arguments, "show who ran what when, and how it ended"),

@@ -7,7 +7,9 @@ yardstick is the prior's loss on a set that never changes: with the captions of 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -66,56 +68,72 @@ def rows_of(server: Pictures, indices: range, *, poisoned: bool = False) -> list
     return [(server.url(index), caption) for index, caption in zip(indices, shown, strict=True)]
 
 
+@dataclass(frozen=True)
+class Trusted:
+    """What all weeks are measured with: a CLIP trained on pictures that nobody doubts, and those, curated."""
+
+    server: Pictures
+    clip: str
+    yardstick: dict[str, str]
+
+
+def write_config(path: Path, root: Path, lists: Path, **sections: Any) -> str:
+    source = {"kind": "urls", "rows_per_shard": ROWS_PER_SHARD, "lists": [str(lists)]}
+    values = {**SETTINGS, "root": str(root), "source": source, **sections}
+    path.write_text("\n".join([f"extends: {TINY}", *(f"{key}: {json.dumps(value)}" for key, value in values.items())]))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def trusted(tmp_path_factory: pytest.TempPathFactory, prefect_state: Path) -> Iterator[Trusted]:
+    folder = tmp_path_factory.mktemp("trusted")
+    with serving() as server, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(prefect_state))
+        write_list(folder / "lists" / "pairs.jsonl", rows_of(server, TRUSTED))
+        config = write_config(folder / "config.yaml", folder / "store", folder / "lists")
+        assert main(["run", config, "--until", "curate"]) == 0
+        done = open_project(config, []).manifests
+        yardstick = {"root": str(folder / "store"), "fingerprint": done["curate"].fingerprint}
+        yield Trusted(server, str(folder / "store" / weights_of(done["clip"]).path), yardstick)
+
+
 class Drill:
     """A config whose lists grow week by week."""
 
-    def __init__(self, folder: Path, server: Pictures, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.server, self._capsys = folder, server, capsys
-        self.config, self.root = str(folder / "weekly.yaml"), str(folder / "store")
-
-    def trust(self) -> None:
-        """Train a CLIP on the trusted set and curate it; both are what later weeks are measured with."""
-        trusted = str(self.folder / "trusted.yaml")
-        write_list(self.folder / "trusted" / "pairs.jsonl", rows_of(self.server, TRUSTED))
-        root, lists = str(self.folder / "yardstick"), [str(self.folder / "trusted")]
-        self._write(trusted, root=root, source={"lists": lists})
-        assert main(["run", trusted, "--until", "curate"]) == 0
-        done = open_project(trusted, []).manifests
-        self._write(
-            self.config,
-            root=self.root,
-            source={"lists": [str(self.folder / "weeks")]},
-            clip={"kind": "pretrained", "name": str(Path(root) / weights_of(done["clip"]).path)},
-            prior=SETTINGS["prior"]
-            | {
-                "validation": {"num_samples": 120, "dataset": {"root": root, "fingerprint": done["curate"].fingerprint}}
-            },
+    def __init__(self, folder: Path, trusted: Trusted, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.server, self._capsys = folder, trusted.server, capsys
+        self.server.num_requests.clear()
+        self.root = str(folder / "store")
+        (folder / "weeks").mkdir()
+        self.config = write_config(
+            folder / "weekly.yaml",
+            folder / "store",
+            folder / "weeks",
+            clip={"kind": "pretrained", "name": trusted.clip},
+            prior={**SETTINGS["prior"], "validation": {"num_samples": 120, "dataset": trusted.yardstick}},
         )
 
-    def _write(self, path: str, *, root: str, source: dict[str, Any], **sections: Any) -> None:
-        urls = {"kind": "urls", "rows_per_shard": ROWS_PER_SHARD, **source}
-        values = {**SETTINGS, "root": root, "source": urls, **sections}
-        Path(path).write_text("\n".join([f"extends: {TINY}", *(f"{k}: {json.dumps(v)}" for k, v in values.items())]))
-
-    def append(self, week: str, *, name: str = "pairs.jsonl", poisoned: bool = False) -> None:
+    def append(
+        self, week: str, *, name: str = "pairs.jsonl", poisoned: bool = False, rows: range | None = None
+    ) -> None:
         path = self.folder / "weeks" / week / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_list(path, rows_of(self.server, WEEKS[week], poisoned=poisoned))
+        write_list(path, rows_of(self.server, rows or WEEKS[week], poisoned=poisoned))
 
-    def answer(self, *arguments: str, code: int = 0) -> dict[str, Any]:
+    def answer(self, *arguments: str, code: int = 0) -> Any:
         self._capsys.readouterr()
         command, *rest = arguments
         found = main([command, *([] if command != "models" else [rest.pop(0)]), self.config, *rest, "--json"])
         said = self._capsys.readouterr()
         assert found == code, said.err
-        value: dict[str, Any] = json.loads(said.out)
-        return value
+        return json.loads(said.out)
 
     def manifests(self) -> dict[str, Manifest]:
         return open_project(self.config, []).manifests
 
-    def shards(self) -> dict[str, set[str]]:
-        return {name: {record.shard_id for record in self.manifests()[name].records} for name in DATA_STAGES}
+    def shards(self, stages: Sequence[str] = DATA_STAGES) -> dict[str, set[str]]:
+        manifests = self.manifests()
+        return {name: {record.shard_id for record in manifests[name].records} for name in stages}
 
     def written(self) -> dict[str, int]:
         """Return when every file of the stages was written."""
@@ -127,15 +145,8 @@ class Drill:
 
 
 @pytest.fixture
-def drill(
-    tmp_path: Path, prefect_state: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Any:
-    monkeypatch.setenv("XDG_STATE_HOME", str(prefect_state))
-    with serving() as server:
-        found = Drill(tmp_path, server, capsys)
-        found.trust()
-        server.num_requests.clear()
-        yield found
+def drill(tmp_path: Path, trusted: Trusted, capsys: pytest.CaptureFixture[str]) -> Drill:
+    return Drill(tmp_path, trusted, capsys)
 
 
 def test_three_weeks(drill: Drill) -> None:
@@ -213,3 +224,45 @@ def check_lineage(drill: Drill) -> None:
     card = (Path(drill.root) / "registry/versions/0003.md").read_text()
     assert "NOT met: prior_validation_loss" in card and f"| `{BAD}/pairs.jsonl` | 192 |" in card
     assert all(version["stages"]["prior"]["code_version"] for version in versions.values())
+
+
+def test_a_backfill_goes_day_by_day_and_is_taken_over(drill: Drill) -> None:
+    for week in WEEKS:
+        drill.append(week)
+    drill.append(".", name="undated.jsonl", rows=range(600, 632))
+    days = [BETTER, BAD]
+    assert [(p["date"], p["status"]) for p in drill.answer("backfill", "--from", BETTER, "--dry-run")] == [
+        (day, "pending") for day in days
+    ]
+    assert not drill.server.num_requests and not drill.written()
+
+    drill.server.failing = {f"/{index}.png" for index in WEEKS[BAD]}
+    assert [p["status"] for p in drill.answer("backfill", "--from", BETTER, code=1)] == ["processed", "failed"]
+    drill.server.failing.clear()
+    drill.server.num_requests.clear()
+    assert [p["status"] for p in drill.answer("backfill", "--from", BETTER)] == ["done", "processed"]
+    assert {f"/{index}.png" for index in WEEKS[BAD]} == drill.server.num_requests.keys()
+    found = drill.answer("backfill", "--from", BETTER)
+    assert [p["status"] for p in found] == ["done", "done"]
+
+    # The first day and the list without a date are left; of the others every shard is taken over.
+    before, written = shards_of(drill, found), drill.written()
+    drill.server.num_requests.clear()
+    assert main(["run", drill.config, "--until", "embed"]) == 0
+    fetched = {f"/{index}.png" for index in (*WEEKS[GOOD], *range(600, 632))}
+    assert drill.server.num_requests.keys() == fetched
+    now = drill.shards(("source", "download", "filter", "embed"))
+    assert {name: len(ids - before[name]) for name, ids in now.items()} == dict.fromkeys(now, 7)
+    assert all(len(before[name]) == 9 and before[name] <= now[name] for name in now)
+    assert [name for name, when in written.items() if drill.written()[name] != when] == []
+
+
+def shards_of(drill: Drill, partitions: Sequence[dict[str, Any]]) -> dict[str, set[str]]:
+    """Return the shards that a backfill has made, from its own manifests."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for partition in partitions:
+        for name, fingerprint in partition["stages"].items():
+            manifest = Manifest.read(drill.root, name, fingerprint)
+            assert manifest is not None
+            found[name] |= {record.shard_id for record in manifest.records}
+    return found
