@@ -107,6 +107,12 @@ def backfill(
                 return
 
 
-def _one_server() -> contextlib.AbstractContextManager[object]:
+@contextlib.contextmanager
+def _one_server() -> Iterator[None]:
     """Keep one private Prefect server for all days; starting it takes longer than a day with few rows."""
-    return contextlib.nullcontext() if os.environ.get("PREFECT_API_URL") else PrivateServer()
+    if os.environ.get("PREFECT_API_URL"):
+        yield
+        return
+    with PrivateServer() as server:
+        server.wait()  # until then nobody else can use it
+        yield

@@ -221,7 +221,7 @@ class Source(Stage[SourceConfig]):
         named = {name: uri for name, uri in _named(self._places).items() if self._is_meant(name)}
         if not named:
             raise InputError(
-                f"source.lists: none is of a day from {self.config.since or 'ever'} until {self.config.until or 'now'}; "
+                f"source.lists: none is of the days {self.config.since or 'ever'} to {self.config.until or 'now'}; "
                 "correct source.since and source.until"
             )
         return [_UrlList(name, uri, _content_hash(uri)) for name, uri in named.items()]
