@@ -24,16 +24,18 @@ def date_of(name: str) -> datetime.date | None:
     return None
 
 
-def parse_date(text: str, place: str) -> datetime.date:
-    """Read ``YYYY-MM-DD``.
+def check_date(text: str, place: str) -> None:
+    """Refuse what is not written ``YYYY-MM-DD``; texts of this form compare as the days do.
 
     Raises:
-        ValueError: if it is not one; names ``place``.
+        ValueError: names ``place``.
     """
     try:
-        return datetime.datetime.strptime(text, "%Y-%m-%d").date()
+        is_date = datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
-        raise ValueError(f"{place}: '{text}' is not a date; write for example 2026-11-08") from None
+        is_date = False
+    if not is_date:
+        raise ValueError(f"{place}: '{text}' is not a date; write for example 2026-11-08")
 
 
 def is_within(name: str, since: str | None, until: str | None) -> bool:

@@ -30,7 +30,7 @@ from stages.base import Result, Shard, Stage, setting
 from stages.errors import InputError, StorageError
 from stages.list_changes import KnownRange, ListChange, compare_lists, known_lists, remember_lists
 from stages.manifest import Manifest, ShardRecord, digest_of
-from stages.partitions import date_of, is_within, parse_date
+from stages.partitions import check_date, date_of, is_within
 from stages.samples import table_to_bytes
 from stages.shapes import ShapesConfig
 
@@ -72,7 +72,7 @@ class SourceConfig:
             raise ValueError(f"rows_per_shard: {self.rows_per_shard} is not between 1 and {MAX_ROWS_PER_SHARD}")
         for name in ("since", "until"):
             if getattr(self, name) is not None:
-                parse_date(getattr(self, name), name)
+                check_date(getattr(self, name), name)
         if self.since and self.until and self.since > self.until:
             raise ValueError(f"since: {self.since} comes after until: {self.until}; exchange them")
         taken = [name for name in self.extra_columns if name in RESERVED_COLUMNS]

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from flows.cli import main
 from flows.cli_registry import REFUSED
@@ -33,7 +34,9 @@ WEEKS = {"2026-11-01": range(0, 192), "2026-11-08": range(192, 288), "2026-11-15
 GOOD, BETTER, BAD = WEEKS
 TRUSTED = range(5000, 5128)
 DATA_STAGES = ("source", "download", "filter", "embed", "curate")
-MAX_RISE = 0.01
+# Clean weeks lower the loss, from about 0.04 to 0.03; the poisoned one raises it by more than 0.04. It is not the same
+# to the last digit in every run: the server's port is in the URLs, and with them in the order of the samples.
+MAX_RISE = 0.02
 
 SETTINGS: dict[str, Any] = {
     "cluster": {"executor": "local"},
@@ -196,10 +199,17 @@ def test_three_weeks(drill: Drill) -> None:
     back = drill.answer("retrain")
     assert (back["status"], back["version"], back["production"], back["trained"]) == ("taken back", 4, 2, False)
     history = drill.answer("models", "list")["history"]
+    picture = drill.folder / "circle.png"
+    assert main(["generate", drill.config, "a red circle", "--version", "production", "-o", str(picture)]) == 0
+    with Image.open(picture) as image:
+        assert image.info["model_version"] == "2"
     assert [(change["action"], change["number"]) for change in history] == [
         *(("promote", number) for number in (1, 2, 4)),
         ("rollback", 2),
     ]
+    scratch = drill.answer("retrain", "--from-scratch", "--no-promote")
+    assert (scratch["status"], scratch["version"], scratch["production"]) == ("held", 5, 2)
+    assert all(drill.manifests()[name].config["init_from"] is None for name in ("prior", "decoder"))
 
 
 def check_only_new_shards(drill: Drill, before: dict[str, set[str]], written: dict[str, int], num_new: int) -> None:
