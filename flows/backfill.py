@@ -71,8 +71,8 @@ def find_partitions(
     ]
     if not found:
         raise InputError(
-            "backfill: no list of source.lists has a date from there to there in its name; call folders or files like "
-            "2026-11-08, inside the folder that source.lists names"
+            f"backfill: no list of source.lists is of a day from {first or 'ever'} to {last or 'now'}; days are told "
+            "by names such as 2026-11-08/urls.parquet, inside the folder that source.lists names"
         )
     return found
 

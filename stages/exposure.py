@@ -49,7 +49,7 @@ def find_exposed(root: str, gone: set[Name], data_stages: Sequence[str]) -> Expo
     versions = read_versions(root)
     while True:
         in_versions = {number: found for number, v in versions.items() if (found := _models_in(v, exposed))}
-        descended = {n for n, m in trainings.items() if _started_from(m, exposed, in_versions)} - exposed
+        descended = {n for n, m in trainings.items() if _started_from(root, m, exposed, in_versions)} - exposed
         if not descended:
             break
         exposed |= descended
@@ -90,10 +90,11 @@ def _models_in(version: Version, exposed: set[Name]) -> list[str]:
     return [name for name, part in version.stages.items() if part.weights and (name, part.fingerprint) in exposed]
 
 
-def _started_from(manifest: Manifest, exposed: set[Name], versions: Mapping[int, Sequence[str]]) -> bool:
+def _started_from(root: str, manifest: Manifest, exposed: set[Name], versions: Mapping[int, Sequence[str]]) -> bool:
     init = manifest.config.get("init_from") or {}
-    stage = init.get("stage") or manifest.stage
-    return stage in versions.get(init.get("version") or 0, ()) or (stage, init.get("fingerprint")) in exposed
+    stage, number = init.get("stage") or manifest.stage, init.get("version") or 0
+    is_of_here = storage.absolute(init.get("root") or root) == storage.absolute(root)  # elsewhere numbers mean others
+    return (is_of_here and stage in versions.get(number, ())) or (stage, init.get("fingerprint")) in exposed
 
 
 def _pictures(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[str]:
