@@ -1,4 +1,7 @@
-"""The command line ``unclip``: exit codes 0 (done), 1 (failed), 2 (bad usage or config), 130 (Ctrl-C)."""
+"""The command line ``unclip``.
+
+Exit codes: 0 done, 1 failed, 2 bad usage or config, 3 refused by the gate, 130 Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from rich.console import Console
 
 from flows import (
     cli_ablate,
+    cli_backfill,
     cli_cost,
     cli_exchange,
     cli_images,
@@ -23,6 +27,7 @@ from flows import (
     cli_operate,
     cli_registry,
     cli_render,
+    cli_retrain,
     cli_store,
     cli_takedown,
 )
@@ -183,10 +188,22 @@ def _run(args: argparse.Namespace) -> int:
     pending = [name for name in selection.stages if project.states[name].status != "done"]
     if not pending and not selection.forced:
         return _say_nothing_to_do(args, project, selection)
+    return _bring_to_end(args, project, selection)
+
+
+def _bring_to_end(args: argparse.Namespace, project: Project, selection: Selection) -> int:
     _say_list_changes(project)
     if project.config.cluster.submit is not None:
         return cli_jobs.run_as_job(args, project, selection)
     return _run_stages(args, project, selection)
+
+
+def _retrain(args: argparse.Namespace) -> int:
+    return cli_retrain.retrain(args, _bring_to_end)
+
+
+def _backfill(args: argparse.Namespace) -> int:
+    return cli_backfill.backfill(args, _bring_to_end)
 
 
 def _retry_failed(args: argparse.Namespace, project: Project, selection: Selection) -> Project:
@@ -283,13 +300,12 @@ def _run_stages(args: argparse.Namespace, project: Project, selection: Selection
     # What libraries print meanwhile must not mix with the answer on stdout.
     stdout_to_stderr = contextlib.redirect_stdout(sys.stderr)
     with (
+        server or contextlib.nullcontext(),
         Interrupt(on_stop=say_stopping) as interrupt,
         open_display(console) as shown,
         stdout_to_stderr,
         recorded(project, selection, args.config, shown) as recording,
     ):
-        if server is not None:
-            server.start()
         from flows.pipeline import open_executor, run_name, run_pipeline
         from flows.report import funnel_markdown
         from flows.tasks import Run
@@ -347,7 +363,15 @@ def _plan(args: argparse.Namespace) -> int:
     return 0
 
 
+def _models_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [-h] [list] CONFIG [-s K=V] [--json]"
+    parser.add_argument("action", nargs="?", choices=("list",), help="the registered versions, not the sizes")
+    _json_arguments(parser)
+
+
 def _models(args: argparse.Namespace) -> int:
+    if args.action == "list":
+        return cli_registry.list_versions(args)
     from rich import box
     from rich.table import Table
 
@@ -404,6 +428,7 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     "cancel": (cli_jobs.cancel, cli_jobs.cancel_arguments, "stop the Ray Job that runs this config"),
     "adopt": (_adopt, _adopt_arguments, "take over the images that img2dataset has downloaded before"),
     "retry": (_retry, _run_arguments, "try the quarantined shards again, and bring the pipeline to its end"),
+    "backfill": (_backfill, cli_backfill.backfill_arguments, "process the lists of past days, one after the other"),
     "plan": (_plan, _plan_arguments, "show what is done, what will run and why, and what it will take"),
     "status": (cli_operate.status, cli_operate.status_arguments, "show what the store holds"),
     "runs": (cli_operate.runs, cli_operate.runs_arguments, "show who ran what when, and how it ended"),
@@ -440,6 +465,11 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
     ),
     "repair": (cli_store.repair, cli_store.repair_arguments, "have damaged work, and nothing else, done again"),
     "gc": (cli_store.gc, cli_store.gc_arguments, "show or delete what nothing in the store needs any more"),
+    "retrain": (
+        _retrain,
+        cli_retrain.retrain_arguments,
+        "process what is new, train on from production, ask the gate, promote",
+    ),
     "promote": (
         cli_registry.promote,
         cli_registry.promote_arguments,
@@ -450,11 +480,10 @@ _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argpar
         cli_registry.rollback_arguments,
         "put an earlier version of the models into production again",
     ),
-    "versions": (cli_registry.versions, cli_registry.versions_arguments, "list the registered versions of the models"),
     "diff": (cli_registry.diff, cli_registry.diff_arguments, "show what distinguishes two versions of the models"),
     "ablate": (cli_ablate.ablate, cli_ablate.ablate_arguments, "train variants of a config and compare them"),
     "render": (cli_render.render, cli_render.render_arguments, "write the files of a cluster: kubernetes or aws"),
-    "models": (_models, _json_arguments, "show the size of every model"),
+    "models": (_models, _models_arguments, "show the size of every model; models list: the registered versions"),
     "config": (_config, _config_command_arguments, "print the config with every default written out"),
     "doctor": (_doctor, _doctor_arguments, "check this machine and say what to do"),
 }

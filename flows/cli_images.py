@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flows.project import Project, open_project
+from flows.project import open_project
 from stages.errors import ConfigError, InputError, UnclipError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.generate import Generate
+    from stages.manifest import Manifest
     from stages.pictures import Pixels
     from unclip_models.generate import GeneratedImages, SamplingConfig, UnCLIP
 
@@ -101,11 +102,18 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K=V",
         help="change a setting, e.g. generate.decoder.steps=50",
     )
+    parser.add_argument(
+        "--version", type=_version, metavar="N", help="a registered version, or `production`; without, this config's"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of the first image; others follow")
     parser.add_argument(
         "-o", "--output", required=True, metavar="FILE", help=".png: numbered if there are several; .gif: animated"
     )
     parser.add_argument("--grid", action="store_true", help="several images in one PNG")
+
+
+def _version(text: str) -> int | str:
+    return text if text == "production" else _positive(text)
 
 
 def _positive(text: str) -> int:
@@ -126,7 +134,7 @@ def generate(args: argparse.Namespace) -> int:
 
     studio = Studio.open(args)
     seeds = range(args.seed, args.seed + args.num_images)
-    made = generate_images(studio.stage, studio.project.manifests, [args.caption] * len(seeds), seeds)
+    made = generate_images(studio.stage, studio.manifests, [args.caption] * len(seeds), seeds)
     entries = [{"caption": image.caption, "seed": str(image.seed)} for image in made]
     studio.write_pixels([image.pixels for image in made], entries)
     return 0
@@ -291,10 +299,19 @@ def _component_counts(text: str | None, available: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Studio:
-    """The trained models of a project, and where the pictures go."""
+    """Trained models, and where the pictures go.
 
-    project: Project
+    Attributes:
+        stage: knows how to load and sample them.
+        manifests: of the stages that made them.
+        about: further text entries for every picture: the version, if they are one's.
+        output: file to write.
+        grid: whether several images go into one PNG.
+    """
+
     stage: Generate
+    manifests: Mapping[str, Manifest]
+    about: Mapping[str, str]
     output: Path
     grid: bool
 
@@ -304,18 +321,29 @@ class Studio:
 
         Raises:
             ConfigError: if the output cannot be written as asked.
+            InputError: if the version that is asked for cannot be used.
         """
+        from stages.config import load_config
         from stages.generate import Generate
+        from stages.graph import build_stages
+        from stages.registry import open_version
 
         path = Path(args.output)
         if path.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"-o {path}: pictures are written as PNG or GIF; give a name that ends in .png or .gif")
         if not path.parent.is_dir():
             raise ConfigError(f"-o {path}: there is no folder {path.parent}; create it")
-        project = open_project(args.config, args.set)
-        stage = project.stages["generate"]
+        about: dict[str, str] = {}
+        if args.version is None:
+            project = open_project(args.config, args.set)
+            stages, manifests = project.stages, project.manifests
+        else:  # without a look at the lists and results of this config: where models are served there may be none
+            config = load_config(args.config, args.set)
+            version, manifests = open_version(config.root, args.version)
+            stages, about = build_stages(config), {"model_version": str(version.number)}
+        stage = stages["generate"]
         assert isinstance(stage, Generate)
-        return cls(project=project, stage=stage, output=path, grid=args.grid)
+        return cls(stage=stage, manifests=manifests, about=about, output=path, grid=args.grid)
 
     def run(self, work: Callable[[UnCLIP, SamplingConfig], GeneratedImages]) -> GeneratedImages:
         """Load the models and let ``work`` use them.
@@ -324,7 +352,7 @@ class Studio:
             InputError: if a model has not been trained yet.
             ConfigError: if the models cannot do what is asked.
         """
-        with self.stage.stack(self.project.manifests) as model:
+        with self.stage.stack(self.manifests) as model:
             try:
                 return work(model, self.stage.config.sampling)
             except UnclipError:
@@ -342,10 +370,10 @@ class Studio:
 
         from unclip_models.manipulate import PrincipalAxes
 
-        manifest = self.project.manifests.get("pca")
+        manifest = self.manifests.get("pca")
         if manifest is None:
             raise InputError("probe: pca not finished; `unclip run --until pca` makes it")
-        tensors = safetensors.torch.load(manifest.files["pca"].read(self.project.config.root))
+        tensors = safetensors.torch.load(manifest.files["pca"].read(self.stage.root))
         return PrincipalAxes(tensors["mean"], tensors["axes"])
 
     def write(self, made: GeneratedImages, entries: Sequence[Mapping[str, str]]) -> None:
@@ -356,7 +384,7 @@ class Studio:
         """Write pictures as the output's name and ``--grid`` ask."""
         from stages.pictures import contact_sheet, encode_gif, encode_png
 
-        provenance = self.stage.provenance(self.project.manifests)
+        provenance = {**self.stage.provenance(self.manifests), **self.about}
         whole = [{**own, **provenance} for own in entries]
         path = self.output
         if path.suffix.lower() == ".gif":

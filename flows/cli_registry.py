@@ -1,11 +1,11 @@
-"""The commands of the model registry: promote, rollback, versions, diff."""
+"""The commands of the model registry: promote, rollback, models list, diff."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stages.manifest import Manifest
     from stages.version import VersionDiff
 
+REFUSED = 3  # the exit code where the gate says no: nothing failed, and nothing was promoted
 _SHOWN = ("frechet_distance", "clip_score", "caption_accuracy_all")
 
 
@@ -39,11 +40,6 @@ def rollback_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def versions_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe ``unclip versions``."""
-    _common_arguments(parser)
-
-
 def diff_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe ``unclip diff``."""
     _common_arguments(parser)
@@ -58,7 +54,7 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def promote(args: argparse.Namespace) -> int:
-    """Register the finished run if need be, ask the gate, and put the version into production; 1 if the gate fails."""
+    """Register the finished run if need be, ask the gate, and put the version into production."""
     from stages.config import load_config
     from stages.registry import card_uri, register
     from stages.registry import promote as promote_version
@@ -82,19 +78,19 @@ def promote(args: argparse.Namespace) -> int:
                 "card": card_uri(config.root, number),
             }
         )
-        return 1 if outcome.status == "refused" else 0
+        return REFUSED if outcome.status == "refused" else 0
     if outcome.decision is not None:
-        _show_decision(outcome.decision)
+        show_decision(outcome.decision)
     was = f"version {outcome.before}" if outcome.before else "nothing"
     if outcome.status == "refused":
-        _say(f"version {number} is registered, not promoted; in production is still {was}")
+        say(f"version {number} is registered, not promoted; in production is still {was}")
     elif outcome.status == "unchanged":
-        _say(f"version {number} is in production already; nothing to do")
+        say(f"version {number} is in production already; nothing to do")
     else:
         forced = f", forced past the gate: {reason}" if outcome.decision and not outcome.decision.passed else ""
-        _say(f"version {number} is in production (before: {was}){forced}")
-        _say(f"model card: {card_uri(config.root, number)}")
-    return 1 if outcome.status == "refused" else 0
+        say(f"version {number} is in production (before: {was}){forced}")
+        say(f"model card: {card_uri(config.root, number)}")
+    return REFUSED if outcome.status == "refused" else 0
 
 
 def _finished_run(args: argparse.Namespace) -> Mapping[str, Manifest]:
@@ -114,25 +110,27 @@ def rollback(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"status": "rolled back", "version": change.number, "before": change.before})
     else:
-        _say(f"version {change.number} is in production again (before: version {change.before})")
+        say(f"version {change.number} is in production again (before: version {change.before})")
     return 0
 
 
-def versions(args: argparse.Namespace) -> int:
+def list_versions(args: argparse.Namespace) -> int:
     """List all versions; the one in production is marked."""
     from rich import box
     from rich.table import Table
 
     from stages.registry import read_production, read_versions
+    from stages.withdrawn import read_withdrawn
 
     root = _root(args)
-    known, production = read_versions(root), read_production(root)
+    known, production, withdrawn = read_versions(root), read_production(root), read_withdrawn(root)
     if args.json:
         print_json(
             {
                 "root": root,
                 "production": production.number,
                 "versions": [version.to_json() for version in known.values()],
+                "withdrawn": {number: asdict(withdrawal) for number, withdrawal in withdrawn.items()},
                 "history": [asdict(change) for change in production.history],
             }
         )
@@ -149,14 +147,23 @@ def versions(args: argparse.Namespace) -> int:
             *(_shown(version.metrics.get(name)) for name in _SHOWN),
             "passed" if version.decision.passed else "failed",
             ", ".join(version.code_versions),
-            "in production" if number == production.number else "",
+            ", ".join(_marks(number, production.number, withdrawn)),
         )
     console = open_console(sys.stdout)
     console.print(table if known else "no version yet; `unclip promote` registers the finished run")
+    for number, withdrawal in withdrawn.items():
+        say(f"version {number} {withdrawal}")
     for change in production.history:
         forced = f", forced: {change.reason}" if change.reason else ""
-        _say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
+        say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
     return 0
+
+
+def _marks(number: int, production: int | None, withdrawn: Container[int]) -> Iterator[str]:
+    if number == production:
+        yield "in production"
+    if number in withdrawn:
+        yield "WITHDRAWN"
 
 
 def diff(args: argparse.Namespace) -> int:
@@ -175,15 +182,15 @@ def diff(args: argparse.Namespace) -> int:
 
 def _show_diff(found: VersionDiff) -> None:
     if not found.results:
-        _say(f"versions {found.a} and {found.b} are made of the same results")
+        say(f"versions {found.a} and {found.b} are made of the same results")
     else:
-        _say(f"results that differ: {', '.join(found.results)}")
+        say(f"results that differ: {', '.join(found.results)}")
     for item in found.removed:
-        _say(f"- list {item.name}: {item.num_rows:,} rows")
+        say(f"- list {item.name}: {item.num_rows:,} rows")
     for item in found.added:
-        _say(f"+ list {item.name}: {item.num_rows:,} rows")
+        say(f"+ list {item.name}: {item.num_rows:,} rows")
     for name, (a, b) in found.changed.items():
-        _say(f"  list {name}: {a.num_rows:,} -> {b.num_rows:,} rows, {a.sha256[:12]} -> {b.sha256[:12]}")
+        say(f"  list {name}: {a.num_rows:,} -> {b.num_rows:,} rows, {a.sha256[:12]} -> {b.sha256[:12]}")
     for what, pairs in (
         ("setting", found.config),
         ("rows out of", found.rows),
@@ -191,14 +198,15 @@ def _show_diff(found: VersionDiff) -> None:
         ("code of", found.code),
     ):
         for name, (before, after) in pairs.items():
-            _say(f"  {what} {name}: {_shown(before)} -> {_shown(after)}")
+            say(f"  {what} {name}: {_shown(before)} -> {_shown(after)}")
 
 
-def _show_decision(decision: Decision) -> None:
+def show_decision(decision: Decision) -> None:
+    """Print every bound of the gate, and whether it is met."""
     if not decision.rules:
-        _say("the gate has no rule: everything passes; set `gate.rules`")
+        say("the gate has no rule: everything passes; set `gate.rules`")
     for rule in decision.rules:
-        _say(f"{'met    ' if rule.passed else 'NOT met'}  {rule.reason}")
+        say(f"{'met    ' if rule.passed else 'NOT met'}  {rule.reason}")
 
 
 def _root(args: argparse.Namespace) -> str:
@@ -207,7 +215,8 @@ def _root(args: argparse.Namespace) -> str:
     return load_config(args.config, args.set).root
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line to standard output, never wrapped."""
     open_console(sys.stdout).print(text, soft_wrap=True, **PLAIN)
 
 

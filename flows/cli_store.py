@@ -50,8 +50,8 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Hold the store to its manifests; exit code 1 if anything is wrong."""
-    root, verified = _verified(args, every=args.all)
+    """Hold the store to its manifests, and the weights of all versions to the registry; 1 if anything is wrong."""
+    root, verified = _verified(args, every=args.all, with_versions=True)
     if args.json:
         print_json({"root": root, **_counts(verified), "findings": [f.to_json() for f in verified.findings]})
     else:
@@ -127,17 +127,20 @@ def _open(path: str, overrides: Sequence[str]) -> tuple[str, dict[str, Stage[Any
     return config.root, stages, fingerprints(stages)
 
 
-def _verified(args: argparse.Namespace, *, every: bool = False) -> tuple[str, Verified]:
+def _verified(args: argparse.Namespace, *, every: bool = False, with_versions: bool = False) -> tuple[str, Verified]:
     from stages import storage
     from stages.audit import all_results, results_of
     from stages.audit import verify as verify_store
     from stages.graph import STAGES
+    from stages.registry import read_versions
 
     root, stages, names = _open(args.config, args.set)
+    versions = list(read_versions(root).values()) if with_versions else []
+    kinds = {kind.name: kind for kind in STAGES}
     listings = {name: storage.list_entries(storage.join(root, name)) for name in stages} if every else {}
     results = all_results(listings) if every else results_of(names, root)
     with _progress() as on_progress:
-        return root, verify_store(root, results, {kind.name: kind for kind in STAGES}, on_progress=on_progress)
+        return root, verify_store(root, results, kinds, versions=versions, on_progress=on_progress)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from flows.console import PLAIN, open_console, print_json
-from flows.project import open_project
+from stages.config import load_config
 from stages.errors import ConfigError, InputError
+from stages.registry import read_production
 from stages.takedown import Affected, find_affected, take_down
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
 
@@ -33,7 +34,7 @@ def takedown(args: argparse.Namespace) -> int:
     asked = Tombstones(urls=frozenset(args.url), keys=frozenset(args.key), sha256=frozenset(args.sha256))
     if args.file is not None:
         asked |= _from_file(Path(args.file))
-    root = open_project(args.config, args.set).config.root
+    root = load_config(args.config, args.set).root
     if not asked and not args.apply:
         raise ConfigError("takedown: name what is meant by --url, --key, --sha256 or --file")
     if args.apply:
@@ -46,7 +47,7 @@ def takedown(args: argparse.Namespace) -> int:
     if args.json:
         print_json({"applied": args.apply, **affected.to_json()})
     else:
-        _show(open_console(sys.stdout), affected, applied=args.apply)
+        _show(open_console(sys.stdout), affected, read_production(root).number, applied=args.apply)
     return 0
 
 
@@ -62,19 +63,29 @@ def _from_file(path: Path) -> Tombstones:
     return Tombstones(**{kind: frozenset(values) for kind, values in names.items()})
 
 
-def _show(console: Console, affected: Affected, *, applied: bool) -> None:
+def _show(console: Console, affected: Affected, production: int | None, *, applied: bool) -> None:
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, **PLAIN)
 
     for sample in affected.samples:
         say(f"sample  {sample['key']}  {sample['url']}  in {sample['shard']}")
-    for model in affected.models:
-        say(f"model   {model['stage']} {model['fingerprint']} was trained on them: {model['weights']}")
+    exposed = affected.exposed
+    for model in exposed.models:
+        say(f"model   {model['stage']} {model['fingerprint']} learned from them: {model['weights']}")
+    for number, models in exposed.versions.items():
+        verb = "is withdrawn" if applied else "would be withdrawn"
+        say(f"version {number} {verb}: {', '.join(models)}{'; IT IS IN PRODUCTION' if number == production else ''}")
     verb = "removed" if applied else "would be removed"
     say(
-        f"{len(affected.samples)} samples of {len(affected.shards)} shards, and {len(affected.derived)} files made "
-        f"from these shards, {verb}; {len(affected.models)} models were trained on them"
+        f"{len(affected.samples)} samples of {len(affected.shards)} shards, {len(affected.derived)} files made from "
+        f"these shards, and {len(exposed.pictures)} pictures of trainings, {verb}; {len(exposed.models)} models "
+        "learned from them"
     )
+    if production in exposed.versions:
+        say(
+            "what is in production was trained on them: `unclip rollback` to a version that was not, or "
+            "`unclip retrain --from-scratch`"
+        )
     if not applied and affected.samples:
         say("add --apply to do it")
     elif affected.samples:

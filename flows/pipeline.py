@@ -24,6 +24,7 @@ from flows.tasks import CURRENT_RUN, Run, do_stage, publish_report
 from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
 from stages.manifest import manifest_uri
+from stages.train import Training
 
 
 @flow(name="unclip", flow_run_name="{name}", persist_result=False)
@@ -79,7 +80,11 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
     Raises:
         ServerError: if there is no Prefect API to talk to.
         KeyboardInterrupt: if the user stopped it.
+        UnclipError: if a training cannot start from the version it should start from.
     """
+    for name in run.selection.stages:
+        if isinstance(stage := run.stages[name], Training):
+            stage.settle()
     # In this process alone, stages that run side by side would only fight for its cores.
     num_threads = 1 if isinstance(run.executor, LocalExecutor) else len(run.stages)
     chosen = pipeline.with_options(task_runner=ThreadPoolTaskRunner(max_workers=num_threads))  # type: ignore[arg-type]

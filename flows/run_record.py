@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import getpass
-import importlib.metadata
 import secrets
 import socket
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any
 
 from flows.progress import Outcome
 from stages import storage
+from stages.code_version import code_version
 from stages.errors import ConfigError, NotFoundError, StorageError
 from stages.redaction import hide_secrets
 
@@ -89,7 +89,7 @@ def begin_run(
         user=f"{_user()}@{socket.gethostname()}",
         config=hide_secrets(config),
         config_digest=config_digest[:16],
-        code_version=importlib.metadata.version("unclip-pipeline"),
+        code_version=code_version(),
         selected=list(selected),
         estimates=dict(estimates),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from stages import storage
@@ -17,11 +17,12 @@ from stages.base import Stage, record_uri
 from stages.errors import IntegrityError, NotFoundError, StorageError
 from stages.manifest import MANIFEST_NAME, File, Manifest, ShardRecord, manifest_uri
 from stages.storage import Entry
+from stages.version import Version
 
 _READ_THREADS = 16
 _READ_AHEAD = 256
 
-Kind = Literal["missing", "damaged", "record", "manifest", "balance"]
+Kind = Literal["missing", "damaged", "record", "manifest", "balance", "version"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +44,8 @@ class Finding:
 
     Attributes:
         kind: ``missing`` or ``damaged`` (a file), ``record`` (a shard's record is missing or says something else than
-            the manifest), ``manifest`` (unreadable), ``balance`` (samples were lost or counted twice between stages).
+            the manifest), ``manifest`` (unreadable), ``balance`` (samples were lost or counted twice between stages),
+            ``version`` (weights of a registered version are missing or damaged; no run makes these again).
         stage: the stage whose manifest names it.
         fingerprint: of that manifest.
         shard: id of the shard it belongs to; empty for a file of the stage as a whole.
@@ -107,6 +109,7 @@ def verify(
     results: Sequence[Result],
     kinds: Mapping[str, type[Stage[Any]]],
     *,
+    versions: Sequence[Version] = (),
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verified:
     """Check every file that the given results name, by size and checksum, their records, and their balance.
@@ -115,6 +118,7 @@ def verify(
         root: the store.
         results: what to check.
         kinds: stage -> its class, which knows whose samples it counts.
+        versions: registered versions whose weights are checked too.
         on_progress: called with bytes checked and bytes in all.
 
     Raises:
@@ -128,7 +132,9 @@ def verify(
         except (IntegrityError, StorageError, KeyError, TypeError) as error:
             findings.append(_finding("manifest", result, "", MANIFEST_NAME, "a readable manifest", f"{error}"))
     listings = {stage: storage.list_entries(storage.join(root, stage)) for stage in {r.stage for r in manifests}}
+    of_versions = [check for version in versions for check in _weights_of(version)]
     checks = {(c.file.path, c.file.sha256): c for r, m in manifests.items() for c in _files_of(r, m)}
+    checks |= {key: c for c in of_versions if (key := (c.file.path, c.file.sha256)) not in checks}
     total, done = sum(c.file.num_bytes for c in checks.values()), 0
     damaged: dict[tuple[str, str], Finding] = {}
     for check, finding in _in_threads(lambda c: _check_file(root, c, listings), checks.values()):
@@ -141,6 +147,9 @@ def verify(
         findings += (damaged[k] for c in _files_of(result, manifest) if (k := (c.file.path, c.file.sha256)) in damaged)
         findings += _check_records(root, result, manifest)
         findings += _check_balance(result, manifest, kinds.get(result.stage), by_name)
+    for check in of_versions:
+        if (found := damaged.get((check.file.path, check.file.sha256))) is not None:
+            findings.append(replace(found, kind="version", shard="", **asdict(check.result)))
     return Verified(num_results=len(results), num_files=len(checks), num_bytes=total, findings=findings)
 
 
@@ -166,6 +175,12 @@ def _files_of(result: Result, manifest: Manifest) -> Iterator[_Check]:
             yield _Check(result, record.shard_id, file)
     for file in manifest.files.values():
         yield _Check(result, "", file)
+
+
+def _weights_of(version: Version) -> Iterator[_Check]:
+    for name, stage in version.stages.items():
+        for file in stage.weights:
+            yield _Check(Result(stage=name, fingerprint=stage.fingerprint), "", file)
 
 
 def _check_file(root: str, check: _Check, listings: Mapping[str, Mapping[str, Entry]]) -> Finding | None:
@@ -285,7 +300,7 @@ def plan_repair(findings: Iterable[Finding]) -> Repair:
     manifests: dict[str, str] = {}
     unrepairable: list[Finding] = []
     for finding in findings:
-        if finding.kind == "balance":
+        if finding.kind in ("balance", "version"):
             unrepairable.append(finding)
             continue
         if finding.shard and finding.path.startswith(f"{finding.stage}/shards/"):

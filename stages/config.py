@@ -239,6 +239,8 @@ class _Loader(yaml.SafeLoader):
         return dict(super().construct_mapping(node, deep))
 
 
+# A date is a text, as JSON has it.
+_Loader.add_constructor("tag:yaml.org,2002:timestamp", lambda loader, node: str(node.value))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )

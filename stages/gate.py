@@ -29,7 +29,13 @@ _OF_IMAGES = (
     "num_checked",
     *(f"caption_accuracy_{question}{end}" for question in QUESTIONS for end in ("", "_low", "_high")),
 )
-METRICS = ("num_generated", "num_reference", "num_control", *_OF_IMAGES, *(f"real_{name}" for name in _OF_IMAGES))
+LOSSES = tuple(f"{training}_validation_loss" for training in ("prior", "decoder", "upsampler_256", "upsampler_1024"))
+METRICS = (
+    *("num_generated", "num_reference", "num_control"),
+    *_OF_IMAGES,
+    *(f"real_{name}" for name in _OF_IMAGES),
+    *LOSSES,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +78,7 @@ class PromotionGateConfig:
 
     rules: Mapping[str, GateRule] = setting(
         factory=dict,
-        help="metric of evaluate -> bounds: min, max, and max_drop, max_rise beside the version in production",
+        help="metric, or <training>_validation_loss -> min, max; max_drop, max_rise beside the version in production",
         affects="nothing",
     )
 
@@ -82,7 +88,7 @@ class PromotionGateConfig:
                 close = difflib.get_close_matches(name, METRICS, n=1)
                 known = ", ".join(name for name in METRICS if not name.startswith("real_"))
                 hint = f"did you mean '{close[0]}'? known" if close else "known"
-                raise ValueError(f"rules.{name}: no such metric; {hint}: {known}; each also as real_...")
+                raise ValueError(f"rules.{name}: no such metric; {hint}: {known}; those of images also as real_...")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,24 +26,25 @@ from unclip_models.randomness import SampleRandom
 MAX_SHARDS = 16
 
 
-def held_out_counts(shard_sizes: Sequence[int], num_samples: int) -> list[int]:
+def held_out_counts(shard_sizes: Sequence[int], num_samples: int, *, share: float = 0.5) -> list[int]:
     """Say how many samples every shard holds out.
 
     Args:
         shard_sizes: kept samples of every shard, in plan order.
         num_samples: to hold out in all.
+        share: of the samples that may be held out at most; 1 for a set that is not trained on.
 
     Raises:
-        InputError: if that is more than half of the samples of the shards they would come from.
+        InputError: if that is more than this share of the samples of the shards they would come from.
     """
     num_shards = len(shard_sizes)
     chosen = sorted({i * num_shards // MAX_SHARDS for i in range(MAX_SHARDS)}) if num_shards > MAX_SHARDS else None
     sizes = [size if chosen is None or i in chosen else 0 for i, size in enumerate(shard_sizes)]
     total = sum(sizes)
-    if 2 * num_samples > total:
+    if num_samples > share * total:
         raise InputError(
             f"{num_samples} samples cannot be held out of the {total} in {min(num_shards, MAX_SHARDS)} shards, at most "
-            "half may be; lower validation.num_samples"
+            f"{'half' if share == 0.5 else 'all'} may be; lower validation.num_samples"
         )
     ends = [end * num_samples // max(total, 1) for end in accumulate(sizes, initial=0)]
     return [end - start for start, end in pairwise(ends)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from stages.version import Version
@@ -16,9 +16,9 @@ def model_card(version: Version) -> str:
         f"Registered {version.created_at}; made by unclip-pipeline {code}; digest `{version.digest}`.",
         "## Weights",
         _table(
-            ("stage", "file", "bytes", "sha256"),
+            ("stage", "file", "bytes", "sha256", "started from"),
             (
-                (name, f"`{file.path}`", f"{file.num_bytes:,}", f"`{file.sha256}`")
+                (name, f"`{file.path}`", f"{file.num_bytes:,}", f"`{file.sha256}`", _start(stage.config))
                 for name, stage in version.stages.items()
                 for file in stage.weights
             ),
@@ -33,12 +33,20 @@ def model_card(version: Version) -> str:
             ),
         ),
         "## Metrics",
-        "Of generated images, and of as many real ones (`real`): the floor or ceiling of each metric.",
+        "Of generated images, and of as many real ones (`real`): the floor or ceiling of each metric. The losses are "
+        "of real samples that were not trained on.",
         _metrics(version),
         "## Gate",
         _gate(version),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _start(config: Mapping[str, Any]) -> str:
+    """Say where a training started, as its settings name it."""
+    init = config.get("init_from") or {}
+    names = ("version", "fingerprint", "file", "root")
+    return ", ".join(f"{name} {init[name]}" for name in names if init.get(name) is not None)
 
 
 def _data(version: Version) -> str:

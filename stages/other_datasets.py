@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from stages import storage
 from stages.base import setting
@@ -18,19 +19,25 @@ from stages.weights import weights_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class OtherDataset:
-    """A curated set beside the run's own, which has the share that the others leave.
+class CuratedSet:
+    """A curated set of another run.
 
     What it is made of is part of the training's identity; where it lies is not.
     """
 
     fingerprint: str = setting(help="of its finished curate stage", affects="nothing")
     root: str | None = setting(None, "the store it is in; null: this run's", affects="nothing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OtherDataset(CuratedSet):
+    """A curated set beside the run's own, which has the share that the others leave."""
+
     weight: float = setting(help="its share of the samples, between 0 and 1")
 
 
-class OtherDatasets:
-    """The further data sets of one training, as its config names them.
+class CuratedSets:
+    """The curated sets of other runs that one training reads, as its config names them.
 
     Args:
         settings: from the config.
@@ -41,7 +48,7 @@ class OtherDatasets:
     """
 
     def __init__(
-        self, settings: Sequence[OtherDataset], *, root: str, place: str, images: bool, embeddings: bool
+        self, settings: Sequence[CuratedSet], *, root: str, place: str, images: bool, embeddings: bool
     ) -> None:
         self._settings = settings
         self._roots = [root if one.root is None else storage.absolute(one.root) for one in settings]
@@ -49,11 +56,6 @@ class OtherDatasets:
         self._images = images
         self._embeddings = embeddings
         self._manifests: dict[int, Manifest] = {}
-
-    @property
-    def shares(self) -> list[Fraction]:
-        """Shares of the run's own samples and of all others, in order."""
-        return shares_of([one.weight for one in self._settings], self._place)
 
     def digests(self) -> list[str]:
         """Identify what the data sets hold.
@@ -63,8 +65,13 @@ class OtherDatasets:
         """
         return [self._manifest(i).digest for i in range(len(self._settings))]
 
-    def check(self, num_streams: int, clip: Manifest | None) -> None:
-        """Refuse what cannot be mixed.
+    def check(self, least: int, setting_name: str, clip: Manifest | None) -> None:
+        """Refuse what cannot be used.
+
+        Args:
+            least: samples that each needs.
+            setting_name: the setting that says so.
+            clip: of the run, where it is known.
 
         Raises:
             InputError: if one has too few samples.
@@ -72,10 +79,10 @@ class OtherDatasets:
         """
         for i, root in enumerate(self._roots):
             manifest = self._manifest(i)
-            if manifest.num_kept < num_streams:
+            if manifest.num_kept < least:
                 raise InputError(
-                    f"{self._place}.{i}: {manifest.uri} has {manifest.num_kept} samples, fewer than num_streams: "
-                    f"{num_streams}; leave it out"
+                    f"{self._place}.{i}: {manifest.uri} has {manifest.num_kept} samples, fewer than {setting_name}: "
+                    f"{least}; leave it out"
                 )
             if clip is not None and self._embeddings:
                 self._check_clip(f"{self._place}.{i}", root, manifest, clip)
@@ -87,13 +94,6 @@ class OtherDatasets:
             IntegrityError: if one has changed since the training was planned.
         """
         return [self._read(i, digest) for i, digest in enumerate(digests)]
-
-    def cards(self) -> Mapping[str, str]:
-        """Say in a few words what was mixed in, for the training's record."""
-        return {
-            f"dataset_{i}": f"{manifest_uri(root, 'curate', one.fingerprint)} with weight {one.weight:g}"
-            for i, (one, root) in enumerate(zip(self._settings, self._roots, strict=True), 1)
-        }
 
     def _manifest(self, i: int) -> Manifest:
         if i not in self._manifests:
@@ -132,6 +132,26 @@ class OtherDatasets:
                 f"({_named(clip.root, own_weights)}); embed that data set with this run's clip section, then name the "
                 "new fingerprint"
             )
+
+
+class OtherDatasets(CuratedSets):
+    """The further data sets of one training, which mixes them into its own by weight; see ``CuratedSets``."""
+
+    def __init__(self, settings: Sequence[OtherDataset], **options: Any) -> None:
+        super().__init__(settings, **options)
+        self._weighted = settings
+
+    @property
+    def shares(self) -> list[Fraction]:
+        """Shares of the run's own samples and of all others, in order."""
+        return shares_of([one.weight for one in self._weighted], self._place)
+
+    def cards(self) -> Mapping[str, str]:
+        """Say in a few words what was mixed in, for the training's record."""
+        return {
+            f"dataset_{i}": f"{manifest_uri(root, 'curate', one.fingerprint)} with weight {one.weight:g}"
+            for i, (one, root) in enumerate(zip(self._weighted, self._roots, strict=True), 1)
+        }
 
 
 def _golden(clip: Manifest) -> str | None:

@@ -5,10 +5,12 @@ A registry is laid out as::
     <root>/registry/versions/0001.json   a version (``stages/version.py``): written once, never changed
     <root>/registry/versions/0001.md     its model card, made from it
     <root>/registry/production.json      the version in production, and every change of it so far
+    <root>/registry/withdrawn/0001.json  it must not be used any more (``stages/withdrawn.py``)
+    <root>/registry/starts/              from which version trainings started (``stages/starting_point.py``)
 
-The last file is the only one that changes, and every change is one conditional write (``stages/swap.py``) of what was
-read before the decision: of two promotions at the same time one wins and the other is told, and nobody ever sees half
-of one. Its history only grows.
+The record of production is the only one that changes, and every change is one conditional write (``stages/swap.py``)
+of what was read before the decision: of two promotions at the same time one wins and the other is told, and nobody ever
+sees half of one. Its history only grows.
 """
 
 from __future__ import annotations
@@ -25,9 +27,10 @@ from stages import storage, swap
 from stages.clock import utc_now
 from stages.errors import ConflictError, InputError, IntegrityError
 from stages.gate import Decision, PromotionGateConfig, decide
-from stages.manifest import Manifest
+from stages.manifest import File, Manifest
 from stages.model_card import model_card
-from stages.version import Version, VersionedStage, digest_of_run, lists_of
+from stages.version import Version, VersionedStage, digest_of_run, lists_of, metrics_of
+from stages.withdrawn import refuse_withdrawn
 
 _VERSIONS = "registry/versions"
 _PRODUCTION = "registry/production.json"
@@ -142,6 +145,24 @@ def card_uri(root: str, number: int) -> str:
     return storage.join(root, _VERSIONS, f"{number:04d}.md")
 
 
+def weights_in(version: Version, stage: str, place: str) -> File:
+    """Return the weights of one model of a version.
+
+    Args:
+        version: of the models.
+        stage: the training.
+        place: what asks for them, for messages.
+
+    Raises:
+        InputError: if the version has no such model.
+    """
+    found = version.stages.get(stage)
+    if found is None or not found.weights:
+        known = ", ".join(name for name, part in version.stages.items() if part.weights) or "none"
+        raise InputError(f"{place}: version {version.number} has no weights of {stage}; it has those of: {known}")
+    return found.weights[0]
+
+
 def register(root: str, manifests: Mapping[str, Manifest], gate: PromotionGateConfig) -> Version:
     """Register a finished run; return the version there is if it was registered before.
 
@@ -157,7 +178,7 @@ def register(root: str, manifests: Mapping[str, Manifest], gate: PromotionGateCo
 
 
 def _registered(root: str, manifests: Mapping[str, Manifest], gate: PromotionGateConfig) -> Version:
-    digest, metrics = digest_of_run(manifests), manifests["evaluate"].metrics
+    digest, metrics = digest_of_run(manifests), metrics_of(manifests)
     while True:
         known = read_versions(root)
         for version in known.values():
@@ -220,12 +241,13 @@ def promote(root: str, number: int, gate: PromotionGateConfig, *, force_reason: 
         force_reason: promotes past a gate that does not pass; kept in the history.
 
     Raises:
-        InputError: if there is no such version.
+        InputError: if there is no such version, or it has been withdrawn.
         IntegrityError: if its weights are not there any more.
         ConflictError: if production was changed by another meanwhile; nothing is written then.
     """
     production = read_production(root)  # before the decision: the write below counts only if this still stands
     version = find_version(root, number)
+    refuse_withdrawn(root, number, "promote")
     if production.number == number:
         return Promotion(version=version, status="unchanged", before=number, decision=None)
     decision = _ask(root, gate, version.metrics, production)
@@ -243,6 +265,11 @@ def promote(root: str, number: int, gate: PromotionGateConfig, *, force_reason: 
     return Promotion(version=version, status="promoted", before=production.number, decision=decision)
 
 
+def ask_gate(root: str, version: Version, gate: PromotionGateConfig) -> Decision:
+    """Tell what the gate says of a version beside the one in production now; changes nothing."""
+    return _ask(root, gate, version.metrics, read_production(root))
+
+
 def rollback(root: str, to: int | None = None) -> Change:
     """Put a version into production again.
 
@@ -251,12 +278,13 @@ def rollback(root: str, to: int | None = None) -> Change:
         to: a version that has been in production; the one before the present one if not given.
 
     Raises:
-        InputError: if there is nothing to go back to, or ``to`` has never been in production.
+        InputError: if there is nothing to go back to, or ``to`` has never been in production or has been withdrawn.
         IntegrityError: if its weights are not there any more.
         ConflictError: if production was changed by another meanwhile; nothing is written then.
     """
     production = read_production(root)
     number = _target(production, to)
+    refuse_withdrawn(root, number, "rollback")
     _check_present(root, find_version(root, number))
     return _change(root, production, action="rollback", number=number)
 
@@ -282,6 +310,23 @@ def _ask(root: str, gate: PromotionGateConfig, metrics: Mapping[str, Any], produ
     number = production.number
     before = None if number is None else find_version(root, number).metrics
     return decide(gate, metrics, production=before, compared_with=number)
+
+
+def open_version(root: str, which: int | Literal["production"]) -> tuple[Version, dict[str, Manifest]]:
+    """Give a version to be used: its record, and the results it consists of that are still in the store.
+
+    Raises:
+        InputError: if there is no such version, nothing is in production, or it has been withdrawn.
+        IntegrityError: if its weights are not there any more.
+    """
+    number = read_production(root).number if which == "production" else which
+    if number is None:
+        raise InputError(f"{root}: nothing is in production yet; `unclip promote` puts a version there")
+    version = find_version(root, number)
+    refuse_withdrawn(root, number, "use")
+    _check_present(root, version)
+    found = {name: Manifest.read(root, name, stage.fingerprint) for name, stage in version.stages.items()}
+    return version, {n: m for n, m in found.items() if m is not None and m.digest == version.stages[n].digest}
 
 
 def _check_present(root: str, version: Version) -> None:
@@ -325,6 +370,6 @@ def _change(
         now = read_production(root).number
         raise ConflictError(
             f"{action} of version {number}: another change of production came first, version {now} is in production "
-            "now; see `unclip versions`, then try again"
+            "now; see `unclip models list`, then try again"
         )
     return change

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from stages import storage
 from stages.balance import check_balance
 from stages.base import Progress, Shard, Stage, identity_of, record_uri
 from stages.clock import utc_now
+from stages.code_version import code_version
 from stages.errors import IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.lease import Lease
@@ -224,7 +224,7 @@ def run_stage(
         files=result.files,
         metrics=result.metrics,
         quarantined=quarantined,
-        code_version=importlib.metadata.version("unclip-pipeline"),
+        code_version=code_version(),
         created_at=utc_now(),
         wall_time_s=round(time.monotonic() - started_at, 3),
     )

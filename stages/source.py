@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import gzip
 import io
@@ -29,6 +30,7 @@ from stages.base import Result, Shard, Stage, setting
 from stages.errors import InputError, StorageError
 from stages.list_changes import KnownRange, ListChange, compare_lists, known_lists, remember_lists
 from stages.manifest import Manifest, ShardRecord, digest_of
+from stages.partitions import check_date, date_of, is_within
 from stages.samples import table_to_bytes
 from stages.shapes import ShapesConfig
 
@@ -52,6 +54,12 @@ class SourceConfig:
     caption_column: str | None = setting("caption", "column of the captions; null: none")
     extra_columns: tuple[str, ...] = setting((), "further columns to keep beside every row")
     rows_per_shard: int = setting(1000, "rows of one shard, the unit of work of all later stages")
+    since: str | None = setting(
+        None, "only lists whose name says this date (YYYY-MM-DD) or a later one", affects="nothing"
+    )
+    until: str | None = setting(
+        None, "only lists whose name says this date or an earlier one, or none", affects="nothing"
+    )
     changed_rows: Literal["refuse", "accept"] = setting(
         "refuse", "what to do when rows of a list that was read before are different now", affects="nothing"
     )
@@ -62,6 +70,11 @@ class SourceConfig:
             raise ValueError("lists: empty; name at least one file or folder of URLs, or set kind: shapes")
         if not 1 <= self.rows_per_shard <= MAX_ROWS_PER_SHARD:
             raise ValueError(f"rows_per_shard: {self.rows_per_shard} is not between 1 and {MAX_ROWS_PER_SHARD}")
+        for name in ("since", "until"):
+            if getattr(self, name) is not None:
+                check_date(getattr(self, name), name)
+        if self.since and self.until and self.since > self.until:
+            raise ValueError(f"since: {self.since} comes after until: {self.until}; exchange them")
         taken = [name for name in self.extra_columns if name in RESERVED_COLUMNS]
         if taken:
             raise ValueError(f"extra_columns: '{taken[0]}' is a column of the pipeline's own; rename it in the list")
@@ -147,7 +160,8 @@ class Source(Stage[SourceConfig]):
         if self.config.kind == "shapes":
             return Result(records=records, metrics={"shapes": dataclasses.asdict(self.config.shapes)})
         ranges = [KnownRange(**record.metrics, rows=record.files["urls"]) for record in records]
-        remember_lists(self.root, self._reading(), ranges)
+        others = [known for known in known_lists(self.root, self._reading()) if not self._is_meant(known.list)]
+        remember_lists(self.root, self._reading(), [*others, *ranges])
         return Result(records=records, metrics={"num_lists": len({known.list for known in ranges})})
 
     def changes(self) -> list[ListChange]:
@@ -157,7 +171,7 @@ class Source(Stage[SourceConfig]):
     def _changes(self, lists: Sequence[_UrlList]) -> list[ListChange]:
         by_name = {item.name: item for item in lists}
         present = {item.name: item.sha256 for item in lists}
-        known = known_lists(self.root, self._reading())
+        known = [known for known in known_lists(self.root, self._reading()) if self._is_meant(known.list)]
         return compare_lists(self.root, known, present, lambda name: self._table(by_name[name]))
 
     def _refuse_changed_rows(self, lists: Sequence[_UrlList]) -> None:
@@ -188,8 +202,28 @@ class Source(Stage[SourceConfig]):
 
     # ---- lists ------------------------------------------------------------------------------------------------------
 
+    def partitions(self) -> dict[datetime.date | None, list[str]]:
+        """Return the names of the lists by their date, in order; those without one first.
+
+        Raises:
+            InputError: if a list is missing, or a folder holds none.
+        """
+        found: dict[datetime.date | None, list[str]] = {}
+        for name in _named(self._places) if self.config.kind == "urls" else ():
+            if self._is_meant(name):
+                found.setdefault(date_of(name), []).append(name)
+        return dict(sorted(found.items(), key=lambda item: item[0] or datetime.date.min))
+
+    def _is_meant(self, name: str) -> bool:
+        return is_within(name, self.config.since, self.config.until)
+
     def _lists(self) -> list[_UrlList]:
-        named = _named(self._places)
+        named = {name: uri for name, uri in _named(self._places).items() if self._is_meant(name)}
+        if not named:
+            raise InputError(
+                f"source.lists: none is of the days {self.config.since or 'ever'} to {self.config.until or 'now'}; "
+                "correct source.since and source.until"
+            )
         return [_UrlList(name, uri, _content_hash(uri)) for name, uri in named.items()]
 
     def _planned_list(self, shard: Shard) -> _UrlList:

@@ -1,9 +1,10 @@
 """Takedown: remove samples from everything the store holds of them, and say which models were trained on them.
 
 The image goes from its tar, the caption and measurements from the download's table (the row stays, with the reason
-``takedown``); whatever was derived from that shard - selections, embeddings, sums, ledger parts - is deleted and made
-anew by the next run, which trains anew as well, because its data has changed. Weights are not deleted here: they are
-named, with the finished stages they belong to.
+``takedown``); whatever was derived from that shard - selections, embeddings, sums, ledger parts, images generated from
+its captions, the report - is deleted and made anew by the next run, which trains anew as well, because its data has
+changed. Pictures that trainings drew of held-out images are deleted. Weights are not: they are named, and the versions
+of the models that hold them are withdrawn (``stages/withdrawn.py``), so that nothing serves or trains on from them.
 
 The tombstones are put up first. A takedown that was interrupted is finished by the same command. The download's own
 manifest goes too: the next run writes it anew from the shards that are there and downloads nothing twice.
@@ -23,13 +24,16 @@ import pyarrow.compute as pc
 
 from stages import storage
 from stages.base import record_uri
+from stages.exposure import Exposed, find_exposed
 from stages.manifest import MANIFEST_NAME, File, Manifest, ShardRecord
 from stages.samples import read_tar, table_from_bytes, table_to_bytes, write_tar
 from stages.tombstones import REASON, Tombstones, forget_rows
+from stages.withdrawn import withdraw
 
 _IO_THREADS = 16
 # What is made of downloaded shards, in order; every one may read the ones before it.
-_DERIVED = ("filter", "embed", "curate", "ledger", "pca")
+_DERIVED = ("filter", "embed", "curate", "ledger", "pca", "generate", "evaluate")
+_REPORT = ("report.html", "report.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +44,18 @@ class Affected:
         samples: rows of the download's tables: key, url, shard.
         shards: records of the download shards that hold them.
         derived: paths of what was made from those shards, records and manifests included.
-        models: finished stages that learned from them: stage, fingerprint, weights.
+        exposed: what has learned from them or shows them: models, versions of these, pictures.
     """
 
     samples: Sequence[Mapping[str, str]]
     shards: Sequence[ShardRecord]
     derived: Sequence[str]
-    models: Sequence[Mapping[str, str]]
+    exposed: Exposed
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {**vars(self), "shards": [record.files["images"].path for record in self.shards]}
+        shards = [record.files["images"].path for record in self.shards]
+        return {"samples": self.samples, "shards": shards, "derived": self.derived, **vars(self.exposed)}
 
 
 def find_affected(root: str, tombstones: Tombstones) -> Affected:
@@ -65,6 +70,9 @@ def find_affected(root: str, tombstones: Tombstones) -> Affected:
     ]
     for stage in _DERIVED:
         derived += _derived_of(root, stage, dead)
+    gone = {(stage, name) for stage, name, *rest in (path.split("/") for path in derived) if rest == [MANIFEST_NAME]}
+    if found:
+        derived += [name for name in _REPORT if storage.exists(storage.join(root, name))]
     return Affected(
         samples=[
             {"key": row["key"], "url": row["url"] or "", "shard": record.files["images"].path}
@@ -73,7 +81,7 @@ def find_affected(root: str, tombstones: Tombstones) -> Affected:
         ],
         shards=[record for record, _ in found],
         derived=derived,
-        models=_models(root, derived),
+        exposed=find_exposed(root, gone, ("source", "download", *_DERIVED)),
     )
 
 
@@ -84,6 +92,11 @@ def take_down(root: str, tombstones: Tombstones) -> Affected:
         What was touched; repeating finds nothing more.
     """
     affected = find_affected(root, tombstones)
+    # What leads to models and pictures is deleted last: an interrupted takedown finds them again.
+    for number, models in affected.exposed.versions.items():
+        withdraw(root, number, models)
+    for path in affected.exposed.pictures:
+        storage.delete(storage.join(root, path))
     # Manifests first: a stage without one is not done, whatever else is there.
     for path in sorted(affected.derived, key=lambda path: not path.endswith(MANIFEST_NAME)):
         storage.delete(storage.join(root, path))
@@ -200,20 +213,4 @@ def _derived_of(root: str, stage: str, dead: set[str]) -> list[str]:
             found.append(f"{stage}/{manifest.fingerprint}/{MANIFEST_NAME}")
     found = list(dict.fromkeys(found))
     dead.update(found)
-    return found
-
-
-def _models(root: str, derived: Sequence[str]) -> list[dict[str, str]]:
-    """Name the finished stages with weights that read one of the deleted results, or a model that did."""
-    gone = {tuple(path.split("/")[:2]) for path in derived if path.endswith("/" + MANIFEST_NAME)}
-    found = []
-    stages = sorted({name.split("/")[0] for name in storage.list_files(root) if name.endswith("/" + MANIFEST_NAME)})
-    for stage in stages:
-        if stage in (*_DERIVED, "source", "download"):
-            continue
-        for manifest in _manifests(root, stage):
-            read = {(name, str(facts["fingerprint"])) for name, facts in manifest.inputs.items()}
-            weights = [record.files["weights"].path for record in manifest.records if "weights" in record.files]
-            if weights and read & gone:
-                found.append({"stage": stage, "fingerprint": manifest.fingerprint, "weights": weights[0]})
     return found

@@ -12,7 +12,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, cast
@@ -31,12 +31,14 @@ from stages.flops import flops_per_sample
 from stages.held_out import HeldOutSamples, held_out_counts
 from stages.insight import Watch
 from stages.lease import fenced
-from stages.manifest import File, Manifest, ShardRecord
+from stages.manifest import File, Manifest, ShardRecord, digest_of
 from stages.mixture import shares_of
 from stages.open_shard import TrainingShard
-from stages.other_datasets import OtherDataset, OtherDatasets
+from stages.other_datasets import CuratedSets, OtherDataset, OtherDatasets
 from stages.sample_grids import Painter
+from stages.starting_point import StartingPoint, find_starting_point, keep_starting_point
 from stages.training import Trained, TrainingConfig, model_loss, train
+from stages.validation import ValidationConfig
 from stages.warm_start import InitFrom, SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
@@ -99,12 +101,14 @@ class Training(Stage[TrainingC]):
     Attributes:
         needs_images: whether batches hold images.
         needs_embeddings: whether they hold CLIP embeddings and tokens.
+        start: where a training that starts from production starts; known once it has its fingerprint.
     """
 
     uses_seed: ClassVar[bool] = True
     gang: ClassVar[bool] = True
     needs_images: ClassVar[bool]
     needs_embeddings: ClassVar[bool]
+    start: StartingPoint | None = None
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -118,6 +122,35 @@ class Training(Stage[TrainingC]):
         return Resources(
             num_cpus=config.cpus_per_rank, num_gpus=config.gpus_per_rank, max_workers=1, num_ranks=config.num_ranks
         )
+
+    def fingerprint(self, inputs: Mapping[str, str]) -> str:
+        """See ``Stage.fingerprint``; where ``init_from`` says production it becomes the version that this means.
+
+        Raises:
+            InputError: if what the config names of other runs is not there.
+            ConfigError: if parts are to be frozen and there is nothing to start from.
+        """
+        init = self.config.init_from
+        if init is not None and init.version == "production":
+            cold = replace(self.config, init_from=None, frozen=())
+            named = type(self)(cold, root=self.root, seed=self.seed).fingerprint(inputs)
+            registry = self.root if init.root is None else storage.absolute(init.root)
+            question = digest_of([self.name, named, list(self.config.frozen)])[:16]
+            self.start = find_starting_point(self.root, self.name, question, registry)
+            if self.start.number is not None:
+                cold = replace(self.config, init_from=replace(init, version=self.start.number))
+            elif self.config.frozen:
+                raise ConfigError(
+                    f"{self.name}.frozen: nothing is in production yet, random weights would stay random; "
+                    "train a first version without it"
+                )
+            self.config = cold
+        return super().fingerprint(inputs)
+
+    def settle(self) -> None:
+        """Decide where to start, before the first step; see ``keep_starting_point``."""
+        if self.start is not None:
+            keep_starting_point(self.root, self.start)
 
     def external(self) -> Any:
         """Identify by content what the config names of other runs.
@@ -134,6 +167,8 @@ class Training(Stage[TrainingC]):
             found["datasets"] = self._other_datasets.digests()
         if config.init_from is not None:
             found["init_from"] = SourceWeights(config.init_from, root=self.root, stage=self.name).sha256()
+        if self._yardstick is not None:
+            (found["validation"],) = self._yardstick.digests()
         return found
 
     def _work(self, scopes: Sequence[Affects]) -> dict[str, Any]:
@@ -144,17 +179,22 @@ class Training(Stage[TrainingC]):
         work, validation = super()._work(scopes), self.config.validation
         unused = [name for name in ("datasets", "init_from", "frozen") if not getattr(self.config, name)]
         work["config"] = {key: value for key, value in work["config"].items() if key not in unused}
-        return work if validation.early_stop_patience is None else {**work, "early_stop": asdict(validation)}
+        return work if validation.early_stop_patience is None else {**work, "early_stop": _without_place(validation)}
+
+    @property
+    def _yardstick(self) -> CuratedSets | None:
+        """The set to validate on, if it is not a part of the run's own."""
+        dataset = self.config.validation.dataset
+        place = f"{self.name}.validation.dataset"
+        return None if dataset is None else CuratedSets([dataset], place=place, **self._needs)
+
+    @property
+    def _needs(self) -> dict[str, Any]:
+        return {"root": self.root, "images": self.needs_images, "embeddings": self.needs_embeddings}
 
     @property
     def _other_datasets(self) -> OtherDatasets:
-        return OtherDatasets(
-            self.config.datasets,
-            root=self.root,
-            place=f"{self.name}.datasets",
-            images=self.needs_images,
-            embeddings=self.needs_embeddings,
-        )
+        return OtherDatasets(self.config.datasets, place=f"{self.name}.datasets", **self._needs)
 
     def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
         """Make the one shard: the whole training.
@@ -166,7 +206,8 @@ class Training(Stage[TrainingC]):
         self.check_inputs(inputs)
         records = [record for record in inputs["curate"].records if record.num_kept > 0]
         num_kept = [record.num_kept for record in records]
-        held_out = held_out_counts(num_kept, self.config.validation.num_samples)
+        from_own = 0 if self.config.validation.dataset else self.config.validation.num_samples
+        held_out = held_out_counts(num_kept, from_own)
         if sum(num_kept) - sum(held_out) < self.config.num_streams:
             raise InputError(
                 f"{self.name}: curate kept {sum(num_kept) - sum(held_out)} samples to train on, fewer than "
@@ -195,7 +236,9 @@ class Training(Stage[TrainingC]):
                 f"{self.name}.model.raw_embeddings: true, but the embed stage stores embeddings of unit norm; write "
                 "false (raw embeddings are for imported models)"
             )
-        self._other_datasets.check(self.config.num_streams, inputs.get("clip"))
+        self._other_datasets.check(self.config.num_streams, "num_streams", inputs.get("clip"))
+        if self._yardstick is not None:
+            self._yardstick.check(self.config.validation.num_samples, "validation.num_samples", inputs.get("clip"))
         if self.config.frozen:
             with torch.device("meta"):
                 names = [name for name, _ in build(self.config.model).named_parameters()]
@@ -316,13 +359,23 @@ class Training(Stage[TrainingC]):
         except RuntimeError as error:  # an operation without shapes alone; no reason not to train
             logger.warning("%s: the arithmetic of a sample cannot be counted, so there is no mfu: %s", self.name, error)
             flops = None
-        if not any(shard.params.get("num_held_out", ())):
+        shards, root = self._held_out(shard)
+        if not any(one.num_held_out for one in shards):
             return Watch(flops_per_sample=flops)
         seed = self.config.validation.seed
-        held_out = HeldOutSamples(self._shards(shard), seed=seed, **self._sample_options(clip))
+        held_out = HeldOutSamples(shards, seed=seed, **{**self._sample_options(clip), "root": root})
         complete = (lambda batch: batch) if clip is None else partial(with_clip_text, clip=clip)
         draw = Painter(self.config.samples, held_out, seed, complete)
         return Watch(held_out=held_out, draw=draw, flops_per_sample=flops)
+
+    def _held_out(self, shard: Shard) -> tuple[Sequence[TrainingShard], str]:
+        """Return the shards with the samples to validate on, and the store they are in."""
+        if self._yardstick is None:
+            return self._shards(shard), self.root
+        (found,) = self._yardstick.read([shard.params["validation"]])
+        sizes = [one.num_kept for one in found.shards]
+        counts = held_out_counts(sizes, self.config.validation.num_samples, share=1)
+        return [replace(one, num_held_out=n) for one, n in zip(found.shards, counts, strict=True)], found.root
 
     def _shards(self, shard: Shard) -> list[TrainingShard]:
         inputs, num_kept = shard.inputs, shard.params["num_kept"]
@@ -500,6 +553,11 @@ class Upsampler1024(Training[UpsamplerTraining]):
     name = "upsampler_1024"
     needs_images = True
     needs_embeddings = False
+
+
+def _without_place(validation: ValidationConfig) -> dict[str, Any]:
+    """Return the settings of validation without the set it names, which counts by content (``external``)."""
+    return {name: value for name, value in asdict(validation).items() if name != "dataset"}
 
 
 def example_batch(model: Any) -> dict[str, Tensor]:

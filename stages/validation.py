@@ -21,6 +21,7 @@ from stages.dataset import Batch
 from stages.engine import Engine, MicroBatch
 from stages.held_out import HeldOut
 from stages.metrics import TIMESTEP_TERMS, means_of, term_sums
+from stages.other_datasets import CuratedSet
 from unclip_models.randomness import SampleRandom
 
 LOSS = "validation_loss"
@@ -32,6 +33,11 @@ class ValidationConfig:
     """Validation on samples that are held out of the training."""
 
     num_samples: int = setting(0, "samples held out of the training, the same for every model of a run; 0: none")
+    dataset: CuratedSet | None = setting(
+        None,
+        "take them from this curated set instead: a yardstick that is the same for all versions; null: hold out",
+        affects="nothing",
+    )
     every_steps: int = setting(1000, "steps between validations; 0: never", affects="nothing")
     weights: Literal["averaged", "raw", "both"] = setting(
         "averaged",
@@ -49,6 +55,8 @@ class ValidationConfig:
         for name, least in (("num_samples", 0), ("every_steps", 0), ("timesteps_per_sample", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: {getattr(self, name)} is below {least}; write {least} or more")
+        if self.dataset is not None and not self.num_samples:
+            raise ValueError("dataset: num_samples is 0, none of it is looked at; say how many, or write null")
         if self.early_stop_min_delta < 0:
             raise ValueError(f"early_stop_min_delta: {self.early_stop_min_delta:g} is negative; write 0 or more")
         if self.early_stop_patience is None:

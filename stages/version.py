@@ -16,6 +16,7 @@ from stages.manifest import MANIFEST_NAME, File, Manifest, digest_of
 from stages.weights import ROLE
 
 FORMAT_VERSION = 1
+LOSS = "validation_loss"  # the name that stages/validation.py gives it, which imports torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ class Version:
         digest: of what its stages produced; two runs with the same products are one version.
         stages: by name, in the pipeline's order.
         lists: the URL lists its data came from; empty for procedural pictures.
-        metrics: of the evaluate stage, with its verdict under ``gate``.
+        metrics: of the evaluate stage, with its verdict under ``gate``, and the validation losses of the trainings.
         decision: what the gate said when the version was registered.
     """
 
@@ -123,6 +124,17 @@ class Version:
 def digest_of_run(manifests: Mapping[str, Manifest]) -> str:
     """Hash what all stages of a run produced."""
     return digest_of({name: manifest.digest for name, manifest in manifests.items()})
+
+
+def metrics_of(manifests: Mapping[str, Manifest]) -> dict[str, Any]:
+    """Return what a version is judged by: metrics of evaluate, and ``<training>_validation_loss`` where measured."""
+    losses = {
+        f"{name}_{LOSS}": record.metrics[LOSS]
+        for name, manifest in manifests.items()
+        for record in manifest.records
+        if LOSS in record.metrics
+    }
+    return {**manifests["evaluate"].metrics, **losses}
 
 
 def lists_of(source: Manifest) -> tuple[UrlList, ...]:

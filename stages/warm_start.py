@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -18,8 +18,10 @@ from stages import storage
 from stages.base import setting
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.finished import finished
-from stages.manifest import Manifest
+from stages.manifest import File
+from stages.registry import find_version, weights_in
 from stages.weights import checked_copy, content_sum, weights_of
+from stages.withdrawn import refuse_withdrawn
 from unclip_models.checkpoint import architecture_header, read_weights
 
 logger = logging.getLogger(__name__)
@@ -29,21 +31,28 @@ _NUM_SHOWN = 12
 
 @dataclass(frozen=True, kw_only=True)
 class InitFrom:
-    """Weights to start from: what a finished training exported (its moving average), or a file.
+    """Weights to start from: those of a version, what a finished training exported (its moving average), or a file.
 
     Their content is part of the training's identity; where they lie is not.
     """
 
+    version: int | Literal["production"] | None = setting(
+        None,
+        "a version of the models; `production`: the one in production when this training begins",
+        affects="nothing",
+    )
     file: str | None = setting(None, "a .safetensors file of a model of this project", affects="nothing")
     fingerprint: str | None = setting(None, "of a finished training", affects="nothing")
     stage: str | None = setting(None, "its stage; null: the same as this one", affects="nothing")
     root: str | None = setting(None, "the store it is in; null: this run's", affects="nothing")
 
     def __post_init__(self) -> None:
-        if (self.file is None) == (self.fingerprint is None):
-            raise ValueError("file: name either a file, or the fingerprint of a finished training (with its root)")
+        if sum(given is not None for given in (self.version, self.file, self.fingerprint)) != 1:
+            raise ValueError(
+                "file: name either a file, or the fingerprint of a finished training (with its root), or a version"
+            )
         if self.file is not None and (self.stage is not None or self.root is not None):
-            raise ValueError("file: stage and root go with a fingerprint; a file needs neither")
+            raise ValueError("file: stage and root go with a fingerprint or a version; a file needs neither")
 
 
 class SourceWeights:
@@ -68,7 +77,7 @@ class SourceWeights:
             InputError: if they are not there.
         """
         if self._settings.file is None:
-            return weights_of(self._manifest()).sha256
+            return self._published().sha256
         path = Path(self._settings.file).expanduser()
         if not path.is_file():
             raise InputError(f"{self._place}.file: {path}: no such file; name a .safetensors file")
@@ -80,20 +89,25 @@ class SourceWeights:
         Raises:
             IntegrityError: if they are not the ones the training was planned with, or damaged.
             ConfigError: if they are of a model of another shape.
+            InputError: if they are of a version that has been withdrawn.
         """
+        if isinstance(self._settings.version, int):
+            refuse_withdrawn(self._root, self._settings.version, self._place)
         if self.sha256() != sha256:
             raise IntegrityError(f"{self._place}: the weights changed since this training was planned; run again")
         with self._path() as path:
             take_over(model, path, self._place)
 
-    def _manifest(self) -> Manifest:
-        assert self._settings.fingerprint is not None
-        return finished(self._root, self._stage, self._settings.fingerprint, self._place)
+    def _published(self) -> File:
+        if self._settings.fingerprint is not None:
+            return weights_of(finished(self._root, self._stage, self._settings.fingerprint, self._place))
+        assert isinstance(self._settings.version, int), "`production` is no version yet, see stages/starting_point.py"
+        return weights_in(find_version(self._root, self._settings.version), self._stage, self._place)
 
     def _path(self) -> AbstractContextManager[Path]:
         if self._settings.file is not None:
             return nullcontext(Path(self._settings.file).expanduser())
-        return checked_copy(self._root, weights_of(self._manifest()))
+        return checked_copy(self._root, self._published())
 
 
 def take_over(model: nn.Module, path: Path, place: str) -> None:

@@ -1,4 +1,4 @@
-"""``unclip promote``, ``rollback``, ``versions`` and ``diff`` over the results of three weeks, one of them bad.
+"""``unclip promote``, ``retrain``, ``rollback``, ``models list``, ``diff`` over results of three weeks, one bad.
 
 The source stage runs; the other results, metrics included, are written by hand: the registry is tested, not training.
 """
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 
 from flows.cli import main
+from flows.cli_registry import REFUSED
 from flows.project import open_project
 from stages.base import identity_of
 from stages.executor import LocalExecutor
 from stages.manifest import Manifest, ShardRecord
 from stages.runner import run_stage
+from stages.withdrawn import withdraw
 from tests.stages.finished_run import publish_stage
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
@@ -86,7 +88,7 @@ def test_the_registry_over_three_weeks_of_results(weeks: Weeks, capsys: pytest.C
     config = weeks.config
     weeks.finish(0.25, 8.0, but="ledger")
     assert main(["promote", config]) == 1 and "ledger not finished; `unclip run" in capsys.readouterr().err
-    assert main(["versions", config]) == 0 and "no version yet" in capsys.readouterr().out
+    assert main(["models", "list", config]) == 0 and "no version yet" in capsys.readouterr().out
     weeks.finish(0.25, 8.0)
     assert main(["promote", config]) == 0
     said = capsys.readouterr().out
@@ -103,11 +105,11 @@ def test_the_registry_over_three_weeks_of_results(weeks: Weeks, capsys: pytest.C
     weeks.write({"learning_rate": 0.5})
     weeks.finish(0.25, 9.0)
     before = (weeks.folder / "store/registry/production.json").read_bytes()
-    refused = answer(capsys, "promote", config, code=1)
+    refused = answer(capsys, "promote", config, code=REFUSED)
     assert (refused["status"], refused["version"], refused["production"]) == ("refused", 3, 2)
     failures = [rule["reason"] for rule in refused["decision"]["rules"] if not rule["passed"]]
     assert failures == ["clip_score 0.25 is below 0.2812 (max_drop)", "frechet_distance 9 is above 8 (max_rise)"]
-    assert main(["promote", config]) == 1
+    assert main(["promote", config]) == REFUSED
     said = capsys.readouterr().out
     assert "NOT met  clip_score 0.25 is below" in said and "not promoted; in production is still version 2" in said
     assert (weeks.folder / "store/registry/production.json").read_bytes() == before
@@ -125,7 +127,7 @@ def test_the_registry_over_three_weeks_of_results(weeks: Weeks, capsys: pytest.C
     assert (rolled["version"], rolled["before"]) == (2, 3)
     assert main(["rollback", config, "--to", "1"]) == 0
     assert "version 1 is in production again (before: version 2)" in capsys.readouterr().out
-    listed = answer(capsys, "versions", config)
+    listed = answer(capsys, "models", "list", config)
     assert listed["production"] == 1 and [version["number"] for version in listed["versions"]] == [1, 2, 3]
     assert [(change["action"], change["number"]) for change in listed["history"]] == [
         ("promote", 1),
@@ -141,12 +143,12 @@ def test_the_registry_over_three_weeks_of_results(weeks: Weeks, capsys: pytest.C
 
 def test_a_forced_promotion_keeps_its_reason(weeks: Weeks, capsys: pytest.CaptureFixture[str]) -> None:
     weeks.finish(0.125, 8.0)
-    assert main(["promote", weeks.config]) == 1
+    assert main(["promote", weeks.config]) == REFUSED
     assert main(["promote", weeks.config, "--force-reason", " "]) == 2
     assert "--force-reason: is empty" in capsys.readouterr().err
     assert main(["promote", weeks.config, "--force-reason", "for the demo"]) == 0
     assert "forced past the gate: for the demo" in capsys.readouterr().out
-    assert main(["versions", weeks.config]) == 0
+    assert main(["models", "list", weeks.config]) == 0
     said = capsys.readouterr().out
     assert "in production" in said and "failed" in said and "forced: for the demo" in said
     card = (weeks.folder / "store/registry/versions/0001.md").read_text()
@@ -158,3 +160,63 @@ def test_what_is_not_there_is_named(weeks: Weeks, capsys: pytest.CaptureFixture[
     assert main(["diff", weeks.config, "1", "2"]) == 1 and "there are: none" in capsys.readouterr().err
     assert main(["promote", weeks.config, "--version", "7"]) == 1
     assert "version 7: " in capsys.readouterr().err and not (weeks.folder / "store").exists()
+
+
+def test_a_retraining_asks_the_gate_and_never_undoes_a_rollback(
+    weeks: Weeks, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every stage is done, as where a retraining was killed before it had registered what it made."""
+    config = weeks.config
+    weeks.finish(0.25, 8.0)
+    held = answer(capsys, "retrain", config, "--no-promote")
+    assert (held["status"], held["version"], held["production"], held["trained"]) == ("held", 1, None, False)
+    assert held["decision"]["passed"]
+    assert main(["retrain", config]) == 0
+    said = capsys.readouterr().out
+    assert "nothing has changed since version 1" in said and "version 1 is in production" in said
+    assert answer(capsys, "retrain", config)["status"] == "unchanged"
+
+    weeks.append(2, 7)
+    weeks.finish(0.125, 7.0)
+    production = (weeks.folder / "store/registry/production.json").read_bytes()
+    for _ in range(2):
+        refused = answer(capsys, "retrain", config, code=REFUSED)
+        assert (refused["status"], refused["version"], refused["production"]) == ("refused", 2, 1)
+    assert main(["retrain", config]) == REFUSED
+    assert "NOT met  clip_score 0.125 is below 0.2 (min)" in capsys.readouterr().out
+    assert (weeks.folder / "store/registry/production.json").read_bytes() == production
+
+    weeks.append(3, 2)
+    weeks.finish(0.3125, 7.0)
+    assert answer(capsys, "retrain", config)["status"] == "promoted"
+    assert main(["rollback", config]) == 0
+    back = answer(capsys, "retrain", config)
+    assert (back["status"], back["version"], back["production"]) == ("taken back", 3, 1)
+    assert main(["retrain", config]) == 0 and "was taken back from production" in capsys.readouterr().out
+
+    assert main(["retrain", config, "--from-scratch"]) == 2
+    assert "no training of this config starts from production" in capsys.readouterr().err
+    withdraw(str(weeks.folder / "store"), 3, ["prior"])
+    assert main(["models", "list", config]) == 0
+    said = capsys.readouterr().out
+    assert "WITHDRAWN" in said and "prior learned from samples that were taken down" in said
+    assert main(["rollback", config, "--to", "3"]) == 1 and "version 3 is withdrawn" in capsys.readouterr().err
+    assert main(["promote", config, "--version", "3", "--force-reason", "we want it"]) == 1
+    assert answer(capsys, "models", "list", config)["withdrawn"]["3"]["models"] == ["prior"]
+    assert main(["generate", config, "a circle", "--version", "3", "-o", str(weeks.folder / "x.png")]) == 1
+    assert "use: version 3 is withdrawn" in capsys.readouterr().err
+
+
+def test_verify_reads_the_weights_of_every_version(weeks: Weeks, capsys: pytest.CaptureFixture[str]) -> None:
+    manifests = weeks.finish(0.25, 8.0)
+    assert main(["promote", weeks.config]) == 0
+    file = manifests["prior"].records[0].files["weights"]
+    weeks.append(2, 3)  # version 1 is no result of this config any more
+    weeks.finish(0.25, 8.0)
+    path = weeks.folder / "store" / file.path
+    path.write_bytes(bytes(file.num_bytes))
+    found = answer(capsys, "verify", weeks.config, code=1)["findings"]
+    versions = [finding for finding in found if finding["kind"] == "version"]
+    assert [(item["path"], item["stage"]) for item in versions] == [(file.path, "prior")]
+    assert main(["repair", weeks.config, "--dry-run"]) == 0
+    assert f"would delete prior/{manifests['prior'].fingerprint}" not in capsys.readouterr().out

@@ -103,7 +103,7 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("extends: nowhere.yaml\n", "cannot read the config file"),
         ("extends: config.yaml\n", "extend each other in a circle"),
         ("extends: [a]\n", "is not a file name"),
-        ("seed: 2026-01-01\n", "only plain YAML values"),
+        ("seed: !!binary aGk=\n", "only plain YAML values"),
         ("", "root: required, but not given"),
     ],
 )
@@ -186,3 +186,10 @@ def test_mistakes_in_an_ablation_are_explained(tmp_path: Path, old: str, new: st
     (tmp_path / "a.yaml").write_text(ABLATION.format(base=QUICKSTART).replace(old, new))
     with pytest.raises(ConfigError, match=message):
         load_ablation(tmp_path / "a.yaml")
+
+
+def test_a_date_is_a_text(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(f"extends: {QUICKSTART}\nsource: {{since: 2026-11-01}}\n")
+    source = load_config(path, ["source.until=2026-11-08"]).source
+    assert (source.since, source.until) == ("2026-11-01", "2026-11-08")

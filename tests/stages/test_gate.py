@@ -11,9 +11,12 @@ import pytest
 from stages.config import load_config
 from stages.errors import ConfigError
 from stages.evaluate import QUESTIONS, ImageSet, PixelReading, caption_accuracy, measure
-from stages.gate import METRICS, Decision, GateRule, PromotionGateConfig, decide
-from stages.graph import build_stages, fingerprints
+from stages.gate import LOSSES, METRICS, Decision, GateRule, PromotionGateConfig, decide
+from stages.graph import STAGES, build_stages, fingerprints
 from stages.pixel_check import UNKNOWN, Reading
+from stages.train import Training
+from stages.validation import LOSS as VALIDATION_LOSS
+from stages.version import LOSS
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 
@@ -85,7 +88,9 @@ def test_the_known_metrics_are_those_that_evaluate_measures() -> None:
     measured = measure(images(20), images(8), images(8), num_neighbours=2)
     shown = Reading(foreground=UNKNOWN, background=UNKNOWN, shape=UNKNOWN)
     accuracy = caption_accuracy([PixelReading(shown=shown, right=dict.fromkeys(QUESTIONS, True))])
-    assert set(METRICS) == {*measured, *accuracy, *(f"real_{name}" for name in accuracy)}
+    assert set(METRICS) == {*measured, *accuracy, *(f"real_{name}" for name in accuracy), *LOSSES}
+    trainings = {stage.name for stage in STAGES if issubclass(stage, Training)}
+    assert set(LOSSES) == {f"{name}_{LOSS}" for name in trainings} and LOSS == VALIDATION_LOSS
 
 
 @pytest.mark.parametrize(

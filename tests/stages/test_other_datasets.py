@@ -16,10 +16,13 @@ import pytest
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import Manifest
-from stages.other_datasets import OtherDataset
+from stages.other_datasets import CuratedSet, OtherDataset
 from stages.runner import run_stage
 from stages.train import Decoder, DecoderTraining, Upsampler256, UpsamplerTraining
+from stages.validation import ValidationConfig
+from stages.weights import weights_of
 from tests.stages.training_data import DIM, manifests, put, write_dataset
+from unclip_models.checkpoint import load_model
 from unclip_models.decoder import DecoderConfig
 from unclip_models.text_encoder import TextEncoderConfig
 from unclip_models.unet import UNetConfig
@@ -156,3 +159,46 @@ def test_a_data_set_that_changed_meanwhile_is_refused(own: dict[str, Manifest], 
     publish(str(tmp_path / "other"), (9, 8))
     with pytest.raises(IntegrityError, match="changed since this training was planned"):
         stage._stream(shard, None)
+
+
+def test_a_yardstick_is_validated_on_and_nothing_is_held_out(
+    own: dict[str, Manifest], other: dict[str, Manifest]
+) -> None:
+    named = CuratedSet(root=other["curate"].root, fingerprint=other["curate"].fingerprint)
+
+    def measured(num_samples: int = 10, **changes: Any) -> tuple[Decoder, Manifest]:
+        validation = ValidationConfig(num_samples=num_samples, dataset=named)
+        stage = decoder(dataclasses.replace(DECODER, validation=validation, **changes), own)
+        used = {name: own[name] for name in stage.upstream}
+        names = {name: manifest.fingerprint for name, manifest in used.items()}
+        return stage, run_stage(stage, stage.fingerprint(names), used, LocalExecutor(), ClusterConfig())
+
+    stage, trained = measured()
+    shard = stage.plan(own)[0]
+    held_out = stage._watch(shard, None, stage.build_model(shard)).held_out
+    assert held_out is not None
+    values = held_out.load(0, 10, whole=True).tensors["image"][:, 0, 0, 0].tolist()
+    assert len(set(values)) == 10 and min(values) >= FIRST_OF_OTHER, "its samples, all that it has"
+    record, cold = trained.records[0], run_cold(own)
+    assert record.num_kept == cold.records[0].num_kept and "held_out" not in record.dropped
+    looked, did_not = (load_model(Path(m.root) / weights_of(m).path)[0].state_dict() for m in (trained, cold))
+    assert all((looked[name] == did_not[name]).all() for name in looked), "looking changes nothing"
+    assert trained.fingerprint != cold.fingerprint, "but what was measured belongs to the result"
+    assert "validation_loss" in record.metrics
+    assert measured(learning_rate=1e-2)[1].records[0].metrics["validation_loss"] != record.metrics["validation_loss"]
+    with pytest.raises(
+        InputError, match=r"decoder.validation.dataset.0: .* has 10 samples, fewer than validation.num_"
+    ):
+        measured(11)
+    shutil.rmtree(f"{named.root}/curate/{named.fingerprint}")
+    with pytest.raises(InputError, match=r"decoder.validation.dataset.0: .* has no finished curate stage"):
+        measured()
+    with pytest.raises(ValueError, match="dataset: num_samples is 0"):
+        ValidationConfig(dataset=named)
+
+
+def run_cold(own: dict[str, Manifest]) -> Manifest:
+    stage = decoder(DECODER, own)
+    used = {name: own[name] for name in stage.upstream}
+    names = {name: manifest.fingerprint for name, manifest in used.items()}
+    return run_stage(stage, stage.fingerprint(names), used, LocalExecutor(), ClusterConfig())

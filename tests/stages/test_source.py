@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import gzip
 import json
 import pickle
@@ -20,6 +21,7 @@ from stages import shapes
 from stages.errors import InputError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import Manifest
+from stages.partitions import date_of, is_within
 from stages.runner import run_stage
 from stages.samples import table_from_bytes
 from stages.shapes import ShapesConfig
@@ -323,3 +325,79 @@ def test_a_shortened_list_has_changed_and_a_rewritten_one_has_not(tmp_path: Path
     # Cut otherwise, nothing can be compared and nothing is kept.
     other = make(tmp_path, path.parent, rows_per_shard=4)
     assert other.changes() == [] and len(other.plan({})) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "date"),
+    [
+        ("2026-11-08/urls.parquet", "2026-11-08"),
+        ("date=2026-11-08/part-0.parquet", "2026-11-08"),
+        ("2026/11/08/urls.csv", "2026-11-08"),
+        ("year=2026/month=11/day=8/urls.csv", "2026-11-08"),
+        ("crawl-2026-11-08T06.jsonl", "2026-11-08"),
+        ("1234-56-78/2026-11-08.csv", "2026-11-08"),
+        ("urls.parquet", None),
+        ("12026-11-081.csv", None),
+        ("2026-11/08.csv", None),
+        ("2026-02-30.csv", None),
+    ],
+)
+def test_a_list_is_of_the_day_that_its_name_says(name: str, date: str | None) -> None:
+    assert str(date_of(name)) == str(date)
+
+
+@given(
+    days=st.lists(st.dates(), unique=True, max_size=6),
+    bounds=st.lists(st.one_of(st.none(), st.dates()), min_size=2, max_size=2),
+)
+def test_ranges_of_days_are_sets_of_days(days: list[datetime.date], bounds: list[datetime.date | None]) -> None:
+    since, until = bounds
+    names = {f"{day.isoformat()}/urls.csv" for day in days}
+    within = {name for name in names if is_within(name, since and since.isoformat(), until and until.isoformat())}
+    assert within == {
+        f"{day.isoformat()}/urls.csv"
+        for day in days
+        if (since or datetime.date.min) <= day <= (until or datetime.date.max)
+    }
+
+
+def test_a_range_of_days_leaves_other_lists_as_they_are(tmp_path: Path) -> None:
+    lists, root = tmp_path / "lists", str(tmp_path / "store")
+    for name in ("base", "2026-11-01", "2026-11-08", "2026-11-15"):
+        (lists / name).mkdir(parents=True)
+        (lists / name / "urls.csv").write_text(f"url,caption\nhttp://h/{name}.jpg,{name}\n")
+
+    def source(**bounds: Any) -> Source:
+        return Source(SourceConfig(lists=(str(lists),), **bounds), root=root)
+
+    def ids(stage: Source) -> set[str]:
+        return {shard.id for shard in stage.plan({})}
+
+    whole, early, day = source(), source(until="2026-11-08"), source(since="2026-11-08", until="2026-11-08")
+    assert ids(day) < ids(early) < ids(whole) and [len(ids(s)) for s in (day, early, whole)] == [1, 3, 4]
+    assert len({stage.fingerprint({}) for stage in (day, early, whole)}) == 3
+    assert source(until="2026-12-31").fingerprint({}) == whole.fingerprint({}), "lists count, not the range"
+    assert list(early.partitions()) == [None, datetime.date(2026, 11, 1), datetime.date(2026, 11, 8)]
+    with pytest.raises(InputError, match=r"none is of the days 2027-01-01 to now; correct source.since"):
+        source(since="2027-01-01").plan({})
+
+    run(whole)
+    run(day)  # must not forget what the store knows of the others
+    (lists / "2026-11-01" / "urls.csv").write_text("url,caption\nhttp://h/other.jpg,other\n")
+    assert day.changes() == [] and run(day).num_kept == 1
+    with pytest.raises(InputError, match=r"2026-11-01/urls.csv: 1 of 1 rows changed"):
+        run(source(until="2026-11-01"))
+
+
+@pytest.mark.parametrize(
+    ("bounds", "message"),
+    [
+        ({"since": "yesterday"}, "since: 'yesterday' is not a date; write for example 2026-11-08"),
+        ({"since": "20261108"}, "since: '20261108' is not a date"),
+        ({"until": "2026-02-30"}, "until: '2026-02-30' is not a date"),
+        ({"since": "2026-11-08", "until": "2026-11-01"}, "since: 2026-11-08 comes after until: 2026-11-01"),
+    ],
+)
+def test_wrong_days_are_refused(bounds: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SourceConfig(lists=("x.csv",), **bounds)

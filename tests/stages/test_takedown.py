@@ -8,24 +8,37 @@ from typing import Any
 import pytest
 
 from stages import storage, takedown
-from stages.errors import ConfigError, IntegrityError
+from stages.errors import ConfigError, InputError, IntegrityError
+from stages.gate import PromotionGateConfig
 from stages.life import find_lives
-from stages.manifest import Manifest
+from stages.manifest import Manifest, digest_of
+from stages.registry import open_version, promote, register, rollback
+from stages.sample_grids import SamplesConfig
 from stages.samples import table_from_bytes
 from stages.takedown import find_affected, take_down
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
+from stages.train import Decoder, DecoderTraining
+from stages.validation import ValidationConfig
+from stages.withdrawn import read_withdrawn
 from tests.stages.data_run import Pictures, picture, run_data, serving, write_list
-from tests.stages.small_store import Given
+from tests.stages.finished_run import publish_stage
+from tests.stages.small_store import EMBEDDING_DIM, TEXT, unet
+from tests.stages.small_store import run as run_tiny
+from unclip_models.decoder import DecoderConfig
 
 NUM_ROWS = 20
+ROWS = range(NUM_ROWS)
 
 
 class Run:
-    """A data set of twenty pictures in three shards, run as often as a test wants."""
+    """A data set, by default of twenty pictures in three shards, run as often as a test wants."""
 
-    def __init__(self, folder: Path, server: Pictures) -> None:
-        self.root, self.server, self._lists = str(folder / "store"), server, folder / "lists"
-        write_list(self._lists / "pairs.jsonl", [(server.url(i), f"picture {i}") for i in range(NUM_ROWS)])
+    def __init__(
+        self, folder: Path, server: Pictures, name: str = "pairs.jsonl", rows: range = range(NUM_ROWS)
+    ) -> None:
+        self.folder, self.root, self.server = folder, str(folder / "store"), server
+        self._lists = folder / name.removesuffix(".jsonl")
+        write_list(self._lists / name, [(server.url(i), f"picture {i}") for i in rows])
 
     def __call__(self, **settings: Any) -> dict[str, Manifest]:
         return run_data(self.root, self._lists, **settings)
@@ -61,7 +74,7 @@ def test_nothing_of_a_sample_is_left(run: Run) -> None:
     add_tombstones(run.root, stones, "asked for by its author")
     expected = find_affected(run.root, read_tombstones(run.root))
     assert [(s["key"], s["url"]) for s in expected.samples] == [(key, run.server.url(9))]
-    assert [model["stage"] for model in expected.models] == ["prior"]
+    assert [model["stage"] for model in expected.exposed.models] == ["prior"]
     affected = take_down(run.root, read_tombstones(run.root))
     assert affected == expected
     left = run.all_bytes()
@@ -80,11 +93,74 @@ def test_nothing_of_a_sample_is_left(run: Run) -> None:
     assert take_down(run.root, read_tombstones(run.root)).samples == []
 
 
-def train(root: str, curate: Manifest) -> None:
+def train(root: str, curate: Manifest, name: str = "prior", **config: Any) -> Manifest:
     """Publish a training that read a selection."""
-    stage = Given("prior", root)
-    record = stage.record(0, {"weights": ("safetensors", b"weights")}, {})
-    stage.manifest([record], [curate])
+    fingerprint = digest_of([name, curate.digest, config])[:16]
+    weights = fingerprint.encode()
+    return publish_stage(root, name, fingerprint, weights=weights, upstream={"curate": curate}, config=config)
+
+
+def version_of(root: str, *manifests: Manifest) -> int:
+    evaluate = publish_stage(root, "evaluate", manifests[0].fingerprint, metrics={"clip_score": 0.3})
+    return register(root, {m.stage: m for m in (*manifests, evaluate)}, PromotionGateConfig()).number
+
+
+def test_versions_that_learned_from_it_are_withdrawn(run: Run) -> None:
+    """Also those that only started from such a version, or mixed its data in; not those made of other data."""
+    first = run()
+    other = Run(run.folder, run.server, "others.jsonl", rows=range(40, 52))()
+    root = run.root
+    learned = version_of(root, train(root, first["curate"]))
+    promote(root, learned, PromotionGateConfig())
+    started = version_of(root, train(root, other["curate"], init_from={"version": learned}))
+    by_name = {"stage": "prior", "fingerprint": train(root, first["curate"]).fingerprint}
+    by_fingerprint = version_of(root, train(root, other["curate"], "decoder", init_from=by_name))
+    mixing = [{"fingerprint": first["curate"].fingerprint, "root": None, "weight": 0.5}]
+    mixed = version_of(root, train(root, other["curate"], datasets=mixing))
+    clean = version_of(root, train(root, other["curate"]))
+    add_tombstones(root, Tombstones(urls=frozenset({run.server.url(9)})), "")
+    affected = find_affected(root, read_tombstones(root))
+    assert set(affected.exposed.versions) == {learned, started, by_fingerprint, mixed}
+    assert not read_withdrawn(root), "looking changes nothing"
+    take_down(root, read_tombstones(root))
+    withdrawn = read_withdrawn(root)
+    assert {number: withdrawal.models for number, withdrawal in withdrawn.items()} == {
+        **dict.fromkeys((learned, started, mixed), ("prior",)),
+        by_fingerprint: ("decoder",),
+    }
+    for number in withdrawn:
+        with pytest.raises(InputError, match=rf"version {number} is withdrawn"):
+            promote(root, number, PromotionGateConfig(), force_reason="we want it")
+        with pytest.raises(InputError, match=rf"version {number} is withdrawn"):
+            open_version(root, number)
+    with pytest.raises(InputError, match="is withdrawn"):
+        open_version(root, "production")
+    assert open_version(root, clean)[0].number == clean
+    assert promote(root, clean, PromotionGateConfig()).status == "promoted"
+    with pytest.raises(InputError, match=rf"rollback: version {learned} is withdrawn"):
+        rollback(root)
+    take_down(root, read_tombstones(root))
+    assert read_withdrawn(root) == withdrawn
+
+
+def test_pictures_that_a_training_drew_of_it_are_removed(run: Run) -> None:
+    found = run()
+    model = DecoderConfig(image_size=8, embedding_dim=EMBEDDING_DIM, text=TEXT, unet=unet(norm_groups=4))
+    settings: dict[str, Any] = {
+        "model": model,
+        **{"num_steps": 1, "global_batch_size": 4, "num_streams": 4},
+        "validation": ValidationConfig(num_samples=4),
+        "samples": SamplesConfig(every_steps=1, num_samples=4, steps=2),
+    }
+    run_tiny(Decoder(DecoderTraining(**settings), root=run.root), found)
+    unfinished = f"{run.root}/prior/shards/{'0' * 16}/samples/step-000001.png"
+    storage.write_bytes(unfinished, b"of data that nobody recorded")
+    drawn = {name for name in storage.list_files(run.root) if "/samples/" in name or "/tensorboard/" in name}
+    assert len(drawn) == 3, "the grid, TensorBoard's copy of it, and that of the unfinished training"
+    affected = take_down(run.root, Tombstones(urls=frozenset({run.server.url(9)})))
+    assert set(affected.exposed.pictures) == drawn
+    left = storage.list_files(run.root)
+    assert not drawn & left.keys() and all(model["weights"] in left for model in affected.exposed.models)
 
 
 @pytest.mark.parametrize("by", ["keys", "sha256"])
