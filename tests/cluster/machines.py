@@ -250,7 +250,9 @@ def machines(environment: Mapping[str, str] | None = None) -> Iterator[Machines]
 
 def _may_isolate(bridge: str, subnet: str) -> bool:
     """Make the bridge, if this process may make namespaces."""
-    if os.environ.get("UNCLIP_TEST_MACHINES") == "processes" or not all(map(shutil.which, ("ip", "unshare", "nsenter"))):
+    if os.environ.get("UNCLIP_TEST_MACHINES") == "processes" or not all(
+        map(shutil.which, ("ip", "unshare", "nsenter"))
+    ):
         return False
     Path(_SCRATCH).mkdir(exist_ok=True, parents=True)
     if subprocess.run(["unshare", *_NAMESPACES, "true"], capture_output=True).returncode:

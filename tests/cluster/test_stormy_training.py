@@ -74,8 +74,7 @@ class Storm:
 
     def kill_a_worker(self) -> None:
         """Kill one of the ranks."""
-        ranks = [process for machine in self._cluster.others for process in machine.find("ray::_RayTrainWorker")]
-        ranks += [process for machine in self._cluster.others for process in machine.find("ray::RayTrainWorker")]
+        ranks = [process for machine in self._cluster.others for process in machine.find("ray::RayTrainWorker")]
         self._random.choice(ranks).kill()
 
     def kill_a_raylet(self) -> None:
@@ -136,7 +135,10 @@ def end_of(root: Path) -> tuple[bytes, list[dict[str, Any]]]:
     stage: Slow = stage_of(str(root), NUM_STEPS)
     manifest = Manifest.read(str(root), stage.name, stage.fingerprint({}))
     assert manifest is not None
-    assert verify(str(root), [Result(stage=stage.name, fingerprint=manifest.fingerprint)], {stage.name: Slow}).findings == []
+    assert (
+        verify(str(root), [Result(stage=stage.name, fingerprint=manifest.fingerprint)], {stage.name: Slow}).findings
+        == []
+    )
     (record,) = manifest.records
     path = root / stage.name / "shards" / record.shard_id / "checkpoints" / f"step-{NUM_STEPS:06d}" / METRICS_NAME
     lines = read_metrics(path.read_bytes())

@@ -20,7 +20,7 @@ from stages.runner import run_stage
 from tests.cluster.test_training import Tiny, TinyConfig
 from tests.stages.training_data import VectorStream
 
-STEP_S = 0.1
+STEP_S = 0.2
 LEASE_TTL_S = 4.0
 
 
