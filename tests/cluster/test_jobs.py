@@ -66,11 +66,17 @@ class Drill:
             self.command(root, "run", "--until", UNTIL), **self.surroundings, stderr=subprocess.PIPE, text=True
         )
 
-    def run_calmly(self, root: Path) -> subprocess.Popen[bytes]:
-        """Start an undisturbed run, in one process with one thread, as a rank with one core has."""
+    @contextlib.contextmanager
+    def run_calmly(self, root: Path) -> Iterator[subprocess.Popen[bytes]]:
+        """Do an undisturbed run meanwhile, in one process with one thread, as a rank with one core has."""
         here = ("-s", "cluster.submit=null", "-s", "cluster.executor=local")
         command = self.command(root, "run", "--until", UNTIL, *here)
-        return self.cluster.on_head(["env", "OMP_NUM_THREADS=1", *command], stderr=subprocess.DEVNULL)
+        process = self.cluster.on_head(["env", "OMP_NUM_THREADS=1", *command], stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
     @property
     def surroundings(self) -> dict[str, Any]:
@@ -79,6 +85,11 @@ class Drill:
     def jobs(self, *statuses: str) -> list[str]:
         jobs = JobSubmissionClient(self.cluster.dashboard).list_jobs()
         return [job.submission_id for job in jobs if job.submission_id and job.status in statuses]
+
+    def said(self) -> str:
+        """Read the logs of the jobs that have failed."""
+        client = JobSubmissionClient(self.cluster.dashboard)
+        return "\n".join(client.get_job_logs(name)[-6000:] for name in self.jobs("FAILED"))
 
     def at_work(self, title: str) -> list[Machine]:
         """List the machines with a process of that title."""
@@ -113,7 +124,7 @@ def wait_for(condition: Callable[[], Any], drill: Drill, timeout_s: float = 200.
     """Wait for what a job is to do."""
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline and drill.jobs("PENDING", "RUNNING")
+        assert time.monotonic() < deadline and drill.jobs("PENDING", "RUNNING"), drill.said()
         time.sleep(0.2)
 
 
@@ -143,13 +154,9 @@ def has_file(root: Path, stage: str, ending: str) -> bool:
     return any(name.endswith(ending) for name in storage.list_files(f"{root}/{stage}/shards"))
 
 
-@pytest.mark.chaos
-@pytest.mark.timeout(900)
-def test_the_orchestrator_dies_twice_and_machines_are_lost(drill: Drill, tmp_path: Path) -> None:
-    """One falls silent in a training, one dies under embed, one has its notice in the other training; and once the job
-    is cancelled. The last command of all just says that everything is done."""
-    root, calm, cluster = tmp_path / "disturbed", tmp_path / "calm", drill.cluster
-    undisturbed = drill.run_calmly(calm)
+def disturb(drill: Drill, root: Path) -> None:
+    """Run to the end, by four commands and two jobs."""
+    cluster = drill.cluster
     with orchestrator(drill, root, "submitted"):
         wait_for(lambda: has_file(root, "clip", "/checkpoint.json"), drill)
         cluster.lose(drill.at_work("ray::RayTrainWorker")[0], silently=True)
@@ -176,7 +183,17 @@ def test_the_orchestrator_dies_twice_and_machines_are_lost(drill: Drill, tmp_pat
     with orchestrator(drill, root, "submitted") as process:
         _, errors = process.communicate(timeout=200)
         assert process.returncode == 0, errors
-    assert undisturbed.wait(timeout=200) == 0
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(900)
+def test_the_orchestrator_dies_twice_and_machines_are_lost(drill: Drill, tmp_path: Path) -> None:
+    """One falls silent in a training, one dies under embed, one has its notice in the other training; and once the job
+    is cancelled. The last command of all just says that everything is done."""
+    root, calm = tmp_path / "disturbed", tmp_path / "calm"
+    with drill.run_calmly(calm) as undisturbed:
+        disturb(drill, root)
+        assert undisturbed.wait(timeout=200) == 0
     found = drill.digests(root)
     assert found == drill.digests(calm) and {"clip", "embed", "prior"} < set(found)
     leases = {stage: drill.lease(root, stage) for stage in found}
