@@ -30,7 +30,7 @@ class GroupConfig(TorchConfig):
 
 
 class _GroupBackend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         worker_group.execute(use_network_of_the_node)
         super().on_start(worker_group, backend_config)
 
@@ -46,5 +46,5 @@ def interface_of(address: str) -> str | None:
     """Return the name of the network card with an IP address; None if there is none, as behind some container nets."""
     for name, addresses in psutil.net_if_addrs().items():
         if any(a.family in (socket.AF_INET, socket.AF_INET6) and a.address == address for a in addresses):
-            return name
+            return str(name)
     return None
