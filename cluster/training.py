@@ -83,7 +83,10 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
 def _is_stopping(board: Any, key: str) -> bool:
     import ray
 
-    return bool(ray.get(board.report.remote(key, None)))
+    try:
+        return bool(ray.get(board.report.remote(key, None)))
+    except ray.exceptions.RayActorError:  # gone with its node: who would stop this work is here, and has not
+        return False
 
 
 def _newest(checkpoints: CheckpointFolder) -> int:
