@@ -127,8 +127,11 @@ class RayExecutor:
 
     def __init__(self) -> None:
         import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        board: Any = ray.remote(num_cpus=0)(Board)
+        # Beside the driver: it must not go down with a node that the work can do without.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        board: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board)
         self._board = board.remote()
         self._closed = threading.Event()
         self._lock = threading.Lock()

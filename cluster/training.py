@@ -83,7 +83,10 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
 def _is_stopping(board: Any, key: str) -> bool:
     import ray
 
-    return bool(ray.get(board.report.remote(key, None)))
+    try:
+        return bool(ray.get(board.report.remote(key, None)))
+    except ray.exceptions.RayActorError:  # gone with its node: who would stop this work is here, and has not
+        return False
 
 
 def _newest(checkpoints: CheckpointFolder) -> int:
@@ -93,8 +96,10 @@ def _newest(checkpoints: CheckpointFolder) -> int:
 def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: str) -> Exception | None:
     """Start a group and wait for its end; return what Ray Train raised."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from cluster.group_network import GroupConfig
 
     resources = stage.resources
     uses_gpu = resources.num_gpus > 0
@@ -115,7 +120,7 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 use_gpu=uses_gpu,
                 resources_per_worker={"CPU": resources.num_cpus, **({"GPU": resources.num_gpus} if uses_gpu else {})},
             ),
-            torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo", timeout_s=_group_timeout_s(stage)),
+            torch_config=GroupConfig(backend="nccl" if uses_gpu else "gloo", timeout_s=_group_timeout_s(stage)),
             run_config=RunConfig(
                 name=f"{stage.name}-{uuid.uuid4().hex[:8]}",
                 storage_path=scratch,

@@ -152,6 +152,7 @@ class Download(Stage[DownloadConfig]):
     name: ClassVar[str] = "download"
     version: ClassVar[int] = 2
     counts: ClassVar[str | None] = "source"
+    _served: shapes.ShapesConfig | None = None  # known while the service is up, and travels to the workers
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -188,12 +189,14 @@ class Download(Stage[DownloadConfig]):
 
     def service(self, inputs: Mapping[str, Manifest]) -> AbstractContextManager[None]:
         """Serve the shapes while they are downloaded, if that is what the source is."""
-        served = _served_shapes(inputs["source"])
-        return shapes.serve(served) if served else contextlib.nullcontext()
+        self._served = _served_shapes(inputs["source"])
+        return shapes.serve(self._served) if self._served else contextlib.nullcontext()
 
     def setup(self) -> None:
-        """Load img2dataset (and, through it, torch)."""
+        """Load img2dataset (and, through it, torch); serve the shapes where the driver's cannot be reached."""
         load_img2dataset()
+        if self._served is not None:
+            shapes.serve_on_this_machine(self._served)
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
         """Download one shard.

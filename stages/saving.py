@@ -8,15 +8,18 @@ agreed on by the loop, between two steps. One save is under way at most; the nex
 from __future__ import annotations
 
 import logging
+import socket
 import tempfile
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from stages import storage
 from stages.checkpoints import CheckpointFolder
 from stages.engine import Engine
-from stages.errors import StageError
+from stages.errors import StageError, StorageError
 from stages.sharded_state import Snapshot
 from stages.storage import Written
 
@@ -47,15 +50,25 @@ class _Upload:
     def _work(self) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="unclip-checkpoint-") as scratch:
-                for name, content in self._extra.items():
-                    (Path(scratch) / name).write_bytes(content)
-                if self._snapshot is not None:
-                    self._snapshot.write(Path(scratch))
-                    self._snapshot = None  # its memory is needed
+                self._put_together(Path(scratch))
                 for path in sorted(Path(scratch).iterdir()):
                     self.files[path.name] = storage.upload(path, storage.join(self._folder, path.name))
         except Exception as error:
             self.error = error
+
+    def _put_together(self, scratch: Path) -> None:
+        """Write the files into a local folder."""
+        try:
+            for name, content in self._extra.items():
+                (scratch / name).write_bytes(content)
+            if self._snapshot is not None:
+                self._snapshot.write(scratch)
+                self._snapshot = None  # its memory is needed
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"cannot write {scratch} on {socket.gethostname()}: {error}; free some space there, or set TMPDIR to a "
+                "folder with room for a rank's part of a checkpoint"
+            ) from error
 
 
 class Saver:

@@ -8,6 +8,7 @@ is defective in the ways web data is (dead links, broken files, copies, placehol
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import itertools
 import logging
@@ -284,6 +285,20 @@ def serve(config: ShapesConfig) -> Iterator[None]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def serve_on_this_machine(config: ShapesConfig) -> None:
+    """Serve the pictures until this process ends, unless somebody here does so already: the driver, or a neighbour.
+
+    What a worker needs whose driver is on another machine: the URLs name loopback.
+    """
+    try:
+        server = _Server((HOST, config.port), _handler_of(config))
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        return
+    threading.Thread(target=server.serve_forever, name="shapes", daemon=True).start()
 
 
 class _Server(ThreadingHTTPServer):

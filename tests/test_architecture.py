@@ -19,7 +19,7 @@ MAY_IMPORT = {
 # library -> the only files that may import it
 CONFINED = {
     "prefect": {"flows/*"},
-    "ray": {"cluster/ray_executor.py", "cluster/training.py", "cluster/jobs.py", "cluster/draining.py"},
+    "ray": {f"cluster/{name}.py" for name in ("ray_executor", "training", "group_network", "jobs", "draining")},
     "deepspeed": {"cluster/deepspeed_engine.py"},
     "fsspec": {"stages/storage.py"},
     "s3fs": {"stages/storage.py"},

@@ -97,3 +97,17 @@ def test_a_disk_that_stays_full(straight: Trained, filler: Any) -> None:
     make_room()
     assert CheckpointFolder(f"{root}/training", 2).steps() == [6]
     assert_same_weights(run(f"{root}/training", VectorStream()), straight)
+
+
+def test_scratch_that_is_full_for_a_while(
+    straight: Trained, filler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The store has room; the local disk, on which a rank puts its files together, has none."""
+    scratch, fill, make_room = filler
+    monkeypatch.setattr("tempfile.tempdir", scratch)
+    with caplog.at_level(logging.WARNING):
+        trained = run(str(tmp_path / "store"), Disturbed(at_8=fill, at_15=make_room), CONFIG)
+    (said,) = [record.getMessage() for record in caplog.records if "is not written" in record.getMessage()]
+    assert "step 12" in said and "No space left" in said and scratch in said and "set TMPDIR" in said
+    assert_same_weights(trained, straight)
+    assert CheckpointFolder(str(tmp_path / "store"), 2).steps() == [20, 18]

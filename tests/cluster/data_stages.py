@@ -24,7 +24,7 @@ def data_stages(root: str, weights: str, port: int) -> list[Stage[Any]]:
         Source(SourceConfig(kind="shapes", rows_per_shard=8, shapes=pictures), root=root),
         Download(DownloadConfig(image_size_px=32, num_threads=4, backoff_s=0.0), root=root),
         Filter(FilterConfig(near_duplicate_bits=None), root=root),
-        Embed(EmbedConfig(num_cpus=0.5), root=root),
+        Embed(EmbedConfig(), root=root),
         Curate(CurateConfig(), root=root),
         Ledger(LedgerConfig(), root=root),
         Pca(PcaConfig(num_components=4, num_buckets=8, num_dot_buckets=8), root=root),

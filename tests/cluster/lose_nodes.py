@@ -26,11 +26,24 @@ from tests.cluster.data_stages import data_stages
 _NODE = {"object_store_memory": 80 << 20, "include_dashboard": False}
 
 
+class Spot:
+    """The node beside the head: whenever it is lost, another one comes."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._node = cluster.add_node(num_cpus=1, **_NODE)
+
+    def lose(self) -> None:
+        """End it without warning."""
+        self._cluster.remove_node(self._node, allow_graceful=False)
+        self._node = self._cluster.add_node(num_cpus=1, wait=False, **_NODE)
+
+
 class Killer:
     """Kills a worker process after the first shard, and a node after the second."""
 
-    def __init__(self, cluster: Cluster, node: Any) -> None:
-        self._cluster, self._node = cluster, node
+    def __init__(self, spot: Spot) -> None:
+        self._spot = spot
         self.killed: list[str] = []
 
     def __call__(self, progress: StageProgress) -> None:
@@ -39,7 +52,7 @@ class Killer:
         if progress.num_done >= 1 and not self.killed:
             self.killed.append(f"worker {self._kill_a_worker()}")
         elif progress.num_done >= 2 and len(self.killed) == 1:
-            self._cluster.remove_node(self._node, allow_graceful=False)
+            self._spot.lose()
             self.killed.append("node")
 
     def _kill_a_worker(self) -> int:
@@ -55,18 +68,16 @@ class Killer:
 
 def main(root: str, weights: str, port: int) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **_NODE})
+    spot = Spot(cluster)
     executor = connect(ClusterConfig(address=cluster.address))
     manifests: dict[str, Manifest] = {}
     found: dict[str, Any] = {}
     try:
         for stage in data_stages(root, weights, port):
-            node = cluster.add_node(num_cpus=2, **_NODE)
             cluster.wait_for_nodes()
-            killer = Killer(cluster, node)
+            killer = Killer(spot)
             manifests[stage.name] = _run(stage, manifests, executor, killer)
             found[stage.name] = {"digest": manifests[stage.name].digest, "killed": killer.killed}
-            if "node" not in killer.killed:
-                cluster.remove_node(node)
     finally:
         executor.close()
         cluster.shutdown()

@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from cluster.board import Board
 from cluster.ray_executor import RayExecutor
+from cluster.training import _is_stopping
 from stages import storage
 from stages.base import Progress, Resources, Shard, Stage, setting
 from stages.engine import EngineFactory, TorchEngine
@@ -157,6 +159,14 @@ def test_groups_at_once_each_meet_their_own_end(
     for outcome in outcomes:
         assert isinstance(outcome, ShardFailure) and outcome.kind == "fatal"
         assert type(outcome.error) is InputError and str(outcome.error) == "tiny: the data is wrong; mend it"
+
+
+def test_a_board_that_is_gone_stops_nothing(ray_executor: RayExecutor) -> None:
+    import ray
+
+    board = ray.remote(num_cpus=0)(Board).remote()
+    ray.kill(board)
+    assert not _is_stopping(board, "tiny")
 
 
 @pytest.mark.chaos

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import socket
+import subprocess
+import sys
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -144,6 +146,20 @@ def test_the_port_is_free_again_afterwards() -> None:
     for _ in range(2):
         with shapes.serve(config):
             pass
+
+
+def test_a_worker_without_the_driver_serves_them_itself() -> None:
+    config = ShapesConfig(num_images=2, missing_fraction=0.0, port=free_port())
+    program = (
+        "import sys; from stages.shapes import ShapesConfig, serve_on_this_machine\n"
+        f"for _ in range(2): serve_on_this_machine({config!r})\n"  # the second time the port is taken
+        "print('up', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdout is not None and worker.stdout.readline() == "up\n"
+        with urllib.request.urlopen(shapes.url_of(config, 1), timeout=5) as answer:
+            assert answer.read() == image_bytes(config, 1)
 
 
 @pytest.mark.parametrize(
