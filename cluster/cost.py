@@ -19,7 +19,7 @@ from stages.base import Stage, setting
 from stages.config import Config
 from stages.errors import ConfigError
 from stages.runner import StageState
-from stages.training import TrainingConfig
+from stages.training_config import TrainingConfig
 
 _HOUR_S = 3600.0
 _GIB = float(1 << 30)

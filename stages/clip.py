@@ -29,7 +29,8 @@ from stages.golden import METADATA_KEY, golden_metadata
 from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
-from stages.training import TrainingConfig, model_loss, train
+from stages.training import model_loss, train
+from stages.training_config import TrainingConfig
 from stages.weights import content_sum
 from unclip_models.clip import ClipModel, ClipModelConfig
 

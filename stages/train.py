@@ -36,7 +36,8 @@ from stages.mixture import shares_of
 from stages.open_shard import TrainingShard
 from stages.other_datasets import OtherDataset, OtherDatasets
 from stages.sample_grids import Painter
-from stages.training import Trained, TrainingConfig, model_loss, train
+from stages.training import Trained, model_loss, train
+from stages.training_config import TrainingConfig
 from stages.warm_start import InitFrom, SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
@@ -310,12 +311,9 @@ class Training(Stage[TrainingC]):
         return torch.device("cuda", torch.cuda.current_device()) if self.config.gpus_per_rank else torch.device("cpu")
 
     def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
-        """Give what the training is looked at with; counts what the model, not compiled yet, has to compute."""
-        try:
-            flops = flops_per_sample(model, model_loss, example_batch(self.config.model))
-        except RuntimeError as error:  # an operation without shapes alone; no reason not to train
-            logger.warning("%s: the arithmetic of a sample cannot be counted, so there is no mfu: %s", self.name, error)
-            flops = None
+        """Give what the training is looked at with; on the first rank, which writes the metrics, with the model's
+        arithmetic (the model is not compiled yet)."""
+        flops = self._flops_per_sample(model) if position()[0] == 0 else None
         if not any(shard.params.get("num_held_out", ())):
             return Watch(flops_per_sample=flops)
         seed = self.config.validation.seed
@@ -323,6 +321,13 @@ class Training(Stage[TrainingC]):
         complete = (lambda batch: batch) if clip is None else partial(with_clip_text, clip=clip)
         draw = Painter(self.config.samples, held_out, seed, complete)
         return Watch(held_out=held_out, draw=draw, flops_per_sample=flops)
+
+    def _flops_per_sample(self, model: nn.Module) -> float | None:
+        try:
+            return flops_per_sample(model, model_loss, example_batch(self.config.model))
+        except RuntimeError as error:  # an operation without shapes alone; no reason not to train
+            logger.warning("%s: the arithmetic of a sample cannot be counted, so there is no mfu: %s", self.name, error)
+            return None
 
     def _shards(self, shard: Shard) -> list[TrainingShard]:
         inputs, num_kept = shard.inputs, shard.params["num_kept"]

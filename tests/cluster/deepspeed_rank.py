@@ -22,7 +22,8 @@ from stages.checkpoints import CheckpointFolder
 from stages.engine import Accept, Engine, EngineSettings, TorchEngine, files_to_load, is_finite
 from stages.sharded_state import rank_file
 from stages.stragglers import StragglerWatch
-from stages.training import TrainingConfig, TrainingStoppedError, engine_settings, model_loss, train
+from stages.training import TrainingStoppedError, model_loss, train
+from stages.training_config import TrainingConfig, engine_settings
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
 

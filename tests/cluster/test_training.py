@@ -22,7 +22,8 @@ from stages.engine import EngineFactory, TorchEngine
 from stages.errors import InputError
 from stages.executor import LocalExecutor, ShardFailure
 from stages.manifest import Manifest, ShardRecord
-from stages.training import TrainingConfig, train
+from stages.training import train
+from stages.training_config import TrainingConfig
 from stages.watchdog import read_reports, suspects
 from tests.stages.training_data import TinyModel, VectorStream
 
