@@ -37,7 +37,7 @@ from stages.open_shard import TrainingShard
 from stages.other_datasets import OtherDataset, OtherDatasets
 from stages.sample_grids import Painter
 from stages.training import Trained, model_loss, train
-from stages.training_config import TrainingConfig
+from stages.training_config import TrainingConfig, gang_resources
 from stages.warm_start import InitFrom, SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
@@ -115,10 +115,7 @@ class Training(Stage[TrainingC]):
     @property
     def resources(self) -> Resources:
         """What one rank needs, and how many there are."""
-        config = self.config
-        return Resources(
-            num_cpus=config.cpus_per_rank, num_gpus=config.gpus_per_rank, max_workers=1, num_ranks=config.num_ranks
-        )
+        return gang_resources(self.config)
 
     def external(self) -> Any:
         """Identify by content what the config names of other runs.

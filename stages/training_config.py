@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from stages.base import setting
-from stages.engine import EngineSettings, Precision
+from stages.base import Placement, Resources, setting
+from stages.deepspeed_keys import check_overrides
+from stages.engine import EngineSettings, Offload, Precision
 from stages.errors import ConfigError
 from stages.sample_grids import SamplesConfig
 from stages.validation import ValidationConfig
@@ -48,9 +50,36 @@ class TrainingConfig:
     compile: bool = setting(False, "compile the network with torch.compile; needs a C++ compiler", affects="nothing")
     channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with bf16", affects="nothing")
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "states DeepSpeed partitions over the ranks", affects="nothing")
+    offload_optimizer: Offload = setting(
+        "none",
+        "`cpu`: masters, moments and averages in the CPU's memory, AdamW on the CPU; with ZeRO 1 to 3",
+        affects="nothing",
+    )
+    offload_parameters: Offload = setting(
+        "none", "`cpu`: partitioned weights in the CPU's memory; with ZeRO 3", affects="nothing"
+    )
+    deepspeed: Mapping[str, Any] = setting(
+        factory=dict,
+        help="further DeepSpeed settings of speed and memory, nested as in its file",
+        affects="nothing",
+    )
     num_ranks: int = setting(1, "processes that train together", affects="nothing")
     cpus_per_rank: float = setting(1.0, "CPU cores of each", affects="nothing")
     gpus_per_rank: float = setting(0.0, "GPUs of each: 0 or 1", affects="nothing")
+    resources_per_rank: Mapping[str, float] = setting(
+        factory=dict, help="further Ray resources of each, such as `{fast_disk: 1}`", affects="nothing"
+    )
+    placement: Placement = setting(
+        "pack",
+        "`pack`: ranks on as few nodes as possible, `strict_pack`: on one; `spread`, `strict_spread`: one a node",
+        affects="nothing",
+    )
+    node_labels: Mapping[str, str] = setting(
+        factory=dict, help="labels of the Ray nodes to train on, such as `{pool: training}`", affects="nothing"
+    )
+    accelerator_type: str | None = setting(
+        None, "GPU to train on, as Ray calls it, such as `H100`; null: any", affects="nothing"
+    )
     micro_batch_size: int | None = setting(None, "samples per forward pass and rank; null: all", affects="nothing")
     checkpoint_every_steps: int = setting(1000, "steps between checkpoints", affects="nothing")
     checkpoint_every_minutes: float | None = setting(None, "minutes between checkpoints, also", affects="nothing")
@@ -95,6 +124,7 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         self._check_positive()
+        self._check_engine()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay: {self.ema_decay} is not in [0, 1); write for example 0.9999")
         if not 0 <= self.warmup_steps <= self.num_steps:
@@ -120,6 +150,26 @@ class TrainingConfig:
         if self.gpus_per_rank not in (0, 1):
             raise ValueError(f"gpus_per_rank: {self.gpus_per_rank:g}; a rank trains on the CPU (0) or on one GPU (1)")
 
+    def _check_engine(self) -> None:
+        check_overrides(self.deepspeed)
+        if self.engine == "torch" and self.deepspeed:
+            raise ValueError("deepspeed: engine: torch does not read it; leave it out, or write engine: deepspeed")
+        for name, value, lowest in (
+            ("offload_optimizer", self.offload_optimizer, 1),
+            ("offload_parameters", self.offload_parameters, 3),
+        ):
+            if value != "none" and (self.engine == "torch" or self.zero_stage < lowest):
+                needed = f"engine: deepspeed and zero_stage: {lowest}" + (" or above" if lowest < 3 else "")
+                raise ValueError(f"{name}: {value} needs {needed} (now {self.engine}, {self.zero_stage})")
+        for name, amount in self.resources_per_rank.items():
+            if name in ("CPU", "GPU", "memory"):
+                instead = {"CPU": "cpus_per_rank", "GPU": "gpus_per_rank"}.get(name, "a label or resource of your own")
+                raise ValueError(f"resources_per_rank.{name}: {amount:g}; write {instead} instead")
+            if amount <= 0:
+                raise ValueError(f"resources_per_rank.{name}: {amount:g} is not positive")
+        if self.accelerator_type is not None and not self.gpus_per_rank:
+            raise ValueError(f"accelerator_type: {self.accelerator_type} needs gpus_per_rank: 1 (now 0)")
+
     def _check_positive(self) -> None:
         for name in (
             *("num_steps", "global_batch_size", "num_streams", "num_ranks", "keep_last", "prefetch_batches"),
@@ -137,6 +187,20 @@ class TrainingConfig:
             raise ValueError(f"straggler_ratio: {self.straggler_ratio} is not above 1; write for example 1.5")
         if self.max_rollbacks < 0:
             raise ValueError(f"max_rollbacks: {self.max_rollbacks} is negative; write 0 for none")
+
+
+def gang_resources(config: TrainingConfig) -> Resources:
+    """Say what a training's ranks need, how many there are, and where they may run."""
+    return Resources(
+        num_cpus=config.cpus_per_rank,
+        num_gpus=config.gpus_per_rank,
+        max_workers=1,
+        num_ranks=config.num_ranks,
+        custom=config.resources_per_rank,
+        placement=config.placement,
+        node_labels=config.node_labels,
+        accelerator_type=config.accelerator_type,
+    )
 
 
 def learning_rate_at(config: TrainingConfig, step: int) -> float:
@@ -181,5 +245,8 @@ def engine_settings(config: TrainingConfig, world_size: int) -> EngineSettings:
         precision=config.precision,
         ema_decay=config.ema_decay,
         zero_stage=config.zero_stage,
+        offload_optimizer=config.offload_optimizer,
+        offload_parameters=config.offload_parameters,
+        deepspeed=config.deepspeed,
         device="cuda" if config.gpus_per_rank else "cpu",
     )
