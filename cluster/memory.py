@@ -6,7 +6,8 @@ The sums follow what DeepSpeed 0.19 allocates: flat float32 buffers, and buckets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from stages.training_config import engine_settings
 from stages.warm_start import frozen_names
 from unclip_models.checkpoint import build
 
+_GIB = float(1 << 30)
 _F32 = 4  # bytes
 _PERSISTENT = 100_000  # elements: smaller parameters stay whole in stage 3 (DeepSpeed's default)
 _LIVE = 1_000_000_000  # elements of weights that stage 3 lets be whole at once (likewise)
@@ -133,3 +135,56 @@ def states_and_passing(
         passing=passing,
         offloaded=offloaded,
     )
+
+
+# ---- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def check_fits(config: GeneratorTraining, limit_gib: float, place: str) -> RankMemory:
+    """Estimate a training's ranks, and refuse what does not fit.
+
+    Args:
+        config: the training.
+        limit_gib: what torch can use of one GPU.
+        place: the stage, for messages.
+
+    Raises:
+        ConfigError: with the smallest change that fits; none of them changes the result.
+    """
+    found = rank_memory(config)
+    limit = limit_gib * _GIB
+    if found.on_device <= limit:
+        return found
+    changes: list[str] = []
+    for said, changed in _changes(config):
+        changes = [change for change in changes if change.partition("=")[0] != said.partition("=")[0]] + [said]
+        smaller = rank_memory(changed)
+        if smaller.on_device <= limit:
+            options = " ".join(f"-s {place}.{change}" for change in changes)
+            remedy = f"the smallest change that fits: {options} ({smaller.on_device / _GIB:.1f} GiB)"
+            break
+    else:
+        remedy = "nor does it in micro batches of 1 under ZeRO 3 with all offloaded; take more ranks or larger GPUs"
+    raise ConfigError(
+        f"{place}: a rank takes {found.on_device / _GIB:.1f} GiB of GPU memory, more than the {limit_gib:g} GiB of "
+        f"gpu_memory_gib; {remedy}"
+    )
+
+
+def _changes(config: GeneratorTraining) -> Iterator[tuple[str, GeneratorTraining]]:
+    """Yield what to change further and further, the cheapest first, and the config with all changes so far."""
+    num_local = config.global_batch_size // config.num_ranks
+    size = config.micro_batch_size or num_local
+    for smaller in (size // 2**power for power in range(1, size.bit_length())):
+        if num_local % smaller == 0:
+            config = dataclasses.replace(config, micro_batch_size=smaller)
+            yield f"micro_batch_size={smaller}", config
+    if config.engine == "torch":
+        return
+    for stage in range(config.zero_stage + 1, 4):
+        config = dataclasses.replace(config, zero_stage=stage)  # type: ignore[arg-type]
+        yield f"zero_stage={stage}", config
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(config, name) == "none":
+            config = dataclasses.replace(config, **{name: "cpu"})
+            yield f"{name}=cpu", config

@@ -19,7 +19,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.flops import LossModule, LossOfModel
+from stages.flops import LossOfModel
 from unclip_models.randomness import SampleRandom
 
 
@@ -75,10 +75,24 @@ def _rehearse(
         before = storages.live
         storages.forget_peaks()
         random = SampleRandom(0, 0, range(num_samples), "cpu")
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            value, _ = functional_call(LossModule(model, loss), state, (inputs, random))
-        value.backward()
+        functional_call(_Pass(model, loss, precision), state, (inputs, random))
     return ActivationMemory(peak=storages.peak - before, peak_with_gradients=storages.peak_with_gradients - before)
+
+
+class _Pass(nn.Module):
+    """Forward and backward pass as one call: a backward pass that recomputes activations needs the fake weights too."""
+
+    def __init__(self, model: nn.Module, loss: LossOfModel, precision: str) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+        self._precision = precision
+
+    def forward(self, batch: Mapping[str, Tensor], random: SampleRandom) -> None:
+        """Do both."""
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+            value, _ = self._loss(self.model, batch, random)
+        value.backward()  # type: ignore[no-untyped-call]
 
 
 class _Storages(TorchDispatchMode):

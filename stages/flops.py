@@ -35,12 +35,12 @@ def flops_per_sample(model: nn.Module, loss: LossOfModel, batch: Mapping[str, Te
     random = SampleRandom(0, 0, range(num_samples), "meta")
     state: dict[str, Any] = {name: _on_meta(tensor) for name, tensor in _tensors(model)}
     with torch.random.fork_rng(devices=()), _without_recomputation(model), FlopCounterMode(display=False) as counter:
-        value, _ = functional_call(LossModule(model, loss), state, (meta, random))
+        value, _ = functional_call(_LossOf(model, loss), state, (meta, random))
         value.backward()
     return float(counter.get_total_flops()) / num_samples
 
 
-class LossModule(nn.Module):
+class _LossOf(nn.Module):
     """The loss as a module's forward pass, for ``functional_call``."""
 
     def __init__(self, model: nn.Module, loss: LossOfModel) -> None:
