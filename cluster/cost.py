@@ -19,7 +19,7 @@ from stages.base import Stage, setting
 from stages.config import Config
 from stages.errors import ConfigError
 from stages.runner import StageState
-from stages.training import TrainingConfig
+from stages.training_config import TrainingConfig
 
 _HOUR_S = 3600.0
 _GIB = float(1 << 30)
@@ -42,6 +42,7 @@ class NodeType:
     num_gpus: int = setting(0, "GPUs of one")
     num_nodes: int = setting(1, "how many there are")
     price_per_hour: float | None = setting(None, "of one, in the table's currency; null: not known")
+    gpu_memory_gib: float | None = setting(None, "that torch can use of one GPU; null: not known, nothing is checked")
 
     def __post_init__(self) -> None:
         if self.num_cpus <= 0 or self.num_gpus < 0 or self.num_nodes < 0:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from cluster.deepspeed_config import deepspeed_config
 from stages.adamw import FlatAdamW
 from stages.compute_clock import ComputeClock
 from stages.engine import (
@@ -46,8 +47,8 @@ from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
 
-_NEVER = 1 << 30  # steps between DeepSpeed's own progress lines
-_CPU_BUCKET = 50_000_000  # elements; DeepSpeed's default of 5e8 would allocate 2 GiB
+# Settings of DeepSpeed whose output goes through its logger.
+_TALKING = {"steps_per_print", "dump_state", "wall_clock_breakdown", "memory_breakdown", "comms_logger"}
 
 
 class DeepSpeedEngine:
@@ -59,7 +60,7 @@ class DeepSpeedEngine:
         settings: ``zero_stage`` 0 to 3 says what is partitioned.
 
     Raises:
-        ConfigError: if there is no process group, or no GPU where one is asked for.
+        ConfigError: if there is no process group, no GPU where one is asked for, or DeepSpeed refuses its settings.
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, settings: EngineSettings) -> None:
@@ -68,7 +69,7 @@ class DeepSpeedEngine:
         self.rank, self.world_size = position()
         self.device = device_of(settings)
         os.environ.setdefault("LOCAL_RANK", str(self.device.index or 0))  # DeepSpeed insists on it
-        deepspeed = _import_deepspeed(settings.device)
+        deepspeed = _import_deepspeed(settings.device, quiet=not _TALKING & set(settings.deepspeed))
         # Ranks of stage 0 hold the same, whatever their number, as those of the plain-torch engine do.
         self.layout = f"zero{settings.zero_stage}/{self.world_size}" if settings.zero_stage else "replicated"
         self.partitioned = settings.zero_stage == 3
@@ -76,13 +77,15 @@ class DeepSpeedEngine:
         self._model = model
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
+        config = deepspeed_config(settings, sum(param.numel() for param in trainable(model).values()))
         self._optimizer = _WatchedAdamW(trainable(model).values(), settings, self._gradient_norm)
         self._linear = torch.nn.functional.linear
         with _no_compiler():
+            _check_config(deepspeed, config)
             self._engine, *_ = deepspeed.initialize(
                 model=module,
                 optimizer=self._optimizer,
-                config=deepspeed_config(settings),
+                config=config,
                 dist_init_required=False,
             )
         masters, fragments = _layout_of(self._engine, names, settings.zero_stage, self.rank)
@@ -224,30 +227,21 @@ class _WatchedAdamW(FlatAdamW):
         super().step(closure)
 
 
-def deepspeed_config(settings: EngineSettings) -> dict[str, Any]:
-    """Write DeepSpeed's configuration."""
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
-    if settings.device == "cpu":
-        zero |= {"reduce_bucket_size": _CPU_BUCKET, "allgather_bucket_size": _CPU_BUCKET, "overlap_comm": False}
-        if settings.zero_stage == 3:
-            zero |= {"stage3_prefetch_bucket_size": _CPU_BUCKET, "stage3_max_live_parameters": _CPU_BUCKET}
-    return {
-        "train_micro_batch_size_per_gpu": settings.micro_batch_size,
-        "gradient_accumulation_steps": settings.num_micro_batches,
-        # Stage 0 leaves no norm behind, so its gradients are clipped by the optimizer.
-        "gradient_clipping": settings.gradient_clipping if settings.zero_stage else 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": _NEVER,
-    }
+def _check_config(deepspeed: Any, config: dict[str, Any]) -> None:
+    """Let DeepSpeed's own classes read the configuration before anything is built from it."""
+    try:
+        deepspeed.DeepSpeedConfig(config)
+    except Exception as error:  # of any class, pydantic's and bare assertions among them
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"deepspeed: DeepSpeed refuses its settings ({reason}); change `deepspeed:`") from error
 
 
-def _import_deepspeed(device: str) -> Any:
-    """Import DeepSpeed quietly, for this kind of device, without its just-in-time compilation for CPUs."""
+def _import_deepspeed(device: str, *, quiet: bool) -> Any:
+    """Import DeepSpeed, for this kind of device, without its just-in-time compilation for CPUs."""
     os.environ.setdefault("DS_ACCELERATOR", device)
     with _no_compiler():
         deepspeed = importlib.import_module("deepspeed")
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR if quiet else logging.INFO)
     if device == "cpu":
         # Compiling its shared-memory collectives takes a minute and a half; gloo does.
         importlib.import_module("deepspeed.ops").__compatible_ops__["deepspeed_shm_comm"] = False

@@ -21,7 +21,7 @@ from typing import Any
 from cluster.board import BoardLink
 from cluster.draining import DrainWatch
 from stages import storage
-from stages.base import Shard, Stage, record_uri
+from stages.base import Resources, Shard, Stage, record_uri
 from stages.checkpoints import CheckpointFolder
 from stages.engine import EngineFactory, TorchEngine
 from stages.errors import ShardError, UnclipError
@@ -95,14 +95,16 @@ def _newest(checkpoints: CheckpointFolder) -> int:
 
 def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: str) -> Exception | None:
     """Start a group and wait for its end; return what Ray Train raised."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import ScalingConfig
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     from cluster.group_network import GroupConfig
 
     resources = stage.resources
     uses_gpu = resources.num_gpus > 0
+    _warn_if_nowhere(stage.name, resources)
     # Ray Train's own few files; nothing that a resumed training needs.
     with tempfile.TemporaryDirectory(prefix="unclip-ray-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
@@ -118,7 +120,10 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
             scaling_config=ScalingConfig(
                 num_workers=max(1, resources.num_ranks),
                 use_gpu=uses_gpu,
-                resources_per_worker={"CPU": resources.num_cpus, **({"GPU": resources.num_gpus} if uses_gpu else {})},
+                resources_per_worker=_per_rank(resources),
+                placement_strategy=resources.placement.upper(),
+                label_selector=dict(resources.node_labels) or None,
+                accelerator_type=resources.accelerator_type,
             ),
             torch_config=GroupConfig(backend="nccl" if uses_gpu else "gloo", timeout_s=_group_timeout_s(stage)),
             run_config=RunConfig(
@@ -133,6 +138,33 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         except TrainingFailedError as error:
             return error
     return None
+
+
+def _per_rank(resources: Resources) -> dict[str, float]:
+    gpus = {"GPU": resources.num_gpus} if resources.num_gpus > 0 else {}
+    return {"CPU": resources.num_cpus, **gpus, **resources.custom}
+
+
+def _warn_if_nowhere(name: str, resources: Resources) -> None:
+    """Say so if no node could hold a rank even when idle; an autoscaler may bring one, so the training waits."""
+    import ray
+
+    wanted = _per_rank(resources)
+    if resources.accelerator_type is not None:
+        wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    for node in nodes:
+        has, labels = node["Resources"], node.get("Labels", {})
+        fits = all(has.get(resource, 0) >= amount for resource, amount in wanted.items())
+        if fits and all(labels.get(key) == value for key, value in resources.node_labels.items()):
+            return
+    labelled = f" on nodes with labels {dict(resources.node_labels)}" if resources.node_labels else ""
+    needs = ", ".join(f"{amount:g} {resource}" for resource, amount in wanted.items())
+    logger.warning(
+        "%s: each rank needs %s%s, and none of the cluster's %d nodes offers that; the training waits for one. Add "
+        "such nodes, or change %s.resources_per_rank, node_labels, accelerator_type, cpus_per_rank or gpus_per_rank",
+        *(name, needs, labelled, len(nodes), name),
+    )
 
 
 def _group_timeout_s(stage: Stage[Any]) -> int:

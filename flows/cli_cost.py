@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from stages.errors import ConfigError
 
 if TYPE_CHECKING:
     from cluster.cost import PriceTable, StageEstimate
+    from cluster.memory import RankMemory
 
 _UNKNOWN = "[dim]unknown[/]"
 
@@ -52,6 +54,7 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
         num_rows=args.rows,
         assumed=_assumptions(args.assume, list(project.stages)),
     )
+    memory = _memory(project, machines)
     hours, unknown_hours = total(estimates, "worker_hours")
     price, unknown_prices = total(estimates, "price")
     month = storage_price(estimates, machines)
@@ -64,10 +67,14 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
             "stages_of_unknown_price": unknown_prices,
             "currency": machines.currency if machines else None,
             "storage_price_per_month": month,
+            "memory_per_rank_bytes": {name: dataclasses.asdict(found) for name, found in memory.items()},
         }
         print_json(summary)
         return 0
     _print(estimates, machines)
+    for name, found in memory.items():
+        offloaded = f", and {_bytes(found.offloaded)} of the CPU's" if found.offloaded else ""
+        print(f"{name}: a rank takes {_bytes(found.on_device)} of memory beside data and libraries{offloaded}")
     currency = machines.currency if machines else ""
     print(f"work: {hours:,.3g} worker hours{_but(unknown_hours)}")
     priced = unknown_prices < sum(item.status == "pending" for item in estimates)
@@ -75,6 +82,21 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
     if month is not None:
         print(f"store: {month:,.2f} {currency} per month")
     return 0
+
+
+def _memory(project: Project, machines: PriceTable | None) -> dict[str, RankMemory]:
+    """Estimate the trainings that are still to run; refuse those that do not fit the GPUs of the table."""
+    from cluster.memory import check_fits, rank_memory
+    from stages.train import GeneratorTraining
+
+    found = {}
+    for name, stage in project.stages.items():
+        config = stage.config
+        if not isinstance(config, GeneratorTraining) or project.states[name].manifest is not None:
+            continue
+        limit = machines.gpu.gpu_memory_gib if machines and machines.gpu and config.gpus_per_rank else None
+        found[name] = rank_memory(config) if limit is None else check_fits(config, limit, name)
+    return found
 
 
 def _but(num_unknown: int) -> str:

@@ -23,6 +23,7 @@ from stages.manifest import File, Manifest, ShardRecord, digest_of
 
 C = TypeVar("C")
 Affects = Literal["shard", "stage", "nothing"]
+Placement = Literal["pack", "spread", "strict_pack", "strict_spread"]
 
 
 def setting(
@@ -67,12 +68,20 @@ class Resources:
         num_gpus: GPUs (fractions allowed).
         max_workers: how many shards may be worked on at once; None: as many as fit.
         num_ranks: for gang stages, how many processes train together; 0 for ordinary stages.
+        custom: further resources of the cluster.
+        placement: how the ranks of a gang are laid over the nodes.
+        node_labels: of the nodes that a gang may run on.
+        accelerator_type: of their GPUs; None: any.
     """
 
     num_cpus: float = 1.0
     num_gpus: float = 0.0
     max_workers: int | None = None
     num_ranks: int = 0
+    custom: Mapping[str, float] = field(default_factory=dict)
+    placement: Placement = "pack"
+    node_labels: Mapping[str, str] = field(default_factory=dict)
+    accelerator_type: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -29,7 +29,8 @@ from stages.golden import METADATA_KEY, golden_metadata
 from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
-from stages.training import TrainingConfig, model_loss, train
+from stages.training import model_loss, train
+from stages.training_config import TrainingConfig, gang_resources
 from stages.weights import content_sum
 from unclip_models.clip import ClipModel, ClipModelConfig
 
@@ -100,7 +101,7 @@ class Clip(Stage[ClipConfig]):
         c = self.config
         if not self._trains:
             return Resources(num_cpus=1, max_workers=1, num_ranks=1)
-        return Resources(num_cpus=c.cpus_per_rank, num_gpus=c.gpus_per_rank, max_workers=1, num_ranks=c.num_ranks)
+        return gang_resources(c)
 
     @property
     def _trains(self) -> bool:

@@ -13,9 +13,9 @@ import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
 Precision = Literal["fp32", "bf16"]
+Offload = Literal["none", "cpu"]
 MicroBatch = tuple[Mapping[str, Tensor], SampleRandom]
 # (loss, gradient norm), which are the same on every rank -> whether to take the step
 Accept = Callable[[float, float], bool]
@@ -60,6 +61,10 @@ class EngineSettings:
         ema_decay: of the moving average of the weights, warmed up from the first step.
         zero_stage: which states DeepSpeed partitions over the ranks (0: none, 1: optimizer, 2: + gradients,
             3: + weights); ignored by the plain-torch engine.
+        offload_optimizer: where DeepSpeed keeps master weights, moments and averages: with the weights, or in the
+            CPU's memory, where AdamW then runs.
+        offload_parameters: the same for the weights of stage 3.
+        deepspeed: further settings of DeepSpeed (``stages/deepspeed_keys.py``).
         device: ``cpu`` or ``cuda``.
     """
 
@@ -73,6 +78,9 @@ class EngineSettings:
     precision: Precision = "fp32"
     ema_decay: float = 0.9999
     zero_stage: int = 1
+    offload_optimizer: Offload = "none"
+    offload_parameters: Offload = "none"
+    deepspeed: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
 
 

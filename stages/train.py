@@ -37,7 +37,8 @@ from stages.open_shard import TrainingShard
 from stages.other_datasets import CuratedSets, OtherDataset, OtherDatasets
 from stages.sample_grids import Painter
 from stages.starting_point import StartingPoint, find_starting_point, keep_starting_point
-from stages.training import Trained, TrainingConfig, model_loss, train
+from stages.training import Trained, model_loss, train
+from stages.training_config import TrainingConfig, gang_resources
 from stages.validation import ValidationConfig
 from stages.warm_start import InitFrom, SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
@@ -118,10 +119,7 @@ class Training(Stage[TrainingC]):
     @property
     def resources(self) -> Resources:
         """What one rank needs, and how many there are."""
-        config = self.config
-        return Resources(
-            num_cpus=config.cpus_per_rank, num_gpus=config.gpus_per_rank, max_workers=1, num_ranks=config.num_ranks
-        )
+        return gang_resources(self.config)
 
     def fingerprint(self, inputs: Mapping[str, str]) -> str:
         """See ``Stage.fingerprint``; where ``init_from`` says production it becomes the version that this means.
@@ -353,12 +351,9 @@ class Training(Stage[TrainingC]):
         return torch.device("cuda", torch.cuda.current_device()) if self.config.gpus_per_rank else torch.device("cpu")
 
     def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
-        """Give what the training is looked at with; counts what the model, not compiled yet, has to compute."""
-        try:
-            flops = flops_per_sample(model, model_loss, example_batch(self.config.model))
-        except RuntimeError as error:  # an operation without shapes alone; no reason not to train
-            logger.warning("%s: the arithmetic of a sample cannot be counted, so there is no mfu: %s", self.name, error)
-            flops = None
+        """Give what the training is looked at with; on the first rank, which writes the metrics, with the model's
+        arithmetic (the model is not compiled yet)."""
+        flops = self._flops_per_sample(model) if position()[0] == 0 else None
         shards, root = self._held_out(shard)
         if not any(one.num_held_out for one in shards):
             return Watch(flops_per_sample=flops)
@@ -376,6 +371,13 @@ class Training(Stage[TrainingC]):
         sizes = [one.num_kept for one in found.shards]
         counts = held_out_counts(sizes, self.config.validation.num_samples, share=1)
         return [replace(one, num_held_out=n) for one, n in zip(found.shards, counts, strict=True)], found.root
+
+    def _flops_per_sample(self, model: nn.Module) -> float | None:
+        try:
+            return flops_per_sample(model, model_loss, example_batch(self.config.model))
+        except RuntimeError as error:  # an operation without shapes alone; no reason not to train
+            logger.warning("%s: the arithmetic of a sample cannot be counted, so there is no mfu: %s", self.name, error)
+            return None
 
     def _shards(self, shard: Shard) -> list[TrainingShard]:
         inputs, num_kept = shard.inputs, shard.params["num_kept"]

@@ -16,7 +16,8 @@ import torch
 from stages import storage
 from stages.checkpoints import CheckpointFolder
 from stages.errors import StageError
-from stages.training import Trained, TrainingConfig
+from stages.training import Trained
+from stages.training_config import TrainingConfig
 from tests.chaos.s3_proxy import Schedule, faulty_proxy
 from tests.chaos.test_full_disk import small_disk  # noqa: F401 - a fixture
 from tests.stages import train_until_killed

@@ -22,7 +22,8 @@ from stages.checkpoints import CheckpointFolder
 from stages.engine import Accept, Engine, EngineSettings, TorchEngine, files_to_load, is_finite
 from stages.sharded_state import rank_file
 from stages.stragglers import StragglerWatch
-from stages.training import TrainingConfig, TrainingStoppedError, engine_settings, model_loss, train
+from stages.training import TrainingStoppedError, model_loss, train
+from stages.training_config import TrainingConfig, engine_settings
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
 
@@ -114,6 +115,40 @@ def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     return found
 
 
+# Ways of DeepSpeed that must not change the numbers: settings of the training.
+WAYS: dict[str, dict[str, Any]] = {
+    "1, optimizer offloaded": {"zero_stage": 1, "offload_optimizer": "cpu"},
+    "2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": "cpu"},
+    "3, optimizer offloaded": {"zero_stage": 3, "offload_optimizer": "cpu"},
+    "3, all offloaded": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    "2, small buckets": {
+        "zero_stage": 2,
+        "deepspeed": {"zero_optimization": {"reduce_bucket_size": 64, "allgather_bucket_size": 64}},
+    },
+    "3, small groups": {
+        "zero_stage": 3,
+        "deepspeed": {"zero_optimization": {"sub_group_size": 100, "stage3_param_persistence_threshold": 0}},
+    },
+}
+
+
+def go_a_way(way: dict[str, Any], world_size: int, folder: Path) -> dict[str, Any]:
+    """Train, save, train on, and let the plain-torch engine go on from the same checkpoint."""
+    config = TrainingConfig(**{**vars(CONFIG), **way})
+    engine = DeepSpeedEngine(TinyModel(), model_loss, engine_settings(config, world_size))
+    found: dict[str, Any] = {"first": steps(engine, 0, 5)}
+    save(engine, folder)
+    found["looked"] = look(engine)
+    found["on"] = steps(engine, 5, 8)
+    load(engine, folder, engine.layout)
+    found["again"] = steps(engine, 5, 8)
+    engine.close()
+    plain = TorchEngine(TinyModel(seed=9), model_loss, settings(world_size, 0))
+    load(plain, folder, engine.layout)
+    found["plain"] = steps(plain, 5, 8)
+    return found
+
+
 def train_and_resume(folder: Path, world_size: int) -> dict[str, Any]:
     """Train straight, and with a stop and another engine object in between; compare the weights bit for bit."""
 
@@ -199,6 +234,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     found["lag"] = lag(world_size)
     found["compiler"] = "torch._dynamo" in sys.modules
     found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
+    found["ways"] = {name: go_a_way(way, world_size, folder / name) for name, way in WAYS.items()}
     dist.barrier()
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from cluster.deepspeed_engine import DeepSpeedEngine, deepspeed_config
+from cluster.deepspeed_config import deepspeed_config
+from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.engine import EngineSettings, TorchEngine
 from stages.errors import ConfigError
 from stages.training import model_loss
-from tests.cluster.deepspeed_rank import ZERO_STAGES, settings, steps
+from tests.cluster.deepspeed_rank import WAYS, ZERO_STAGES, settings, steps
 from tests.stages.training_data import TinyModel
 
 pytestmark = pytest.mark.slow
@@ -53,6 +54,18 @@ def test_losses_and_norms_are_those_of_the_reference(
     for row, wanted in zip(rows, reference, strict=False):
         assert row[:2] == pytest.approx(wanted[:2], **CLOSE)
         assert row[2] is True
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_offload_and_other_buckets_change_no_number(
+    found: dict[str, Any], reference: list[list[Any]], way: str
+) -> None:
+    rows = found["ways"][way]
+    for row, wanted in zip([*rows["first"], *rows["on"]], reference, strict=False):
+        assert row[:2] == pytest.approx(wanted[:2], **CLOSE) and row[2] is True
+    assert rows["looked"]["same"] and rows["again"] == rows["on"]
+    for row, wanted in zip(rows["plain"], rows["on"], strict=True):
+        assert row[:2] == pytest.approx(wanted[:2], **CLOSE)
 
 
 def test_a_save_that_fails_on_one_rank_counts_on_none(found: dict[str, Any]) -> None:
@@ -129,6 +142,6 @@ def test_without_a_process_group_it_says_so() -> None:
 
 
 def test_config_of_a_gpu_differs_only_in_bucket_sizes() -> None:
-    cpu, gpu = (deepspeed_config(EngineSettings(device=device, zero_stage=2)) for device in ("cpu", "cuda"))
-    assert gpu["zero_optimization"] == {"stage": 2}
+    cpu, gpu = (deepspeed_config(EngineSettings(device=device, zero_stage=2), 10**9) for device in ("cpu", "cuda"))
+    assert gpu["zero_optimization"] == {"stage": 2, "reduce_bucket_size": 250e6, "allgather_bucket_size": 250e6}
     assert {key for key in cpu if cpu[key] != gpu[key]} == {"zero_optimization"}

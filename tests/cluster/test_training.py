@@ -12,19 +12,21 @@ from typing import Any, Literal
 
 import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 
 from cluster.board import Board
 from cluster.ray_executor import RayExecutor
-from cluster.training import _is_stopping
+from cluster.training import _is_stopping, _warn_if_nowhere
 from stages import storage
 from stages.base import Progress, Resources, Shard, Stage, setting
 from stages.engine import EngineFactory, TorchEngine
 from stages.errors import InputError
 from stages.executor import LocalExecutor, ShardFailure
 from stages.manifest import Manifest, ShardRecord
-from stages.training import TrainingConfig, train
+from stages.training import train
+from stages.training_config import TrainingConfig, gang_resources
 from stages.watchdog import read_reports, suspects
 from tests.stages.training_data import TinyModel, VectorStream
 
@@ -87,7 +89,7 @@ class Tiny(Stage[TinyConfig]):
 
     @property
     def resources(self) -> Resources:
-        return Resources(num_cpus=self.config.cpus_per_rank, num_ranks=self.config.num_ranks)
+        return gang_resources(self.config)
 
     def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
         return [self.shard(0)]
@@ -167,6 +169,45 @@ def test_a_board_that_is_gone_stops_nothing(ray_executor: RayExecutor) -> None:
     board = ray.remote(num_cpus=0)(Board).remote()
     ray.kill(board)
     assert not _is_stopping(board, "tiny")
+
+
+@pytest.mark.chaos
+def test_two_gangs_at_once_are_each_what_they_are_alone(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    """Two groups of two ranks, of different data order, rate and engine, at once on one cluster and one after another;
+    each is told to run where a resource of this node and its label are."""
+    node = next(node for node in ray.nodes() if node["Alive"])
+    here = next(name for name in node["Resources"] if name.startswith("node:") and name != "node:__internal_head__")
+    where = {"resources_per_rank": {here: 0.001}, "node_labels": {"ray.io/node-id": node["NodeID"]}}
+    gangs: dict[str, dict[str, Any]] = {
+        "first": {"num_ranks": 2, "learning_rate": 1e-2, **where},
+        "second": {"num_ranks": 2, "learning_rate": 3e-3, "zero_stage": 2, "num_steps": 16, **where},
+    }
+    with ThreadPoolExecutor(2) as pool:
+        together = dict(
+            zip(
+                gangs,
+                pool.map(lambda name: run(ray_executor, tmp_path / "both" / name, **gangs[name]), gangs),
+                strict=True,
+            )
+        )
+    for name, options in gangs.items():
+        alone = run(ray_executor, tmp_path / "alone" / name, **options)
+        found = weights(together[name], tmp_path / "both" / name)
+        assert torch.equal(found, weights(alone, tmp_path / "alone" / name))
+    assert not torch.equal(*(weights(together[name], tmp_path / "both" / name) for name in gangs))
+
+
+def test_a_gang_that_fits_no_node_is_told_so(ray_executor: RayExecutor, caplog: pytest.LogCaptureFixture) -> None:
+    def said(**options: Any) -> str:
+        caplog.clear()
+        _warn_if_nowhere("tiny", gang_resources(TinyConfig(**options)))
+        return caplog.text
+
+    assert said() == ""
+    assert "each rank needs 0.5 CPU, 1 fast_disk, and none of the cluster's 1 nodes offers that" in said(
+        resources_per_rank={"fast_disk": 1.0}
+    )
+    assert "on nodes with labels {'pool': 'training'}" in said(node_labels={"pool": "training"})
 
 
 @pytest.mark.chaos

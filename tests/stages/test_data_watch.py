@@ -20,7 +20,8 @@ from stages.engine import EngineSettings, TorchEngine
 from stages.errors import IntegrityError, StageError
 from stages.metrics import read_metrics
 from stages.open_shard import TrainingShard
-from stages.training import TrainingConfig, TrainingStoppedError, model_loss, train
+from stages.training import TrainingStoppedError, model_loss, train
+from stages.training_config import TrainingConfig
 from tests.stages.training_data import TinyModel, write_dataset
 
 SIZES, BAD = (7, 12, 5), {1, 9, 12}

@@ -29,7 +29,8 @@ from stages.metrics import read_metrics
 from stages.runner import run_stage
 from stages.sample_grids import SamplesConfig
 from stages.train import example_batch
-from stages.training import TrainingConfig, TrainingStoppedError, learning_rate_at, model_loss
+from stages.training import TrainingStoppedError, model_loss
+from stages.training_config import TrainingConfig, learning_rate_at
 from stages.validation import ValidationConfig
 from tests.stages.test_train import TRAININGS, inputs, needed  # noqa: F401 - `inputs` is a fixture
 from unclip_models.ar_prior import ARPrior

@@ -23,7 +23,8 @@ from stages.out_of_memory import is_out_of_memory, what_to_change
 from stages.rollback import RollbackHistory, rollback_target
 from stages.step_guard import StepGuard
 from stages.stragglers import slowest_rank
-from stages.training import Trained, TrainingConfig, TrainingStoppedError, train
+from stages.training import Trained, TrainingStoppedError, train
+from stages.training_config import TrainingConfig
 from stages.watchdog import EXIT_CODE, HangReport, read_reports, suspects, verdict
 from tests.stages import train_until_killed
 from tests.stages.train_until_killed import CONFIG

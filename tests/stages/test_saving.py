@@ -15,7 +15,8 @@ from stages import saving, storage
 from stages.checkpoints import CheckpointFolder
 from stages.errors import StageError
 from stages.storage import Written
-from stages.training import Trained, TrainingConfig
+from stages.training import Trained
+from stages.training_config import TrainingConfig
 from tests.stages import train_until_killed
 from tests.stages.test_training import assert_same
 from tests.stages.train_until_killed import CONFIG

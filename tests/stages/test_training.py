@@ -20,7 +20,8 @@ from stages.checkpoints import CheckpointFolder
 from stages.engine import TorchEngine
 from stages.errors import StageError
 from stages.metrics import read_metrics
-from stages.training import Trained, TrainingConfig, TrainingStoppedError, learning_rate_at, train
+from stages.training import Trained, TrainingStoppedError, train
+from stages.training_config import TrainingConfig, learning_rate_at
 from tests.stages.train_until_killed import CONFIG, run
 from tests.stages.training_data import TinyModel, VectorStream
 

@@ -22,7 +22,8 @@ from stages.metrics import read_metrics
 from stages.runner import run_stage
 from stages.sharded_state import split_key
 from stages.train import Decoder, Prior, PriorTraining
-from stages.training import Trained, TrainingConfig, TrainingStoppedError, train
+from stages.training import Trained, TrainingStoppedError, train
+from stages.training_config import TrainingConfig
 from stages.warm_start import InitFrom, freeze, frozen_names
 from stages.weights import weights_of
 from tests.stages.test_other_datasets import ATTENDING, DECODER, publish

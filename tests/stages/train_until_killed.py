@@ -14,7 +14,8 @@ import torch
 
 from stages.dataset import Batch
 from stages.engine import TorchEngine
-from stages.training import Trained, TrainingConfig, train
+from stages.training import Trained, train
+from stages.training_config import TrainingConfig
 from tests.stages.training_data import TinyModel, VectorStream
 
 CONFIG = TrainingConfig(
