@@ -2,7 +2,8 @@
 
 Stages run in threads, which cannot be interrupted from outside; the first signal therefore closes the executor (Ray
 cancels its tasks, and the threads that wait for them fail), and a clock ends the process where that takes too long.
-Ending it hard is safe: everything in the store is published atomically, and Ray's processes end with their driver.
+Ending it hard is safe: everything in the store is published atomically, leases are given back, and Ray's processes end
+with their driver.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from stages.lease import release_all
+
 logger = logging.getLogger(__name__)
 
 DEADLINE_S = 8.5
+_RELEASE_S = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -83,6 +87,10 @@ class Interrupt:
         threading.Thread(target=self._end_hard, daemon=True).start()
         self._releasing = threading.Thread(target=self._release, daemon=True)
         self._releasing.start()
+        # Where Prefect's engine runs us, its handler knows whether somebody has cancelled the run, and says so to it.
+        earlier = self._old_handlers.get(number)
+        if callable(earlier):
+            earlier(number, frame)
         raise KeyboardInterrupt
 
     def _release(self) -> None:
@@ -92,6 +100,7 @@ class Interrupt:
 
     def _end_hard(self) -> None:
         threading.Event().wait(self._deadline_s)
+        release_all(timeout_s=_RELEASE_S)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()
