@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flows.console import print_json
 from flows.prefect_server import ServerError, refuse_unreachable, user_api_url
+from flows.selection import select
 from stages.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe ``unclip serve``."""
     parser.add_argument("config", metavar="CONFIG", help="YAML file")
     parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
+    parser.add_argument("--from", dest="start", metavar="STAGE", help="its runs leave out the stages before it")
+    parser.add_argument("--until", metavar="STAGE", help="its runs leave out the stages after it")
 
 
 def deploy(args: argparse.Namespace) -> int:
@@ -67,5 +70,8 @@ def _deploy(args: argparse.Namespace) -> Deployed:
         )
     refuse_unreachable(url)
     from flows import deployment
+    from stages.graph import STAGE_NAMES
 
-    return deployment.deploy(config, config.prefect.deployment or Path(args.config).stem)
+    stages = {"start": args.start, "until": args.until}
+    select(STAGE_NAMES, **stages)
+    return deployment.deploy(config, config.prefect.deployment or Path(args.config).stem, stages)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
@@ -27,7 +27,7 @@ from flows.selection import Selection, check_upstream, select
 from flows.tasks import CURRENT_RUN, Run
 from stages import storage
 from stages.config import check_config, overridden
-from stages.errors import StageError
+from stages.errors import NotFoundError, StageError
 from stages.graph import STAGE_NAMES
 from stages.manifest import digest_of
 from stages.source import Source
@@ -64,7 +64,7 @@ def run(
     Raises:
         StageError: if a stage failed; the same run again goes on from there.
     """
-    configure_logging(open_console(sys.stderr))
+    configure_logging(open_console(sys.stderr), debug=False)
     project = project_of(check_config(overridden(config, overrides), place=name))
     selection = select(STAGE_NAMES, start=start, until=until, only=only, force=force)
     upstream = {stage: project.stages[stage].upstream for stage in project.stages}
@@ -127,7 +127,7 @@ def watch(config: dict[str, Any], name: str = "unclip") -> list[str]:
     return changes
 
 
-def lists_resource(root: str, name: str) -> Mapping[str, str]:
+def lists_resource(root: str, name: str) -> dict[str, str]:
     """Name the lists of a store as a resource of events."""
     return {
         "prefect.resource.id": f"unclip.lists.{digest_of(storage.absolute(root))[:16]}",
@@ -138,5 +138,5 @@ def lists_resource(root: str, name: str) -> Mapping[str, str]:
 def _announced(uri: str) -> str:
     try:
         return str(storage.read_json(uri)["fingerprint"])
-    except storage.NotFoundError:
+    except NotFoundError:
         return ""

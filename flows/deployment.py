@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID
 
@@ -72,12 +73,13 @@ def portable(config: Config) -> Config:
     return replace(config, root=storage.absolute(config.root), source=source)
 
 
-def deploy(config: Config, name: str) -> Deployed:
+def deploy(config: Config, name: str, stages: Mapping[str, str | None] | None = None) -> Deployed:
     """Register a config with the server that Prefect is set to.
 
     Args:
         config: what to run.
         name: of the deployment.
+        stages: ``start`` and ``until`` of its runs.
 
     Raises:
         ConfigError: if the server refuses a setting.
@@ -101,6 +103,7 @@ def deploy(config: Config, name: str) -> Deployed:
                 variables,
                 schedules=schedules,
                 schema=parameters.run_schema(),
+                defaults=stages or {},
             )
             watcher = _register_watch(client, name, config, variables)
             automations = list(_automations(client, name, config, main))
@@ -122,6 +125,7 @@ def _register(
     *,
     schedules: list[DeploymentScheduleCreate],
     schema: Mapping[str, Any],
+    defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> UUID:
     chosen = config.prefect
     strategy = ConcurrencyLimitStrategy.ENQUEUE if chosen.when_busy == "queue" else ConcurrencyLimitStrategy.CANCEL_NEW
@@ -134,7 +138,7 @@ def _register(
         schedules=schedules,
         concurrency_limit=chosen.concurrency,
         concurrency_options=ConcurrencyOptions(collision_strategy=strategy),
-        parameters={"config": to_values(config), "name": name},
+        parameters={**defaults, "config": to_values(config), "name": name},
         parameter_openapi_schema=dict(schema),
         enforce_parameter_schema=True,
         work_pool_name=chosen.pool,
@@ -273,7 +277,7 @@ def _automations(client: SyncPrefectClient, name: str, config: Config, main: UUI
             name=_lists_name(name),
             description="A run as soon as a URL list is new or longer.",
             trigger=_when({LISTS_CHANGED}, match={"prefect.resource.id": resource}),
-            actions=[RunDeployment(source="selected", deployment_id=main)],
+            actions=[RunDeployment(source="selected", deployment_id=main, parameters=None, job_variables=None)],
         )
     if config.prefect.notify:
         yield AutomationCore(

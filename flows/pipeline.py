@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from prefect.futures import PrefectFuture, wait
 
 from flows.interrupt import Cancelled, Interrupt
 from flows.prefect_server import PrivateServer, prefect_api
-from flows.progress import Outcome
+from flows.progress import Displays, Outcome
+from flows.progress_artifacts import progress_shown
 from flows.tasks import CURRENT_RUN, Run, publish_report, stage_task
 from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
@@ -53,6 +55,14 @@ def run_stages(run: Run) -> str:
     Raises:
         StageError: if a stage failed.
     """
+    with contextlib.ExitStack() as stack:
+        if run.shows_progress:
+            progress = stack.enter_context(progress_shown())
+            run.display = Displays(run.display, progress)
+        return _run_stages(run)
+
+
+def _run_stages(run: Run) -> str:
     run.interrupt.listen()
     made: dict[str, PrefectFuture[Any] | str] = {}
     try:
@@ -106,6 +116,7 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
         KeyboardInterrupt: if the user stopped it.
     """
     with prefect_api(server):
+        run.shows_progress = server is None  # a private server has no pages
         token = CURRENT_RUN.set(run)
         try:
             state = pipeline(name, run.root, list(run.selection.stages), return_state=True)

@@ -217,7 +217,7 @@ def stage_task(name: str, config: PrefectConfig) -> Task[..., Any]:
         name=name,
         retries=config.stage_retries,
         retry_delay_seconds=config.retry_delays_s,
-        retry_jitter_factor=config.retry_jitter or None,
+        retry_jitter_factor=config.retry_jitter,
         retry_condition_fn=_retry_condition,
     )
 
