@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import subprocess
-import sys
+import logging
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -19,12 +20,12 @@ from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 
-from stages import storage
+from flows.cli import main
+from flows.logs import PACKAGES
 from stages.lease import read_lease
 from tests.conftest import free_port
 from tests.flows.prefect_setup import (
     TOP,
-    environment,
     eventually,
     listening_webhook,
     marked,
@@ -52,18 +53,17 @@ class Place:
     client: SyncPrefectClient
     mark: str
 
-    def unclip(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of ours."""
-        command = [sys.executable, "-m", "flows.cli", *arguments]
-        return subprocess.run(
-            command, env=environment(self.home, self.url), cwd=self.home, capture_output=True, text=True, timeout=120
-        )
-
     def deploy(self, config: Path, *arguments: str) -> dict[str, Any]:
         """Deploy a config; return what the command says."""
-        done = self.unclip("deploy", str(config), "--json", *arguments)
-        assert done.returncode == 0, done.stderr
-        return dict(json.loads(done.stdout))
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            assert main(["deploy", str(config), "--json", *arguments]) == 0, said.getvalue()
+        return dict(json.loads(said.getvalue()))
+
+    def refused(self, config: Path, change: str) -> str:
+        """Deploy a config with a mistake; return the error."""
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            assert main(["deploy", str(config), "-s", change]) == 2
+        return said.getvalue()
 
     def start(self, deployment: str, **parameters: Any) -> Any:
         """Have a deployment run now."""
@@ -97,12 +97,25 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("prefect")
     mark = uuid.uuid4().hex
     with (
+        kept_logging(),
+        pytest.MonkeyPatch.context() as patch,
         running_server(home) as url,
         temporary_settings({PREFECT_API_URL: url}),
         get_client(sync_client=True) as client,
     ):
+        patch.setenv("PREFECT_API_URL", url)
         with running_worker(home, url, "drill", **{MARK: mark}):
             yield Place(home, url, client, mark)
+
+
+@contextlib.contextmanager
+def kept_logging() -> Iterator[None]:
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def written(folder: Path, name: str, **sections: Any) -> Path:
@@ -244,10 +257,8 @@ def test_a_kubernetes_pool(place: Place, tmp_path: Path) -> None:
     deployment = place.client.read_deployment_by_name(name)
     assert deployment.job_variables["image"] == "registry.example/unclip:1"
     assert place.client.read_work_pool("pods").type == "kubernetes"
-    refused = place.unclip("deploy", str(config), "-s", "prefect.job_variables.image_pull_policy=Sometimes")
-    assert refused.returncode == 2 and "Sometimes" in refused.stderr
-    refused = place.unclip("deploy", str(config), "-s", "prefect.job_variables.gpus=1")
-    assert refused.returncode == 2 and "'gpus' is no variable of the pool 'pods'" in refused.stderr
-    refused = place.unclip("deploy", str(config), "-s", "prefect.pool=drill")
-    assert refused.returncode == 2 and "is a process pool" in refused.stderr
-    assert storage.exists(str(config))
+    assert "Sometimes" in place.refused(config, "prefect.job_variables.image_pull_policy=Sometimes")
+    assert "'gpus' is no variable of the pool 'pods'" in place.refused(config, "prefect.job_variables.gpus=1")
+    assert "is a process pool" in place.refused(config, "prefect.pool=drill")
+    assert "webhook/nobody" in place.refused(config, "prefect.notify=[webhook/nobody]")
+    assert "'nightly' is no time table" in place.refused(config, "prefect.cron=nightly")
