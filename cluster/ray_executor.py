@@ -157,7 +157,7 @@ class RayExecutor:
             yield from work(stage, shards, output, key, poll)
         except UnclipError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Ray was shut down under this thread, and says so in many ways.
             self._refuse_if_closed(stage, error)
             raise
@@ -177,7 +177,7 @@ class RayExecutor:
         )
         try:
             result, error = ray.get(task.remote(stage, records, output, inputs))
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:
             self._refuse_if_closed(stage, failure)
             raise StageError(f"{stage.name}: the worker that combines the shards failed: {failure}") from failure
         if error is not None:

@@ -72,7 +72,7 @@ def run(
     storage.check_writable(project.config.root)
     if project.config.cluster.submit is not None:
         return _run_as_job(project, selection, name)
-    with Interrupt() as interrupt:
+    with Interrupt(takes_signals=False) as interrupt:
         ended = run_project(project, selection, name, _run_here, interrupt=interrupt, shown=LogDisplay())
     if ended.errors:
         raise StageError("; ".join(ended.errors))

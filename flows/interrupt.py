@@ -37,13 +37,23 @@ class Interrupt:
     Args:
         deadline_s: seconds between the first signal and the hard end.
         on_stop: called at the first signal, before anything else.
+        takes_signals: whether to handle signals; if not, the handlers that are found are kept in place, also against
+            libraries, and whoever catches what they raise calls ``stop``. Prefect's engine tells its server that it
+            can be cancelled only as long as its own handler stands.
     """
 
-    def __init__(self, deadline_s: float = DEADLINE_S, on_stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        deadline_s: float = DEADLINE_S,
+        on_stop: Callable[[], None] = lambda: None,
+        *,
+        takes_signals: bool = True,
+    ) -> None:
         self.cancelled = threading.Event()
         self.exit_code = 0
         self._deadline_s = deadline_s
         self._on_stop = on_stop
+        self._takes_signals = takes_signals
         self._close: Callable[[], object] | None = None
         self._old_handlers: dict[int, Any] = {}
         self._is_active = False
@@ -76,22 +86,28 @@ class Interrupt:
         if not self._is_active or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            signal.signal(number, self._handle)
+            signal.signal(number, self._handle if self._takes_signals else self._old_handlers[number])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.exit_code = 128 + number
         if self.cancelled.is_set():
             os._exit(self.exit_code)
+        self.stop(128 + number)
+        raise KeyboardInterrupt
+
+    def stop(self, exit_code: int) -> None:
+        """Begin the end, as the first signal does; for those whose signals arrive as exceptions.
+
+        Args:
+            exit_code: of the process if it must be ended hard.
+        """
+        if self.cancelled.is_set():
+            return
+        self.exit_code = exit_code
         self.cancelled.set()
         self._on_stop()
         threading.Thread(target=self._end_hard, daemon=True).start()
         self._releasing = threading.Thread(target=self._release, daemon=True)
         self._releasing.start()
-        # Where Prefect's engine runs us, its handler knows whether somebody has cancelled the run, and says so to it.
-        earlier = self._old_handlers.get(number)
-        if callable(earlier):
-            earlier(number, frame)
-        raise KeyboardInterrupt
 
     def _release(self) -> None:
         if self._close is not None:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,11 +77,14 @@ def _run_stages(run: Run) -> str:
             if isinstance(run.executor, LocalExecutor):
                 future.wait()  # in this process alone, stages side by side would only fight for its cores
         wait(_futures(made))
-    except BaseException:
-        # The stages end by themselves once the run is cancelled, and give their leases back; what hangs meets the
-        # clock of the interrupt.
-        if run.cancelled:
-            wait(_futures(made))
+    except Exception:
+        raise
+    except BaseException:  # a signal, as whoever handles it says so
+        run.interrupt.stop(128 + signal.SIGTERM)
+        # The stages end by themselves now and give their leases back; what hangs meets the clock of the interrupt.
+        for future in _futures(made):
+            with contextlib.suppress(Exception, Cancelled):
+                future.wait()
         raise
     note_stages_not_ready(run)
     report = publish_report({stage: manifest.uri for stage, manifest in run.manifests().items()})

@@ -162,7 +162,7 @@ def test_cancelling_stops_ray_and_leaves_the_store_clean(place: Place, tmp_path:
         tmp_path,
         "long",
         cluster={"executor": "ray", "num_cpus": 1},
-        source={"shapes": {"num_images": 1_200_000, "port": free_port()}, "rows_per_shard": 100_000},
+        source={"shapes": {"num_images": 300_000, "port": free_port()}, "rows_per_shard": 25_000},
     )
     name = place.deploy(config, "--until", "source")["name"]
     run = place.start(name)
