@@ -265,7 +265,7 @@ class RayExecutor:
             if progress is not None:
                 on_progress(progress)
 
-    def _refuse_if_closed(self, stage: Stage[Any], error: Exception | None = None) -> None:
+    def _refuse_if_closed(self, stage: Stage[Any], error: BaseException | None = None) -> None:
         if self._closed.is_set():
             raise StageError(f"{stage.name}: stopped; what is committed is kept, run again to resume") from error
 

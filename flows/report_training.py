@@ -27,7 +27,7 @@ def training_section(manifests: Mapping[str, Manifest]) -> str:
     found = {title: loss_curve(manifests[name]) for name, title in TRAININGS.items() if name in manifests}
     curves = {title: curve for title, curve in found.items() if curve}
     wide = len(curves) in (1, 2, 4)  # in two columns, else in three
-    charts = [card(title, _loss_chart(curve, title, 440 if wide else 330)) for title, curve in curves.items()]
+    charts = [card(title, loss_chart(curve, title, 440 if wide else 330)) for title, curve in curves.items()]
     rows = [_row(name, manifests[name]) for name in TRAININGS if name in manifests]
     if not rows:
         return ""
@@ -38,7 +38,8 @@ def training_section(manifests: Mapping[str, Manifest]) -> str:
     return (cards(charts, wide=wide) + key if charts else "") + models
 
 
-def _loss_chart(curve: list[tuple[float, float]], title: str, width: float) -> str:
+def loss_chart(curve: list[tuple[float, float]], title: str, width: float) -> str:
+    """Draw one training's loss as SVG, in the classes of the report's style."""
     window = len(curve) // 10
     values = [loss for _, loss in curve]
     falls_far = min(values) > 0 and max(values) / min(values) > _LOG_RATIO

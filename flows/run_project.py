@@ -10,6 +10,7 @@ from flows.interrupt import Interrupt
 from flows.progress import Display, Outcome
 from flows.project import Project
 from flows.recording import recorded
+from flows.run_notes import run_notes
 from flows.selection import Selection
 from flows.summary import write_summary
 
@@ -77,6 +78,7 @@ def run_project(
             display=recording.display,
             write_report=lambda manifests: write_summary(manifests, config),
             funnel=funnel_markdown,
+            notes=lambda manifests: run_notes(manifests, config),
             interrupt=interrupt,
         )
         error: BaseException | None = None

@@ -52,6 +52,7 @@ class Run:
         display: told about every stage.
         write_report: makes the report from the manifests there are; returns its URI.
         funnel: writes the table of samples in and out of every stage, in markdown.
+        notes: further tables in markdown for Prefect, by their keys.
         interrupt: knows whether the user has stopped the run.
         shows_progress: whether people can look at Prefect while it runs.
         outcomes: how each stage ended, filled by the run.
@@ -68,6 +69,7 @@ class Run:
     write_report: Callable[[Mapping[str, Manifest]], str]
     funnel: Callable[[Mapping[str, Manifest]], str]
     prefect: PrefectConfig = field(default_factory=PrefectConfig)
+    notes: Callable[[Mapping[str, Manifest]], Mapping[str, str]] = lambda manifests: {}
     interrupt: Interrupt = field(default_factory=Interrupt)
     shows_progress: bool = False
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -246,5 +248,5 @@ def publish_report(manifests: dict[str, str]) -> str:
     run = CURRENT_RUN.get()
     found = run.manifests()
     run.report_uri = run.write_report(found)
-    artifacts.publish(found, root=run.root, funnel=run.funnel(found), report_uri=run.report_uri)
+    artifacts.publish(found, root=run.root, funnel=run.funnel(found), report_uri=run.report_uri, notes=run.notes(found))
     return run.report_uri
