@@ -226,8 +226,9 @@ def _may_name_an_api() -> bool:
     if any(os.environ.get(name) for name in named):
         return True
     home = Path(os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser())
-    files = (Path("pyproject.toml"), Path(".env"), home / "profiles.toml")
-    return Path("prefect.toml").is_file() or any(_mentions(path, "prefect") for path in files)
+    if Path("prefect.toml").is_file() or _mentions(Path("pyproject.toml"), "tool.prefect"):
+        return True
+    return any(_mentions(path, "prefect") for path in (Path(".env"), home / "profiles.toml"))
 
 
 def _mentions(path: Path, word: str) -> bool:

@@ -10,6 +10,8 @@ Every number is the wall time of a process of its own, from its start to its end
     server_alone   a private server from its launch to its first answer: Prefect's own start-up
     finished       the flow once more over a finished pipeline whose two stages have so many shards each
     answered       the same without Prefect, which is what ``unclip run`` does when nothing is to do
+
+``over_plain`` is what Prefect adds: of a process that needs its stages' libraries, torch among them, in any case.
 """
 
 from __future__ import annotations
@@ -214,9 +216,12 @@ def main() -> None:
             for _ in range(args.repeats):
                 note("finished", "finished", "many", using)
                 note("answered", "answered", "many", without)
+    medians = {label: statistics.median(found) for label, found in times.items()}
     for label, found in times.items():
-        median = round(statistics.median(found), 2)
-        print(json.dumps({"what": label, "median_s": median, "all_s": [round(seconds, 2) for seconds in found]}))
+        line = {"what": label, "median_s": round(medians[label], 2), "all_s": [round(seconds, 2) for seconds in found]}
+        if label.startswith("with_"):
+            line["over_plain_s"] = round(medians[label] - medians["plain"], 2)
+        print(json.dumps(line))
 
 
 if __name__ == "__main__":
