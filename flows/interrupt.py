@@ -86,7 +86,10 @@ class Interrupt:
         if not self._is_active or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            signal.signal(number, self._handle if self._takes_signals else self._old_handlers[number])
+            if self._takes_signals:
+                signal.signal(number, self._handle)
+            elif self._old_handlers[number] is not None:  # None: it is not one of Python's
+                signal.signal(number, self._old_handlers[number])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.cancelled.is_set():

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
@@ -81,6 +81,11 @@ class Place:
         """Return the states of the tasks of a flow run."""
         chosen = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
         return {task.name: task.state_name for task in self.client.read_task_runs(flow_run_filter=chosen)}
+
+    def artifacts(self, run: Any) -> list[Any]:
+        """Return what a flow run has left to look at."""
+        chosen = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
+        return list(self.client.read_artifacts(artifact_filter=chosen))
 
     def until_over(self, run: Any, timeout_s: float = 90) -> str:
         """Wait for the end of a flow run; return how it ended."""
@@ -150,6 +155,9 @@ def test_a_scheduled_run_fails_is_tried_again_and_ends(place: Place, tmp_path: P
     obstacle.unlink()
     assert place.until_over(run) == "Completed"
     assert place.tasks(run) == {"source": "Completed", "download": "Completed", "report": "Completed"}
+    shown = {artifact.key: artifact for artifact in place.artifacts(run)}
+    assert {"progress-source", "progress-download", "funnel", "cost", "report"} <= set(shown)
+    assert shown["progress-download"].data == 100.0 and "2 shards" in shown["progress-download"].description
     # The next one by the clock finds all of it done.
     later = eventually(lambda: [r for r in place.runs(name, "Completed") if r.id != run.id], 60, "the next run")[0]
     assert place.tasks(later)["download"] == "Cached"
