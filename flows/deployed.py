@@ -8,17 +8,20 @@ URL lists and says once, as an event, that they hold something new; an automatio
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
+from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
+from prefect.logging.handlers import APILogHandler
 
 from flows import cli_jobs
 from flows.console import open_console
 from flows.interrupt import Interrupt
-from flows.logs import configure_logging
+from flows.logs import PACKAGES, configure_logging
 from flows.pipeline import run_stages
 from flows.progress import LogDisplay
 from flows.project import Project, project_of
@@ -64,7 +67,7 @@ def run(
     Raises:
         StageError: if a stage failed; the same run again goes on from there.
     """
-    configure_logging(open_console(sys.stderr), debug=False)
+    _log_to_prefect()
     project = project_of(check_config(overridden(config, overrides), place=name))
     selection = select(STAGE_NAMES, start=start, until=until, only=only, force=force)
     upstream = {stage: project.stages[stage].upstream for stage in project.stages}
@@ -77,6 +80,17 @@ def run(
     if ended.errors:
         raise StageError("; ".join(ended.errors))
     return ended.report_uri
+
+
+def _log_to_prefect() -> None:
+    """Show our lines in the worker's terminal and on the run's page; Prefect has been imported before it could know."""
+    configure_logging(open_console(sys.stderr), debug=False)
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
+            handler = APILogHandler()
+            handler.addFilter(lambda record: FlowRunContext.get() is not None or TaskRunContext.get() is not None)
+            logger.addHandler(handler)
 
 
 def _run_here(run: Run) -> BaseException | None:

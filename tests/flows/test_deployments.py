@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter
+from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
@@ -158,6 +158,8 @@ def test_a_scheduled_run_fails_is_tried_again_and_ends(place: Place, tmp_path: P
     shown = {artifact.key: artifact for artifact in place.artifacts(run)}
     assert {"progress-source", "progress-download", "funnel", "cost", "report"} <= set(shown)
     assert shown["progress-download"].data == 100.0 and "2 shards" in shown["progress-download"].description
+    lines = [log.message for log in place.client.read_logs(LogFilter(flow_run_id={"any_": [run.id]}))]
+    assert any("trying again in about" in line for line in lines) and any("done in" in line for line in lines), lines
     # The next one by the clock finds all of it done.
     later = eventually(lambda: [r for r in place.runs(name, "Completed") if r.id != run.id], 60, "the next run")[0]
     assert place.tasks(later)["download"] == "Cached"
