@@ -21,20 +21,24 @@ class Board:
     def __init__(self) -> None:
         self._progress: dict[str, Progress] = {}
         self._stopping = False
+        self._stopped: set[str] = set()
 
     def report(self, key: str, progress: Progress | None) -> bool:
         """Put up the latest progress of one piece of work, if any; return whether to stop."""
         if progress is not None:
             self._progress[key] = progress
-        return self._stopping
+        return self._stopping or key in self._stopped
 
     def take(self, key: str) -> Progress | None:
         """Take down the progress put up since the last look."""
         return self._progress.pop(key, None)
 
-    def stop(self) -> None:
-        """Ask all work to stop."""
-        self._stopping = True
+    def stop(self, key: str | None = None) -> None:
+        """Ask one piece of work to stop, or all."""
+        if key is None:
+            self._stopping = True
+        else:
+            self._stopped.add(key)
 
 
 class BoardLink:

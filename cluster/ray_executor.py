@@ -25,7 +25,7 @@ from cluster.board import Board, BoardLink
 from cluster.draining import DrainWatch
 from stages.base import Progress, Result, Shard, Stage
 from stages.errors import ConfigError, ShardError, StageError, UnclipError, first_line
-from stages.executor import ClusterConfig, ShardFailure, failure_of
+from stages.executor import ClusterConfig, ShardFailure, failure_of, stay
 from stages.manifest import Manifest, ShardRecord
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 _POLL_S = 0.5
 _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
+_STOP_S = 30.0  # likewise, when that one training is to end
 _MAX_STARTS = 3
 _GIB = 1 << 30
 _QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -138,7 +139,13 @@ class RayExecutor:
         self._gangs: set[Future[ShardRecord]] = set()
 
     def map(
-        self, stage: Stage[Any], shards: Sequence[Shard], output: str, on_progress: Callable[[Progress], None]
+        self,
+        stage: Stage[Any],
+        shards: Sequence[Shard],
+        output: str,
+        on_progress: Callable[[Progress], None],
+        *,
+        on_idle: Callable[[], None] = stay,
     ) -> Iterator[ShardRecord | ShardFailure]:
         """See ``Executor.map``."""
         key = f"{stage.name}-{uuid.uuid4().hex[:8]}"
@@ -146,13 +153,14 @@ class RayExecutor:
         def poll() -> None:
             self._refuse_if_closed(stage)
             self._show_progress(key, on_progress)
+            on_idle()
 
         work = self._map_gang if stage.gang else self._map_pool
         try:
             yield from work(stage, shards, output, key, poll)
         except UnclipError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             # Ray was shut down under this thread, and says so in many ways.
             self._refuse_if_closed(stage, error)
             raise
@@ -172,7 +180,7 @@ class RayExecutor:
         )
         try:
             result, error = ray.get(task.remote(stage, records, output, inputs))
-        except Exception as failure:
+        except (Exception, SystemExit) as failure:
             self._refuse_if_closed(stage, failure)
             raise StageError(f"{stage.name}: the worker that combines the shards failed: {failure}") from failure
         if error is not None:
@@ -232,6 +240,9 @@ class RayExecutor:
                     with contextlib.suppress(TimeoutError):
                         gang.exception(timeout=_POLL_S)
                     poll()
+            except BaseException:
+                self._stop_gang(gang, key)
+                raise
             finally:
                 self._gangs.discard(gang)
             error = gang.exception()
@@ -243,6 +254,12 @@ class RayExecutor:
             else:
                 raise error
 
+    def _stop_gang(self, gang: Future[ShardRecord], key: str) -> None:
+        """Let one training write a checkpoint and end; one that hangs is left to its watchdog."""
+        with contextlib.suppress(Exception):
+            self._board.stop.remote(key)
+            gang.exception(timeout=_STOP_S)
+
     def _show_progress(self, key: str, on_progress: Callable[[Progress], None]) -> None:
         import ray
 
@@ -251,7 +268,7 @@ class RayExecutor:
             if progress is not None:
                 on_progress(progress)
 
-    def _refuse_if_closed(self, stage: Stage[Any], error: Exception | None = None) -> None:
+    def _refuse_if_closed(self, stage: Stage[Any], error: BaseException | None = None) -> None:
         if self._closed.is_set():
             raise StageError(f"{stage.name}: stopped; what is committed is kept, run again to resume") from error
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
+from flows.report_data import learning
+from flows.report_style import DRAWING_STYLE
+from flows.report_training import TRAININGS, loss_chart
 from stages.manifest import Manifest
 from stages.samples import read_tar
 from stages.storage import is_local
@@ -16,9 +19,16 @@ from stages.storage import is_local
 _NUM_IMAGES = 12
 _NUM_COLUMNS = 4
 _TILE_PX = 96
+_CURVE_PX = 560
+_NOTES = {
+    "cost": "Samples and work of every stage, planned and actual",
+    "promotion": "What the gate says of this run beside the version in production",
+}
 
 
-def publish(manifests: Mapping[str, Manifest], *, root: str, funnel: str, report_uri: str) -> None:
+def publish(
+    manifests: Mapping[str, Manifest], *, root: str, funnel: str, report_uri: str, notes: Mapping[str, str]
+) -> None:
     """Create the artifacts of a run; must be called inside a Prefect flow or task.
 
     Args:
@@ -26,13 +36,37 @@ def publish(manifests: Mapping[str, Manifest], *, root: str, funnel: str, report
         root: the store.
         funnel: table of the samples in and out of every stage, in markdown.
         report_uri: where the report is.
+        notes: further tables in markdown, by their keys.
     """
     create_markdown_artifact(funnel, key="funnel", description="Samples in and out of every stage")
+    for key, text in notes.items():
+        create_markdown_artifact(text, key=key, description=_NOTES.get(key, ""))
     create_link_artifact(browsable(report_uri), key="report", link_text="Report", description="The whole run, one page")
     samples = sample_sheet(manifests["generate"], root) if "generate" in manifests else None
     if samples is not None:
-        url = "data:image/png;base64," + base64.b64encode(samples).decode()
-        create_image_artifact(url, key="samples", description=f"{_NUM_IMAGES} of the generated images")
+        _show_image("samples", "image/png", samples, f"{_NUM_IMAGES} of the generated images")
+    for name, title in TRAININGS.items():
+        learned = learning(manifests[name]) if name in manifests else None
+        if learned is None:
+            continue
+        key = name.replace("_", "-")
+        if learned.loss:
+            drawing = standalone(loss_chart(learned, title, _CURVE_PX)).encode()
+            _show_image(f"curve-{key}", "image/svg+xml", drawing, f"{title}: loss by step")
+        if learned.picture is not None:
+            step, png = learned.picture
+            _show_image(f"drawn-{key}", "image/png", png, f"{title}: held-out samples drawn after step {step:,}")
+
+
+def _show_image(key: str, kind: str, content: bytes, description: str) -> None:
+    url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
+    create_image_artifact(url, key=key, description=description)
+
+
+def standalone(svg: str) -> str:
+    """Turn a drawing of the report into one that needs no page around it."""
+    start = svg.index(">")
+    return f'{svg[:start]} xmlns="http://www.w3.org/2000/svg"><style>{DRAWING_STYLE}</style>{svg[start + 1 :]}'
 
 
 def browsable(uri: str) -> str:

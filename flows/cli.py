@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from rich.console import Console
 
@@ -20,6 +20,7 @@ from flows import (
     cli_ablate,
     cli_backfill,
     cli_cost,
+    cli_deploy,
     cli_exchange,
     cli_images,
     cli_jobs,
@@ -35,12 +36,15 @@ from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.logs import configure_logging
 from flows.overview import overview, plan_table
-from flows.prefect_server import PrivateServer
+from flows.prefect_server import PrivateServer, user_api_url
 from flows.progress import Outcome, open_display
 from flows.project import Project, open_project
 from flows.selection import Selection, check_upstream, select
 from stages.errors import ConfigError, UnclipError
 from stages.redaction import hide_secrets
+
+if TYPE_CHECKING:
+    from flows.tasks import Run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -285,65 +289,41 @@ def _say_nothing_to_do(args: argparse.Namespace, project: Project, selection: Se
 
 def _run_stages(args: argparse.Namespace, project: Project, selection: Selection) -> int:
     """Run the flow. What takes long to start is started first: Prefect's server, then Ray, then the imports."""
-    from flows.recording import recorded
-    from flows.summary import run_to_json, write_summary
+    from flows.run_project import run_project
+    from flows.summary import run_to_json
     from stages.storage import check_writable
 
-    config = project.config
-    check_writable(config.root)
+    root = project.config.root
+    check_writable(root)
     console = open_console(sys.stderr)
-    server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
+    server = None if user_api_url() else PrivateServer()
+    if server is not None:
+        server.start()
+
+    def execute(run: Run) -> BaseException | None:
+        from flows.pipeline import run_name, run_pipeline
+
+        return run_pipeline(run, name=run_name(args.config, root), server=server)
 
     def say_stopping() -> None:
         _show_error(console, "stopping; everything committed is kept, the same command goes on from there")
 
     # What libraries print meanwhile must not mix with the answer on stdout.
-    stdout_to_stderr = contextlib.redirect_stdout(sys.stderr)
     with (
         server or contextlib.nullcontext(),
         Interrupt(on_stop=say_stopping) as interrupt,
         open_display(console) as shown,
-        stdout_to_stderr,
-        recorded(project, selection, args.config, shown) as recording,
+        contextlib.redirect_stdout(sys.stderr),
     ):
-        from flows.pipeline import open_executor, run_name, run_pipeline
-        from flows.report import funnel_markdown
-        from flows.tasks import Run
-
-        executor = open_executor(config.cluster, interrupt)
-        run = Run(
-            root=config.root,
-            stages=project.stages,
-            states=project.states,
-            selection=selection,
-            executor=executor,
-            cluster=config.cluster,
-            display=recording.display,
-            write_report=lambda manifests: write_summary(manifests, config),
-            funnel=funnel_markdown,
-            interrupt=interrupt,
-        )
-        error: BaseException | None = None
-        try:
-            error = run_pipeline(run, name=run_name(args.config, config.root), server=server)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            executor.close()
-        errors = [outcome.message for outcome in run.failures()]
-        if error is not None and not errors:
-            errors = [str(error)]
-        status = "cancelled" if interrupt.cancelled.is_set() else "failed" if errors else "done"
-        exit_code = interrupt.exit_code if status == "cancelled" else 1 if errors else 0
-        recording.note_result(status, errors, exit_code)
-    for line in errors if status == "failed" else []:
+        ended = run_project(project, selection, args.config, execute, interrupt=interrupt, shown=shown)
+    for line in ended.errors if ended.status == "failed" else []:
         _show_error(console, line)
     if args.json:
-        outcomes = list(run.outcomes.values())
-        print_json(run_to_json(status, config.root, run.report_uri, outcomes, project.fingerprints, errors))
-    elif run.report_uri:
-        print(f"report: {run.report_uri}")
-    return exit_code
+        outcomes = list(ended.outcomes.values())
+        print_json(run_to_json(ended.status, root, ended.report_uri, outcomes, project.fingerprints, ended.errors))
+    elif ended.report_uri:
+        print(f"report: {ended.report_uri}")
+    return ended.exit_code
 
 
 # ---- the other commands ---------------------------------------------------------------------------------------------
@@ -426,6 +406,12 @@ def _doctor(args: argparse.Namespace) -> int:
 _COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int], Callable[[argparse.ArgumentParser], None], str]] = {
     "run": (_run, _run_arguments, "bring the pipeline to its end; done stages are not repeated"),
     "cancel": (cli_jobs.cancel, cli_jobs.cancel_arguments, "stop the Ray Job that runs this config"),
+    "deploy": (
+        cli_deploy.deploy,
+        cli_deploy.deploy_arguments,
+        "register runs by schedule, by new URL lists and by hand with a Prefect server",
+    ),
+    "serve": (cli_deploy.serve, cli_deploy.serve_arguments, "deploy, and take the runs in processes of this machine"),
     "adopt": (_adopt, _adopt_arguments, "take over the images that img2dataset has downloaded before"),
     "retry": (_retry, _run_arguments, "try the quarantined shards again, and bring the pipeline to its end"),
     "backfill": (_backfill, cli_backfill.backfill_arguments, "process the lists of past days, one after the other"),

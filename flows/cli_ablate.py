@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from flows.interrupt import Interrupt
-from flows.prefect_server import PrivateServer
+from flows.prefect_server import PrivateServer, user_api_url
 
 if TYPE_CHECKING:
     from flows.ablation import AblationRun
@@ -59,7 +58,7 @@ def _run(run: AblationRun, name: str) -> None:
     from stages.storage import check_writable
 
     check_writable(next(iter(run.nodes.values())).stage.root)
-    server = None if os.environ.get("PREFECT_API_URL") else PrivateServer()
+    server = None if user_api_url() else PrivateServer()
     with contextlib.redirect_stdout(sys.stderr), server or contextlib.nullcontext():
         from flows.ablation import run_ablation
         from flows.pipeline import open_executor

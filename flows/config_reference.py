@@ -65,7 +65,7 @@ def _rows(
         default = _default(field, given)
         if not nested:
             shown = "required" if default is _REQUIRED else f"`{_json(default)}`"
-            yield f"`{path}`", f"`{_type(hints[field.name])}`", shown, _help(kind, field), _EFFECTS[effect]
+            yield f"`{path}`", f"`{_type(hints[field.name])}`", shown, setting_help(kind, field), _EFFECTS[effect]
         for number, choice in enumerate(nested):
             if number or len(nested) > 1:
                 yield f"`{path}`", f"`{choice.__name__}`", "", _first_line(choice), _EFFECTS[effect]
@@ -76,7 +76,7 @@ def _affects(field: dataclasses.Field[Any]) -> str:
     return str(field.metadata.get("affects", "shard"))
 
 
-def _help(kind: type[Any], field: dataclasses.Field[Any]) -> str:
+def setting_help(kind: type[Any], field: dataclasses.Field[Any]) -> str:
     """Return a setting's meaning; classes of ``unclip_models`` tell theirs in their docstrings."""
     return str(field.metadata.get("help", "")) or _attributes(kind).get(field.name, "")
 

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rich import box
 from rich.table import Table
 
-from flows.prefect_server import answers, state_folder
+from flows.prefect_server import ServerError, api_url_origin, refuse_unreachable, state_folder, user_api_url
 from stages import storage
 from stages.config import Config
 from stages.errors import UnclipError
@@ -265,19 +265,18 @@ def check_loopback() -> Iterator[Finding]:
 
 def check_prefect() -> Iterator[Finding]:
     """See which Prefect API a run would use."""
-    url = os.environ.get("PREFECT_API_URL")
+    url = user_api_url()
     if not url:
         folder = state_folder()
         yield Finding(level="ok", what="prefect", found=f"a private server is started for a run; its state: {folder}")
-    elif answers(url, timeout_s=10):
-        yield Finding(level="ok", what="prefect", found=f"PREFECT_API_URL {url} answers")
+        return
+    try:
+        refuse_unreachable(url)
+    except ServerError as error:
+        found, _, remedy = str(error).partition("; ")
+        yield Finding(level="problem", what="prefect", found=found, remedy=remedy)
     else:
-        yield Finding(
-            level="problem",
-            what="prefect",
-            found=f"PREFECT_API_URL {url} does not answer",
-            remedy="start that server, or unset it and a private one is used",
-        )
+        yield Finding(level="ok", what="prefect", found=f"{api_url_origin()}: {url} answers")
 
 
 def check_ray(config: Config | None) -> Iterator[Finding]:

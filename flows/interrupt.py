@@ -2,7 +2,8 @@
 
 Stages run in threads, which cannot be interrupted from outside; the first signal therefore closes the executor (Ray
 cancels its tasks, and the threads that wait for them fail), and a clock ends the process where that takes too long.
-Ending it hard is safe: everything in the store is published atomically, and Ray's processes end with their driver.
+Ending it hard is safe: everything in the store is published atomically, leases are given back, and Ray's processes end
+with their driver.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from stages.lease import release_all
+
 logger = logging.getLogger(__name__)
 
 DEADLINE_S = 8.5
+_RELEASE_S = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -33,13 +37,23 @@ class Interrupt:
     Args:
         deadline_s: seconds between the first signal and the hard end.
         on_stop: called at the first signal, before anything else.
+        takes_signals: whether to handle signals; if not, the handlers that are found are kept in place, also against
+            libraries, and whoever catches what they raise calls ``stop``. Prefect's engine tells its server that it
+            can be cancelled only as long as its own handler stands.
     """
 
-    def __init__(self, deadline_s: float = DEADLINE_S, on_stop: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        deadline_s: float = DEADLINE_S,
+        on_stop: Callable[[], None] = lambda: None,
+        *,
+        takes_signals: bool = True,
+    ) -> None:
         self.cancelled = threading.Event()
         self.exit_code = 0
         self._deadline_s = deadline_s
         self._on_stop = on_stop
+        self._takes_signals = takes_signals
         self._close: Callable[[], object] | None = None
         self._old_handlers: dict[int, Any] = {}
         self._is_active = False
@@ -72,18 +86,31 @@ class Interrupt:
         if not self._is_active or threading.current_thread() is not threading.main_thread():
             return
         for number in _SIGNALS:
-            signal.signal(number, self._handle)
+            if self._takes_signals:
+                signal.signal(number, self._handle)
+            elif self._old_handlers[number] is not None:  # None: it is not one of Python's
+                signal.signal(number, self._old_handlers[number])
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.exit_code = 128 + number
         if self.cancelled.is_set():
             os._exit(self.exit_code)
+        self.stop(128 + number)
+        raise KeyboardInterrupt
+
+    def stop(self, exit_code: int) -> None:
+        """Begin the end, as the first signal does; for those whose signals arrive as exceptions.
+
+        Args:
+            exit_code: of the process if it must be ended hard.
+        """
+        if self.cancelled.is_set():
+            return
+        self.exit_code = exit_code
         self.cancelled.set()
         self._on_stop()
         threading.Thread(target=self._end_hard, daemon=True).start()
         self._releasing = threading.Thread(target=self._release, daemon=True)
         self._releasing.start()
-        raise KeyboardInterrupt
 
     def _release(self) -> None:
         if self._close is not None:
@@ -92,6 +119,7 @@ class Interrupt:
 
     def _end_hard(self) -> None:
         threading.Event().wait(self._deadline_s)
+        release_all(timeout_s=_RELEASE_S)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

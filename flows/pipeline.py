@@ -10,17 +10,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from prefect import flow
 from prefect.futures import PrefectFuture, wait
-from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.interrupt import Cancelled, Interrupt
 from flows.prefect_server import PrivateServer, prefect_api
-from flows.progress import Outcome
-from flows.tasks import CURRENT_RUN, Run, do_stage, publish_report
+from flows.progress import Displays, Outcome
+from flows.progress_artifacts import progress_shown
+from flows.tasks import CURRENT_RUN, Run, publish_report, stage_task
 from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
 from stages.manifest import manifest_uri
@@ -42,21 +45,57 @@ def pipeline(name: str, root: str, stages: list[str]) -> str:
     Raises:
         StageError: if a stage failed. Stages that do not need it have run to their end by then.
     """
-    run = CURRENT_RUN.get()
+    return run_stages(CURRENT_RUN.get())
+
+
+def run_stages(run: Run) -> str:
+    """Do the flow's work; called in the flow, with ``CURRENT_RUN`` set.
+
+    Returns:
+        The URI of the report.
+
+    Raises:
+        StageError: if a stage failed.
+    """
+    with contextlib.ExitStack() as stack:
+        if run.shows_progress:
+            progress = stack.enter_context(progress_shown())
+            run.display = Displays(run.display, progress)
+        return _run_stages(run)
+
+
+def _run_stages(run: Run) -> str:
     run.interrupt.listen()
     made: dict[str, PrefectFuture[Any] | str] = {}
-    for stage in run.stages.values():
-        if stage.name in stages:
+    try:
+        for stage in run.stages.values():
+            if stage.name not in run.selection.stages:
+                made[stage.name] = manifest_uri(run.root, stage.name, run.states[stage.name].fingerprint)
+                continue
             inputs = {upstream: made[upstream] for upstream in stage.upstream}
-            made[stage.name] = do_stage.with_options(name=stage.name).submit(stage.name, inputs)  # type: ignore[arg-type]
-        else:
-            made[stage.name] = manifest_uri(root, stage.name, run.states[stage.name].fingerprint)
-    wait([future for future in made.values() if isinstance(future, PrefectFuture)])
+            future = stage_task(stage.name, run.prefect).submit(stage.name, inputs)
+            made[stage.name] = future
+            if isinstance(run.executor, LocalExecutor):
+                future.wait()  # in this process alone, stages side by side would only fight for its cores
+        wait(_futures(made))
+    except Exception:
+        raise
+    except BaseException:  # a signal, as whoever handles it says so
+        run.interrupt.stop(128 + signal.SIGTERM)
+        # The stages end by themselves now and give their leases back; what hangs meets the clock of the interrupt.
+        for future in _futures(made):
+            with contextlib.suppress(Exception, Cancelled):
+                future.wait()
+        raise
     note_stages_not_ready(run)
     report = publish_report({stage: manifest.uri for stage, manifest in run.manifests().items()})
     if run.failures():
         raise StageError("; ".join(outcome.message for outcome in run.failures()))
     return report
+
+
+def _futures(made: Mapping[str, PrefectFuture[Any] | str]) -> list[PrefectFuture[Any]]:
+    return [future for future in made.values() if isinstance(future, PrefectFuture)]
 
 
 def note_stages_not_ready(run: Run) -> None:
@@ -82,16 +121,14 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
         KeyboardInterrupt: if the user stopped it.
         UnclipError: if a training cannot start from the version it should start from.
     """
-    for name in run.selection.stages:
-        if isinstance(stage := run.stages[name], Training):
+    for stage_name in run.selection.stages:
+        if isinstance(stage := run.stages[stage_name], Training):
             stage.settle()
-    # In this process alone, stages that run side by side would only fight for its cores.
-    num_threads = 1 if isinstance(run.executor, LocalExecutor) else len(run.stages)
-    chosen = pipeline.with_options(task_runner=ThreadPoolTaskRunner(max_workers=num_threads))  # type: ignore[arg-type]
     with prefect_api(server):
+        run.shows_progress = server is None  # a private server has no pages
         token = CURRENT_RUN.set(run)
         try:
-            state = chosen(name, run.root, list(run.selection.stages), return_state=True)
+            state = pipeline(name, run.root, list(run.selection.stages), return_state=True)
         except Cancelled:
             raise KeyboardInterrupt from None
         finally:

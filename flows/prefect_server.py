@@ -27,11 +27,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from stages.errors import UnclipError
+from stages.errors import UnclipError, first_line
 
 START_TIMEOUT_S = 180.0
 _POLL_S = 0.1
 _FLUSH_TIMEOUT_S = 2.0
+_ANSWER_TIMEOUT_S = 10.0
 _STATE_NAME, _LOG_NAME = "server.json", "server.log"
 # Three locks: held by every user (shared), by the user that looks for a server or starts one, by the server.
 _USERS_NAME, _STARTER_NAME, _SERVER_NAME = "users.lock", "starter.lock", "server.lock"
@@ -207,28 +208,88 @@ def answers(url: str, timeout_s: float = 2.0) -> bool:
         return False
 
 
+def user_api_url() -> str:
+    """Return the address of the Prefect API that the user has chosen; empty if there is none.
+
+    Prefect itself is asked, so that its variables, profiles, ``prefect.toml``, ``pyproject.toml`` and ``.env`` count as
+    they do for its own commands. Importing it takes a second; that is saved where nothing can name an address.
+    """
+    if not _may_name_an_api():
+        return ""
+    from prefect.settings import get_current_settings
+
+    return get_current_settings().api.url or ""
+
+
+def _may_name_an_api() -> bool:
+    named = ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH")
+    if any(os.environ.get(name) for name in named):
+        return True
+    home = Path(os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser())
+    if Path("prefect.toml").is_file() or _mentions(Path("pyproject.toml"), "tool.prefect"):
+        return True
+    return any(_mentions(path, "prefect") for path in (Path(".env"), home / "profiles.toml"))
+
+
+def _mentions(path: Path, word: str) -> bool:
+    try:
+        return word in path.read_text(errors="replace").lower()
+    except OSError:
+        return False
+
+
+def api_url_origin() -> str:
+    """Say where the address of the user's API comes from."""
+    if os.environ.get("PREFECT_API_URL"):
+        return "PREFECT_API_URL"
+    from prefect.context import get_settings_context
+
+    context = get_settings_context()
+    if context.profile.settings and any(setting.name == "PREFECT_API_URL" for setting in context.profile.settings):
+        return f"Prefect's profile '{context.profile.name}'"
+    return "prefect.toml, pyproject.toml or .env in this folder"
+
+
+def refuse_unreachable(url: str) -> None:
+    """Make sure that the user's API answers, asked as Prefect's client asks: with its key, proxy and certificates.
+
+    Raises:
+        ServerError: if it does not, or refuses.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_REQUEST_TIMEOUT, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    with (
+        temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0, PREFECT_API_REQUEST_TIMEOUT: _ANSWER_TIMEOUT_S}),
+        get_client(sync_client=True) as client,
+    ):
+        try:
+            client.read_flows(limit=1)
+        except Exception as error:  # of httpx, Prefect or pydantic, by what answers there
+            refused = getattr(getattr(error, "response", None), "status_code", 0) in (401, 403)
+            what = "refuses the key" if refused else "does not answer"
+            remedy = "correct PREFECT_API_KEY or PREFECT_API_AUTH_STRING" if refused else "start that server"
+            raise ServerError(
+                f"{api_url_origin()}: the Prefect API at {url} {what} ({first_line(error)}); {remedy}, correct the "
+                "address (`prefect config view` shows it), or unset it and a private server is used"
+            ) from error
+
+
 @contextlib.contextmanager
 def prefect_api(server: PrivateServer | None) -> Iterator[Api]:
     """Give the API that the flow uses, with Prefect's client pointed at it.
 
     Args:
-        server: a private server being started; ``None`` where ``PREFECT_API_URL`` is set.
+        server: a private server being started; ``None`` where the user has a server.
 
     Raises:
         ServerError: if the user's own server does not answer, or the private one cannot be started.
     """
     from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
 
-    url = get_current_settings().api.url
-    if url or server is None:
-        api = Api(url=url or "")
-        if not answers(api.url, timeout_s=10.0):
-            raise ServerError(
-                f"PREFECT_API_URL: no Prefect API answers at {api.url or 'an empty address'}; start that server, or "
-                "unset it and a private one is used"
-            )
-        if server is not None:
-            server.release()
+    if server is None:
+        api = Api(url=get_current_settings().api.url or "")
+        refuse_unreachable(api.url)
         with _flushing():
             yield api
         return

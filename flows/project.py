@@ -46,8 +46,17 @@ def open_project(path: str, overrides: Sequence[str]) -> Project:
         InputError: if an input outside the store is missing.
     """
     from stages.config import load_config
+
+    return project_of(load_config(path, overrides))
+
+
+def project_of(config: Config) -> Project:
+    """Look at the store of a config.
+
+    Raises:
+        InputError: if an input outside the store is missing.
+    """
     from stages.graph import build_stages, fingerprints, inspect_all
 
-    config = load_config(path, overrides)
     stages = build_stages(config)
     return Project(config=config, stages=stages, states=inspect_all(stages, fingerprints(stages)))

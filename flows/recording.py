@@ -103,7 +103,7 @@ def recorded(project: Project, selection: Selection, config_path: str, shown: Di
 
 
 def _result_of(error: BaseException | None) -> tuple[str, Sequence[str], int]:
-    if isinstance(error, KeyboardInterrupt):
+    if not isinstance(error, Exception):  # Ctrl-C, or what Prefect makes of a signal
         return "cancelled", [], 130
     text = str(error) if isinstance(error, UnclipError) else f"{type(error).__name__}: {error}"
     return "failed", [text], getattr(error, "exit_code", 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
@@ -20,29 +21,65 @@ _TEXT = (
 
 def plan_section(manifests: Mapping[str, Manifest]) -> str:
     """Show samples and work, estimated and actual; empty if no finished stage had been estimated."""
-    rows = []
-    estimates = _estimates(manifests)
-    for name in STAGE_NAMES:
-        if name not in manifests or name not in estimates:
-            continue
-        manifest, estimated = manifests[name], estimates[name]
-        work_s = _work_s(manifest)
-        hours = estimated.get("worker_hours")
-        planned_s = None if hours is None else hours * 3600
-        rows.append(
-            [
-                escape(name),
-                _number(estimated.get("num_kept")),
-                number(manifest.num_kept),
-                _duration(planned_s),
-                _duration(work_s),
-                f"{work_s / planned_s:.2f}" if planned_s else "-",
-            ]
-        )
+    rows = [
+        [
+            escape(row.stage),
+            _number(row.planned_samples),
+            number(row.kept_samples),
+            _duration(row.planned_s),
+            _duration(row.worked_s),
+            f"{row.worked_s / row.planned_s:.2f}" if row.planned_s else "-",
+        ]
+        for row in planned_and_actual(manifests)
+        if row.is_planned
+    ]
     if not rows:
         return ""
     header = ["stage", "#samples planned", "#samples kept", "#work planned", "#work done", "#ratio"]
     return soft(_TEXT) + table(header, rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanRow:
+    """One finished stage beside what was estimated of it.
+
+    Attributes:
+        stage: its name.
+        is_planned: whether an estimate was written down before it ran.
+        planned_samples: samples it was to keep; None if unknown.
+        kept_samples: those it kept.
+        planned_s: seconds of work, all workers together; None if unknown.
+        worked_s: likewise, as it came.
+    """
+
+    stage: str
+    is_planned: bool
+    planned_samples: float | None
+    kept_samples: int
+    planned_s: float | None
+    worked_s: float
+
+
+def planned_and_actual(manifests: Mapping[str, Manifest]) -> list[PlanRow]:
+    """Hold every finished stage against its estimate, in the pipeline's order."""
+    estimates = _estimates(manifests)
+    rows = []
+    for name in STAGE_NAMES:
+        if name not in manifests:
+            continue
+        estimated = estimates.get(name, {})
+        hours = estimated.get("worker_hours")
+        rows.append(
+            PlanRow(
+                stage=name,
+                is_planned=name in estimates,
+                planned_samples=estimated.get("num_kept"),
+                kept_samples=manifests[name].num_kept,
+                planned_s=None if hours is None else hours * 3600,
+                worked_s=_work_s(manifests[name]),
+            )
+        )
+    return rows
 
 
 def _estimates(manifests: Mapping[str, Manifest]) -> dict[str, Mapping[str, Any]]:

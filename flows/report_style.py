@@ -80,3 +80,8 @@ svg .interval.other circle { fill:var(--other); }
 @media (max-width:600px) { main { padding:26px 16px 48px; } h1 { font-size:25px; } }
 @media print { body { background:#fff; } .card,.tile,figure { break-inside:avoid; } nav { display:none; } }
 """
+
+# For a drawing that stands alone: the colours, and what is said of drawings.
+DRAWING_STYLE = "svg { background:var(--page); font-family:sans-serif; }\n" + "\n".join(
+    line for line in STYLE.splitlines() if line.startswith((":root", "  --", "@media (prefers", "svg "))
+)

@@ -31,7 +31,7 @@ def training_section(manifests: Mapping[str, Manifest]) -> str:
     learned = {TRAININGS[name]: found for name, manifest in trainings.items() if (found := learning(manifest))}
     curves = {title: found for title, found in learned.items() if found.loss}
     wide = len(curves) in (1, 2, 4)  # in two columns, else in three
-    charts = [card(title, _loss_chart(found, title, 440 if wide else 330)) for title, found in curves.items()]
+    charts = [card(title, loss_chart(found, title, 440 if wide else 330)) for title, found in curves.items()]
     entries = [
         ("faint", "as logged"),
         ("strong", "averaged over a tenth of the training; as logged where that is short"),
@@ -63,7 +63,8 @@ def _grid(title: str, step: int, png: bytes) -> str:
     return card(f"{title}, step {step:,}", f'<img class="grid" src="{source}" alt="{label}" loading="lazy">')
 
 
-def _loss_chart(found: Learning, title: str, width: float) -> str:
+def loss_chart(found: Learning, title: str, width: float) -> str:
+    """Draw one training's losses as SVG, in the classes of the report's style."""
     curve = found.loss
     window = len(curve) // 10
     values = [loss for _, loss in (*curve, *found.validation_loss)]

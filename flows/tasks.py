@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from prefect import task
+from prefect import Task, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.context import TaskRunContext
@@ -27,15 +27,14 @@ from flows.logs import CURRENT_STAGE
 from flows.progress import Display, Outcome
 from flows.selection import Selection
 from stages.base import Stage
-from stages.errors import StorageError, UnclipError
+from stages.errors import StageTimeoutError, StorageError, UnclipError
 from stages.executor import ClusterConfig, Executor
 from stages.lease import Lease
 from stages.manifest import Manifest
+from stages.orchestration import PrefectConfig
 from stages.runner import StageProgress, StageState, forget, inspect_stage, run_stage
 
 logger = logging.getLogger(__name__)
-
-NUM_RETRIES, RETRY_DELAY_S = 1, 5.0
 
 
 @dataclass(kw_only=True)
@@ -49,10 +48,13 @@ class Run:
         selection: what to run.
         executor: where shards are processed; shared by all stages.
         cluster: retry policy of shards.
+        prefect: retry policy and time limits of stages.
         display: told about every stage.
         write_report: makes the report from the manifests there are; returns its URI.
         funnel: writes the table of samples in and out of every stage, in markdown.
+        notes: further tables in markdown for Prefect, by their keys.
         interrupt: knows whether the user has stopped the run.
+        shows_progress: whether people can look at Prefect while it runs.
         outcomes: how each stage ended, filled by the run.
         report_uri: where the report is, once it has been written.
     """
@@ -66,7 +68,10 @@ class Run:
     display: Display
     write_report: Callable[[Mapping[str, Manifest]], str]
     funnel: Callable[[Mapping[str, Manifest]], str]
+    prefect: PrefectConfig = field(default_factory=PrefectConfig)
+    notes: Callable[[Mapping[str, Manifest]], Mapping[str, str]] = lambda manifests: {}
     interrupt: Interrupt = field(default_factory=Interrupt)
+    shows_progress: bool = False
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     report_uri: str = ""
     _to_forget: set[str] = field(init=False)
@@ -88,7 +93,8 @@ class Run:
                 return Outcome(stage=name, status="cached", manifest=state.manifest)
         on_progress = self._watch(threading.get_ident())
         with held(stage, fingerprint, self.cluster.lease_ttl_s, on_progress) as lease:
-            return self._do_alone(name, inputs, lease, on_progress)
+            # Only now: another run's work, which this one may have waited for, is not on this one's time.
+            return self._do_alone(name, inputs, lease, self._timed(name, on_progress))
 
     def _do_alone(
         self,
@@ -132,6 +138,23 @@ class Run:
         """Return the stages that failed, in order."""
         return [o for name in self.stages if (o := self.outcomes.get(name)) and o.status == "failed"]
 
+    def _timed(self, name: str, on_progress: Callable[[StageProgress], None]) -> Callable[[StageProgress], None]:
+        limit_s = self.prefect.stage_timeouts_s.get(name)  # type: ignore[call-overload]
+        if limit_s is None:
+            return on_progress
+        thread, started_at = threading.get_ident(), time.monotonic()
+
+        def on_timed_progress(progress: StageProgress) -> None:
+            late = time.monotonic() - started_at > limit_s
+            if late and not progress.finished and threading.get_ident() == thread:
+                raise StageTimeoutError(
+                    f"{name}: not done after {limit_s:g} s, with {progress.num_done} of {progress.num_shards} shards; "
+                    f"what is committed is kept; raise prefect.stage_timeouts_s.{name} and run again"
+                )
+            on_progress(progress)
+
+        return on_timed_progress
+
     def _watch(self, thread: int) -> Callable[[StageProgress], None]:
         def on_progress(progress: StageProgress) -> None:
             # Only the stage's own thread may be broken out of: an executor's helper threads have work to undo.
@@ -146,11 +169,13 @@ CURRENT_RUN: contextvars.ContextVar[Run] = contextvars.ContextVar("run")
 
 
 def worth_retrying(error: BaseException) -> bool:
-    """Tell whether running a whole stage again can help: lost storage or a lost cluster, not a wrong input.
+    """Tell whether running a whole stage again can help: lost storage or a lost cluster, a hang, not a wrong input.
 
-    Shards have had their own retries by then (``cluster.max_attempts``), so a ``StageError`` is final.
+    Shards have had their own retries by then (``cluster.max_attempts``), so any other ``StageError`` is final.
     """
-    return isinstance(error, StorageError) or (isinstance(error, Exception) and not isinstance(error, UnclipError))
+    if isinstance(error, UnclipError):
+        return isinstance(error, StorageError | StageTimeoutError)
+    return isinstance(error, Exception)
 
 
 def _retry_condition(this: Any, task_run: TaskRun, state: State[Any]) -> bool:
@@ -158,18 +183,10 @@ def _retry_condition(this: Any, task_run: TaskRun, state: State[Any]) -> bool:
 
 
 def _will_retry(run: Run, error: BaseException, task_run: TaskRun) -> bool:
-    return worth_retrying(error) and not run.cancelled and task_run.run_count <= NUM_RETRIES
+    return worth_retrying(error) and not run.cancelled and task_run.run_count <= run.prefect.stage_retries
 
 
-@task(
-    name="stage",
-    task_run_name="{stage}",
-    retries=NUM_RETRIES,
-    retry_delay_seconds=RETRY_DELAY_S,
-    retry_condition_fn=_retry_condition,
-    cache_policy=NO_CACHE,
-    persist_result=False,
-)
+@task(name="stage", task_run_name="{stage}", cache_policy=NO_CACHE, persist_result=False)
 def do_stage(stage: str, inputs: dict[str, str]) -> Any:
     """Bring one stage to its end.
 
@@ -196,11 +213,23 @@ def do_stage(stage: str, inputs: dict[str, str]) -> Any:
     return Completed(name="Cached", message="done before", data=uri) if outcome.status == "cached" else uri
 
 
+def stage_task(name: str, config: PrefectConfig) -> Task[..., Any]:
+    """Return the task of a stage, with the tries that the config gives it."""
+    return do_stage.with_options(
+        name=name,
+        retries=config.stage_retries,
+        retry_delay_seconds=config.retry_delays_s,
+        retry_jitter_factor=config.retry_jitter,
+        retry_condition_fn=_retry_condition,
+    )
+
+
 def _note_failure(run: Run, stage: str, error: BaseException, *, wall_time_s: float) -> None:
     logger.debug("traceback", exc_info=error, extra={"stage": stage})
     context = TaskRunContext.get()
     if context is not None and _will_retry(run, error, context.task_run):
-        logger.warning("%s; trying once more in %g s", error, RETRY_DELAY_S, extra={"stage": stage})
+        delay_s = run.prefect.retry_delays_s[context.task_run.run_count - 1]
+        logger.warning("%s; trying again in about %.3g s", error, delay_s, extra={"stage": stage})
         return
     status: Literal["cancelled", "failed"] = "cancelled" if run.cancelled else "failed"
     run.end(Outcome(stage=stage, status=status, error=error, wall_time_s=wall_time_s))
@@ -219,5 +248,5 @@ def publish_report(manifests: dict[str, str]) -> str:
     run = CURRENT_RUN.get()
     found = run.manifests()
     run.report_uri = run.write_report(found)
-    artifacts.publish(found, root=run.root, funnel=run.funnel(found), report_uri=run.report_uri)
+    artifacts.publish(found, root=run.root, funnel=run.funnel(found), report_uri=run.report_uri, notes=run.notes(found))
     return run.report_uri

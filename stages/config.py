@@ -6,6 +6,7 @@ environment or globals.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import json
@@ -34,6 +35,7 @@ from stages.gate import PromotionGateConfig
 from stages.generate import GenerateConfig
 from stages.ledger import LedgerConfig
 from stages.machines import AwsConfig, KubernetesConfig
+from stages.orchestration import PrefectConfig
 from stages.pca import PcaConfig
 from stages.redaction import refuse_secrets
 from stages.source import SourceConfig
@@ -52,6 +54,7 @@ class Config:
     root: str = setting(help="the store: a local folder or s3://bucket/prefix", affects="nothing")
     seed: int = setting(0, "seed of everything random")
     cluster: ClusterConfig = setting(factory=ClusterConfig, help="where the work runs", affects="nothing")
+    prefect: PrefectConfig = setting(factory=PrefectConfig, help="tries, schedules, deployments", affects="nothing")
     kubernetes: KubernetesConfig = setting(factory=KubernetesConfig, help="for `unclip render`", affects="nothing")
     aws: AwsConfig = setting(factory=AwsConfig, help="for `unclip render`", affects="nothing")
     source: SourceConfig = setting(help="where the image-caption pairs come from")
@@ -85,10 +88,19 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: names the dotted path, the value and the remedy of every mistake.
     """
-    values = _read_yaml(Path(path))
+    return check_config(overridden(_read_yaml(Path(path)), overrides), place=str(path))
+
+
+def overridden(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return plain values with ``a.b=value`` overrides applied.
+
+    Raises:
+        ConfigError: if an override is not of that form.
+    """
+    changed = copy.deepcopy(dict(values))
     for override in overrides:
-        _apply(values, override)
-    return check_config(values, place=str(path))
+        _apply(changed, override)
+    return changed
 
 
 def check_config(values: Mapping[str, Any], *, place: str = "config") -> Config:
@@ -157,6 +169,20 @@ def _checked(kind: type[Any], values: Mapping[str, Any], place: str) -> Any:
         ) from None
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{place}: {error}; only plain YAML values are allowed") from None
+
+
+def json_schema(kind: type[Any] = Config, *, definitions: str = "#/$defs/") -> dict[str, Any]:
+    """Describe a config class as JSON schema, as strict about unknown keys as the door is.
+
+    Args:
+        kind: the class.
+        definitions: where references point to.
+    """
+    schema = TypeAdapter(kind).json_schema(ref_template=definitions + "{model}")
+    for section in (schema, *schema.get("$defs", {}).values()):
+        if "properties" in section:
+            section["additionalProperties"] = False
+    return schema
 
 
 def to_values(config: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ UnclipError
 |-- IntegrityError   an artefact is not what its record says it is             exit code 1
 |-- ShardError       one shard cannot be processed                             exit code 1
 `-- StageError       a stage failed as a whole                                 exit code 1
+    `-- StageTimeoutError    it took longer than the config allows
 
 A message names the place, the value and the remedy, for example
 ``decoder.learning_rate: 'fast' is not a number; write for example 1.2e-4``.
@@ -72,6 +73,10 @@ def _rebuild_shard_error(message: str, retryable: bool) -> ShardError:
 
 class StageError(UnclipError):
     """A stage failed as a whole; what it committed is kept and the same command resumes it."""
+
+
+class StageTimeoutError(StageError, TimeoutError):
+    """One try of a stage took longer than the config allows."""
 
 
 def first_line(error: BaseException) -> str:

@@ -92,11 +92,21 @@ def failure_of(shard: Shard, error: Exception) -> ShardFailure:
     return ShardFailure(shard=shard, error=wrapped, kind="retryable", details=details)
 
 
+def stay() -> None:
+    """Let the work go on."""
+
+
 class Executor(Protocol):
     """Something that can process shards."""
 
     def map(
-        self, stage: Stage[Any], shards: Sequence[Shard], output: str, on_progress: Callable[[Progress], None]
+        self,
+        stage: Stage[Any],
+        shards: Sequence[Shard],
+        output: str,
+        on_progress: Callable[[Progress], None],
+        *,
+        on_idle: Callable[[], None] = stay,
     ) -> Iterator[ShardRecord | ShardFailure]:
         """Process shards, each once, and yield what became of them in the order they finish.
 
@@ -105,6 +115,8 @@ class Executor(Protocol):
             shards: the work; an exception in one is yielded as a ``ShardFailure``, not raised.
             output: URI of the folder of the stage's shards.
             on_progress: called on the driver with signs of life from inside the shards.
+            on_idle: called on this thread about twice a second by an executor that waits for others; what it raises
+                ends the work.
         """
         ...
 
@@ -127,7 +139,13 @@ class LocalExecutor:
     """The reference: shards one after another in this process."""
 
     def map(
-        self, stage: Stage[Any], shards: Sequence[Shard], output: str, on_progress: Callable[[Progress], None]
+        self,
+        stage: Stage[Any],
+        shards: Sequence[Shard],
+        output: str,
+        on_progress: Callable[[Progress], None],
+        *,
+        on_idle: Callable[[], None] = stay,
     ) -> Iterator[ShardRecord | ShardFailure]:
         """See ``Executor.map``."""
         stage.report = on_progress

@@ -179,6 +179,23 @@ def fenced(
     return ask
 
 
+_HELD: set[Lease] = set()
+
+
+def release_all(*, timeout_s: float) -> None:
+    """Give back every lease of this process, which is about to end hard; what takes longer is left to its ``ttl_s``.
+
+    Args:
+        timeout_s: for all of them together.
+    """
+    threads = [threading.Thread(target=lease.release, daemon=True) for lease in tuple(_HELD)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + timeout_s
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+
+
 class Lease:
     """A lease this process holds; made by ``hold``. Its beat is a thread of its own.
 
@@ -200,6 +217,7 @@ class Lease:
         self._progress = (0, 0)
         self._thread = threading.Thread(target=self._beat_on, name="lease", daemon=True)
         self._thread.start()
+        _HELD.add(self)
 
     @property
     def token(self) -> int:
@@ -252,6 +270,7 @@ class Lease:
 
     def release(self) -> None:
         """End the beat and let others have the lease; a lease that was lost is left alone."""
+        _HELD.discard(self)
         self._ended.set()
         self._thread.join()
         try:

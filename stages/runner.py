@@ -185,7 +185,8 @@ def run_stage(
         inputs: manifests of all its upstream stages.
         executor: where shards run.
         cluster: retry policy.
-        on_progress: called on this thread or another whenever something moved.
+        on_progress: called on this thread or another whenever something moved, and now and then when nothing did; what
+            it raises on this thread ends the stage.
         lease: the right to do so, if several runs share the store.
 
     Raises:
@@ -272,6 +273,9 @@ def _process(
         counts.inner = progress
         on_progress(counts.snapshot())
 
+    def on_idle() -> None:
+        on_progress(counts.snapshot())
+
     quarantined: dict[str, str] = {}
     for attempt in range(1, cluster.max_attempts + 1):
         if not missing:
@@ -280,7 +284,7 @@ def _process(
             time.sleep(min(cluster.backoff_s * 2 ** (attempt - 2), _BACKOFF_MAX_S))
             counts.num_retries += len(missing)
         failures: list[ShardFailure] = []
-        for outcome in executor.map(stage, missing, output_uri(stage), on_inner):
+        for outcome in executor.map(stage, missing, output_uri(stage), on_inner, on_idle=on_idle):
             if isinstance(outcome, ShardFailure):
                 _log_failure(stage, outcome, attempt, cluster.max_attempts)
                 failures.append(outcome)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import doctor
 from flows.doctor import Finding
@@ -48,8 +49,10 @@ def test_prefect_api_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     assert only(doctor.check_prefect()).level == "ok"
-    monkeypatch.setenv("PREFECT_API_URL", f"http://127.0.0.1:{free_port()}/api")
-    dead = only(doctor.check_prefect())
+    url = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with temporary_settings({PREFECT_API_URL: url}):  # Prefect has read its variables before
+        dead = only(doctor.check_prefect())
     assert dead.level == "problem" and "unset it" in dead.remedy
 
 

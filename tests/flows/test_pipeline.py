@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from flows.tasks import Run, worth_retrying
 from stages.base import Shard, Stage
 from stages.errors import ConfigError, InputError, StageError, StorageError
 from stages.executor import ClusterConfig, LocalExecutor
-from stages.manifest import Manifest
+from stages.manifest import Manifest, ShardRecord
+from stages.orchestration import PrefectConfig
 from stages.runner import StageProgress, StageState, inspect_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
 
@@ -128,6 +130,29 @@ def test_runs_then_shows_cached(tmp_path: Path, server: PrivateServer) -> None:
     expected = dict.fromkeys(ends(run), "Completed") | {"report": "Completed", "flow": "Completed"}
     assert task_states(server, "first") == expected
     assert task_states(server, "second") == expected | dict.fromkeys(ends(run), "Cached")
+
+
+class Endless(Numbers):
+    """Has more shards than anybody waits for, and tells of each."""
+
+    def process(self, shard: Shard, output: str) -> ShardRecord:
+        time.sleep(0.05)
+        return super().process(shard, output)
+
+
+def test_a_stage_that_takes_too_long_is_stopped_and_tried_again(tmp_path: Path, server: PrivateServer) -> None:
+    stage = Endless(NumbersConfig(counts=(1,) * 30), root=str(tmp_path))
+    run = new_run(str(tmp_path), {"numbers": stage})
+    limits: Any = {"numbers": 0.6}
+    run.prefect = PrefectConfig(stage_timeouts_s=limits, retry_delay_s=0.1)
+    error = run_pipeline(run, name="too long", server=server)
+    assert isinstance(error, StageError) and "numbers: not done after 0.6 s" in str(error)
+    assert task_states(server, "too long")["numbers"] == "TimedOut"
+    done = len(list((tmp_path / "numbers" / "shards").glob("*.json")))
+    assert 12 < done < 30, "the second try went on where the first one stopped"
+    run = new_run(str(tmp_path), {"numbers": stage})
+    assert run_pipeline(run, name="with time", server=server) is None
+    assert ends(run) == {"numbers": "done"}
 
 
 def test_a_failure_stays_local(tmp_path: Path, server: PrivateServer) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +15,8 @@ from prefect.states import Running
 
 from flows.prefect_server import PrivateServer, ServerError, answers, prefect_api, state_folder
 from tests.conftest import free_port
+
+TOP = Path(__file__).parents[2]
 
 
 @flow(name="empty")
@@ -51,13 +56,76 @@ def test_a_server_that_cannot_start_says_where_to_look(tmp_path: Path, monkeypat
         server.wait()
 
 
-def test_an_api_url_that_is_dead_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+# ---- the user's own server ------------------------------------------------------------------------------------------
 
+
+def asked(folder: Path, code: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run a line of Python in a folder, as a user with a home of her own and nothing of Prefect in the environment."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    path = os.pathsep.join([str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])])
+    given = inherited | {"HOME": str(folder / "home"), "PYTHONPATH": path} | variables
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, env=given, cwd=folder, capture_output=True, text=True, timeout=60)
+
+
+PROFILES = """active = "mine"
+[profiles.mine]
+PREFECT_API_URL = "http://profile.example/api"
+[profiles.other]
+PREFECT_API_URL = "http://other.example/api"
+[profiles.none]
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("files", "variables", "expected"),
+    [
+        ({}, {}, ""),
+        ({}, {"PREFECT_API_URL": "http://variable.example/api"}, "http://variable.example/api"),
+        ({"home/.prefect/profiles.toml": PROFILES}, {}, "http://profile.example/api"),
+        ({"home/.prefect/profiles.toml": PROFILES}, {"PREFECT_PROFILE": "other"}, "http://other.example/api"),
+        ({"home/.prefect/profiles.toml": PROFILES}, {"PREFECT_PROFILE": "none"}, ""),
+        ({"elsewhere/profiles.toml": PROFILES}, {"PREFECT_HOME": "elsewhere"}, "http://profile.example/api"),
+        ({"p.toml": PROFILES}, {"PREFECT_PROFILES_PATH": "p.toml"}, "http://profile.example/api"),
+        ({"prefect.toml": '[api]\nurl = "http://file.example/api"\n'}, {}, "http://file.example/api"),
+        (
+            {"pyproject.toml": '[tool.prefect.api]\nurl = "http://project.example/api"\n'},
+            {},
+            "http://project.example/api",
+        ),
+        ({".env": "PREFECT_API_URL=http://dot.example/api\n"}, {}, "http://dot.example/api"),
+    ],
+    ids=lambda value: "+".join([*value]) if isinstance(value, dict) else None,
+)
+def test_the_users_server_is_found_as_prefect_finds_it(
+    tmp_path: Path, files: dict[str, str], variables: dict[str, str], expected: str
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    ours = "import sys; from flows.prefect_server import user_api_url; print(user_api_url(), 'prefect' in sys.modules)"
+    found = asked(tmp_path, ours, **variables)
+    url, _, asked_prefect = found.stdout.strip().rpartition(" ")
+    assert (url, found.returncode) == (expected, 0), found.stderr
+    assert (asked_prefect == "True") is bool(files or variables), "Prefect is asked where something may name a server"
+
+
+@pytest.mark.slow
+def test_a_server_that_is_dead_is_refused_with_where_it_was_named(tmp_path: Path) -> None:
+    (tmp_path / "home" / ".prefect").mkdir(parents=True)
     url = f"http://127.0.0.1:{free_port()}/api"
-    refused = pytest.raises(ServerError, match="start that server, or unset it")
-    with temporary_settings({PREFECT_API_URL: url}), refused, prefect_api(None):
-        pass
+    (tmp_path / "home" / ".prefect" / "profiles.toml").write_text(
+        f'active = "mine"\n[profiles.mine]\nPREFECT_API_URL = "{url}"\n'
+    )
+    config, store = str(TOP / "configs" / "quickstart.yaml"), f"root={tmp_path / 'store'}"
+    line = ["run", config, "-s", store, "-s", "cluster.executor=local", "--only", "source"]
+    ended = asked(tmp_path, f"import sys; from flows.cli import main; sys.exit(main({line!r}))")
+    assert ended.returncode == 1
+    assert ended.stderr.count("unclip:") == 1 and "Traceback" not in ended.stderr
+    assert f"Prefect's profile 'mine': the Prefect API at {url} does not answer" in ended.stderr
+    assert "start that server" in ended.stderr
+    assert not (tmp_path / "home" / ".local").exists(), "no private server was started beside it"
 
 
 def test_state_folder_names_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

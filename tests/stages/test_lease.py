@@ -19,7 +19,7 @@ import pytest
 from stages import storage, swap
 from stages.base import Stage
 from stages.executor import ClusterConfig, LocalExecutor
-from stages.lease import Holding, LeaseLostError, Owner, claim, fenced, hold, lease_uri, read_lease
+from stages.lease import Holding, LeaseLostError, Owner, claim, fenced, hold, lease_uri, read_lease, release_all
 from stages.manifest import Manifest, manifest_uri
 from stages.runner import inspect_stage, run_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig
@@ -58,6 +58,16 @@ def _do(root: str) -> Manifest:
     with hold(root, stage.name, fingerprint, ttl_s=TTL_S) as lease:
         found = inspect_stage(stage, fingerprint, {}).manifest
         return found or run_stage(stage, fingerprint, {}, LocalExecutor(), ClusterConfig(), lease=lease)
+
+
+def test_a_process_that_ends_hard_gives_back_all_it_holds(tmp_path: Path) -> None:
+    uris = [str(tmp_path / name / "lease.json") for name in ("a", "b")]
+    leases = [claim(uri, ttl_s=60) for uri in uris]
+    release_all(timeout_s=10)
+    for uri, lease in zip(uris, leases, strict=True):
+        found = read_lease(uri)
+        assert found is not None and found.is_free and found.token == lease.token
+        claim(uri, ttl_s=60).release()  # at once, though the owner is alive and its time not up
 
 
 def test_one_owner_at_a_time_and_the_token_rises(atomic_root: str) -> None:

@@ -1,0 +1,156 @@
+"""The flows that ``unclip deploy`` and ``unclip serve`` register; a worker imports them by this module's name.
+
+``run`` does what ``unclip run`` does, in a worker's process. Its parameter is the whole config as plain values, so that
+Prefect's form shows every setting, its server refuses a wrong one, and the worker needs no file. ``watch`` looks at the
+URL lists and says once, as an event, that they hold something new; an automation turns the event into a run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from prefect import flow
+from prefect.context import FlowRunContext, TaskRunContext
+from prefect.events import emit_event
+from prefect.logging.handlers import APILogHandler
+
+from flows import cli_jobs
+from flows.console import open_console
+from flows.interrupt import Interrupt
+from flows.logs import PACKAGES, configure_logging
+from flows.pipeline import run_stages
+from flows.progress import LogDisplay
+from flows.project import Project, project_of
+from flows.run_project import run_project
+from flows.selection import Selection, check_upstream, select
+from flows.tasks import CURRENT_RUN, Run
+from stages import storage
+from stages.config import check_config, overridden
+from stages.errors import NotFoundError, StageError
+from stages.graph import STAGE_NAMES
+from stages.manifest import digest_of
+from stages.source import Source
+
+FLOW_NAME, WATCH_NAME = "unclip", "unclip-watch"
+LISTS_CHANGED = "unclip.lists.changed"
+_ANNOUNCED = "source/lists/announced.json"
+
+
+@flow(name=FLOW_NAME, flow_run_name="{name}", persist_result=False)
+def run(
+    config: dict[str, Any],
+    name: str = "unclip",
+    overrides: Sequence[str] = (),
+    start: str | None = None,
+    until: str | None = None,
+    only: str | None = None,
+    force: Sequence[str] = (),
+) -> str:
+    """Bring the pipeline to its end; done stages are not repeated.
+
+    Args:
+        config: every setting, checked like a config file.
+        name: of the config, shown and recorded.
+        overrides: settings to change, as ``-s`` takes them.
+        start: leave out the stages before it.
+        until: leave out the stages after it.
+        only: this stage alone.
+        force: stages to run anew even if they are done.
+
+    Returns:
+        The URI of the report.
+
+    Raises:
+        StageError: if a stage failed; the same run again goes on from there.
+    """
+    _log_to_prefect()
+    project = project_of(check_config(overridden(config, overrides), place=name))
+    selection = select(STAGE_NAMES, start=start, until=until, only=only, force=force)
+    upstream = {stage: project.stages[stage].upstream for stage in project.stages}
+    check_upstream(selection, upstream, {stage: state.status == "done" for stage, state in project.states.items()})
+    storage.check_writable(project.config.root)
+    if project.config.cluster.submit is not None:
+        return _run_as_job(project, selection, name)
+    with Interrupt(takes_signals=False) as interrupt:
+        ended = run_project(project, selection, name, _run_here, interrupt=interrupt, shown=LogDisplay())
+    if ended.errors:
+        raise StageError("; ".join(ended.errors))
+    return ended.report_uri
+
+
+def _log_to_prefect() -> None:
+    """Show our lines in the worker's terminal and on the run's page; Prefect has been imported before it could know."""
+    configure_logging(open_console(sys.stderr), debug=False)
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
+        if not any(isinstance(handler, APILogHandler) for handler in logger.handlers):
+            handler = APILogHandler()
+            handler.addFilter(lambda record: FlowRunContext.get() is not None or TaskRunContext.get() is not None)
+            logger.addHandler(handler)
+
+
+def _run_here(run: Run) -> BaseException | None:
+    """Run the stages as tasks of the flow run this is called in."""
+    run.shows_progress = True
+    token = CURRENT_RUN.set(run)
+    try:
+        run_stages(run)
+    except StageError as error:
+        return error
+    finally:
+        CURRENT_RUN.reset(token)
+    return None
+
+
+def _run_as_job(project: Project, selection: Selection, name: str) -> str:
+    """Follow the Ray Job that does the work; it shows its stages in a flow run of its own on the same server."""
+    from flows.summary import report_uri
+
+    code = cli_jobs.run_as_job(argparse.Namespace(config=name, detach=False, json=False), project, selection)
+    if code:
+        raise StageError(f"the Ray Job of {name} ended with exit code {code}; its log is above")
+    return report_uri(project.config.root)
+
+
+@flow(name=WATCH_NAME, flow_run_name="{name}", persist_result=False)
+def watch(config: dict[str, Any], name: str = "unclip") -> list[str]:
+    """Look at the URL lists; emit ``unclip.lists.changed`` once for every new content of them.
+
+    Returns:
+        What has changed, one line a list; nothing if nothing has, or if it has been said before.
+    """
+    project = project_of(check_config(config))
+    state, source = project.states["source"], project.stages["source"]
+    uri = storage.join(project.config.root, _ANNOUNCED)
+    # The fingerprint holds the content of all lists: it is the name of what is new.
+    if state.status == "done" or _announced(uri) == state.fingerprint:
+        return []
+    assert isinstance(source, Source)
+    changes = [str(change) for change in source.changes()] or ["the lists have not been read before"]
+    emit_event(
+        event=LISTS_CHANGED,
+        resource=lists_resource(project.config.root, name),
+        payload={"changes": changes, "fingerprint": state.fingerprint},
+    )
+    # Written after it: a watcher that is killed between the two says it twice, and never not at all.
+    storage.write_json(uri, {"fingerprint": state.fingerprint})
+    return changes
+
+
+def lists_resource(root: str, name: str) -> dict[str, str]:
+    """Name the lists of a store as a resource of events."""
+    return {
+        "prefect.resource.id": f"unclip.lists.{digest_of(storage.absolute(root))[:16]}",
+        "prefect.resource.name": f"URL lists of {name}",
+    }
+
+
+def _announced(uri: str) -> str:
+    try:
+        return str(storage.read_json(uri)["fingerprint"])
+    except NotFoundError:
+        return ""

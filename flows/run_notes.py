@@ -1,0 +1,60 @@
+"""What a run tells in words beside its report: its cost as planned and as it came, and what the gate would say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from flows.progress import format_duration
+from flows.report_plan import planned_and_actual
+from stages.config import Config
+from stages.gate import decide
+from stages.manifest import Manifest
+from stages.registry import find_version, read_production
+
+
+def run_notes(manifests: Mapping[str, Manifest], config: Config) -> dict[str, str]:
+    """Return the tables in markdown, by the keys of their artifacts.
+
+    Args:
+        manifests: the finished stages.
+        config: what was run.
+    """
+    notes = {"cost": cost_table(manifests)}
+    if "evaluate" in manifests:
+        notes["promotion"] = gate_table(manifests["evaluate"], config)
+    return notes
+
+
+def cost_table(manifests: Mapping[str, Manifest]) -> str:
+    """Hold samples and work of every stage against the plan."""
+    rows = [
+        [
+            row.stage,
+            "-" if row.planned_samples is None else f"{row.planned_samples:,.0f}",
+            f"{row.kept_samples:,}",
+            "-" if row.planned_s is None else format_duration(row.planned_s),
+            format_duration(row.worked_s),
+        ]
+        for row in planned_and_actual(manifests)
+    ]
+    total = format_duration(sum(row.worked_s for row in planned_and_actual(manifests)))
+    header = ["stage", "samples planned", "samples kept", "work planned", "work done"]
+    return f"{_table(header, rows)}\n\nAll workers together: {total}. `unclip plan --cost` turns work into money."
+
+
+def gate_table(evaluate: Manifest, config: Config) -> str:
+    """Say what the gate would decide about a run; the decision itself is made by ``unclip promote``."""
+    number = read_production(config.root).number
+    before = None if number is None else find_version(config.root, number).metrics
+    decision = decide(config.gate, evaluate.metrics, production=before, compared_with=number)
+    beside = "nothing is in production" if number is None else f"in production is version {number}"
+    if not decision.rules:
+        return f"No rule is set (section `gate`); {beside}."
+    rows = [["met" if rule.passed else "**not met**", rule.metric, rule.bound, rule.reason] for rule in decision.rules]
+    verdict = "would be promoted" if decision.passed else "would be **refused**"
+    return f"This run {verdict}; {beside}.\n\n{_table(['', 'metric', 'bound', 'why'], rows)}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |" for line in lines)

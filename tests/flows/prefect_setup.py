@@ -1,0 +1,122 @@
+"""A real Prefect server and a real worker, each a process of its own, for the drills of deployments."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from flows.prefect_server import answers
+from tests.conftest import free_port
+
+TOP = Path(__file__).parents[2]
+_QUICK = {
+    "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "1",
+    "PREFECT_SERVER_SERVICES_SCHEDULER_RECENT_DEPLOYMENTS_LOOP_SECONDS": "1",
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_WORKER_PREFETCH_SECONDS": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_LEVEL": "WARNING",
+}
+
+
+def environment(home: Path, url: str) -> dict[str, str]:
+    """Return the environment of everybody who uses that server."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    path = os.pathsep.join([str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return inherited | _QUICK | {"PREFECT_HOME": str(home), "PREFECT_API_URL": url, "PYTHONPATH": path}
+
+
+@contextlib.contextmanager
+def running_server(home: Path, *, ui: bool = False) -> Iterator[str]:
+    """Run a server; yield the address of its API."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    log = (home / "server.log").open("wb")
+    process = subprocess.Popen(
+        command if ui else [*command, "--no-ui"], env=environment(home, url), stdout=log, stderr=log
+    )
+    try:
+        eventually(lambda: answers(url), 90, f"the server of {home}")
+        yield url
+    finally:
+        end(process)
+        log.close()
+
+
+@contextlib.contextmanager
+def running_worker(home: Path, url: str, pool: str, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a worker of a pool."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"]
+    log = (home / "worker.log").open("wb")
+    worker = subprocess.Popen(command, env=environment(home, url) | variables, stdout=log, stderr=log, cwd=home)
+    try:
+        yield worker
+    finally:
+        end(worker)
+        log.close()
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and what it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        left = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=20)
+        for child in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait()
+
+
+def eventually(found: Callable[[], Any], timeout_s: float, what: str) -> Any:
+    """Wait until there is something true to return."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if value := found():
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"{what}: nothing after {timeout_s:g} s")
+
+
+def marked(name: str, value: str) -> list[psutil.Process]:
+    """Return the living processes that have this variable in their environment."""
+    found = []
+    for process in psutil.process_iter(["status"]):
+        with contextlib.suppress(psutil.Error):
+            if process.info["status"] != psutil.STATUS_ZOMBIE and process.environ().get(name) == value:
+                found.append(process)
+    return found
+
+
+@contextlib.contextmanager
+def listening_webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Serve an address that remembers the JSON that is sent to it."""
+    seen: list[dict[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            seen.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/", seen
+        server.shutdown()
