@@ -8,8 +8,8 @@ A registry is laid out as::
     <root>/registry/withdrawn/0001.json  it must not be used any more (``stages/withdrawn.py``)
     <root>/registry/starts/              from which version trainings started (``stages/starting_point.py``)
 
-The record of production is the only one that changes, and every change is one conditional write (``stages/swap.py``)
-of what was read before the decision: of two promotions at the same time one wins and the other is told, and nobody ever
+Versions and withdrawals are written once. Every change of production is one conditional write (``stages/swap.py``) of
+what was read before the decision: of two promotions at the same time one wins and the other is told, and nobody ever
 sees half of one. Its history only grows.
 """
 
