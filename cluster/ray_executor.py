@@ -132,7 +132,7 @@ class RayExecutor:
 
         # Beside the driver: it must not go down with a node that the work can do without.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        board: Any = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board)
+        board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
         self._board = board.remote()
         self._closed = threading.Event()
         self._lock = threading.Lock()
