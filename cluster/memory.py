@@ -14,6 +14,7 @@ import torch
 
 from cluster.deepspeed_config import deepspeed_config
 from stages.activation_memory import ActivationMemory, activation_memory
+from stages.errors import ConfigError
 from stages.train import GeneratorTraining, example_batch
 from stages.training import model_loss
 from stages.training_config import engine_settings
@@ -115,13 +116,16 @@ def states_and_passing(
     if settings.zero_stage == 1:
         passing = max(kept + bucket, whole + 2 * part)
     elif settings.zero_stage == 2:
-        passing = bucket + (2 * part + activations.peak if accumulates else max(activations.peak, 2 * part))
+        # A second micro batch meets the first one's part; a bucket's copy may outlive its reduction.
+        sums = 2 * part + max(activations.peak, min(whole, bucket)) if accumulates else max(activations.peak, 2 * part)
+        passing = bucket + sums
     gradients, weights = 0, whole
     if settings.zero_stage == 3:
         threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
         small = _F32 * sum(size for size in sizes if size < threshold)
         gradients, weights = part + bucket, part + small
-        passing = min(whole, _F32 * zero.get("stage3_max_live_parameters", _LIVE)) + activations.peak
+        gathered = min(whole, _F32 * zero.get("stage3_max_live_parameters", _LIVE))
+        passing = gathered + max(activations.peak, min(whole, bucket) + _F32 * max(sizes))
     if settings.offload_optimizer == "cpu":
         # The gradient's part, a staging copy of the weights (stages 1 and 2), and a parameter's gradient on its way.
         staging = part + 2 * _F32 * max(sizes) if settings.zero_stage < 3 else 0
@@ -186,5 +190,5 @@ def _changes(config: GeneratorTraining) -> Iterator[tuple[str, GeneratorTraining
         yield f"zero_stage={stage}", config
     for name in ("offload_optimizer", "offload_parameters"):
         if getattr(config, name) == "none":
-            config = dataclasses.replace(config, **{name: "cpu"})
+            config = dataclasses.replace(config, **{name: "cpu"})  # type: ignore[arg-type]
             yield f"{name}=cpu", config

@@ -67,14 +67,14 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
             "stages_of_unknown_price": unknown_prices,
             "currency": machines.currency if machines else None,
             "storage_price_per_month": month,
-            "memory_per_rank_bytes": {name: dataclasses.asdict(found) for name, found in memory.items()},
+            "memory_per_rank_bytes": {name: dataclasses.asdict(rank) for name, rank in memory.items()},
         }
         print_json(summary)
         return 0
     _print(estimates, machines)
-    for name, found in memory.items():
-        offloaded = f", and {_bytes(found.offloaded)} of the CPU's" if found.offloaded else ""
-        print(f"{name}: a rank takes {_bytes(found.on_device)} of memory beside data and libraries{offloaded}")
+    for name, rank in memory.items():
+        offloaded = f", and {_bytes(rank.offloaded)} of the CPU's" if rank.offloaded else ""
+        print(f"{name}: a rank takes {_bytes(rank.on_device)} of memory beside data and libraries{offloaded}")
     currency = machines.currency if machines else ""
     print(f"work: {hours:,.3g} worker hours{_but(unknown_hours)}")
     priced = unknown_prices < sum(item.status == "pending" for item in estimates)

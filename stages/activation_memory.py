@@ -92,7 +92,7 @@ class _Pass(nn.Module):
         """Do both."""
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._precision == "bf16"):
             value, _ = self._loss(self.model, batch, random)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
 
 
 class _Storages(TorchDispatchMode):

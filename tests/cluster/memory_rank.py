@@ -4,7 +4,7 @@ Usage: python -m tests.cluster.memory_rank RANK WORLD_SIZE FOLDER
 
 ``FOLDER/jobs.pickle`` is a list of configs; the first rank writes what it measured of each to ``found.json``, bytes:
 ``held`` between two steps, by the storages of all tensors alive, and ``passing``, by the allocations that torch's
-profiler saw in a step. ``found.json`` has the estimates too.
+profiler saw in three steps. ``found.json`` has the estimates too.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def micro_batches(config: Any, num: int, size: int) -> Iterator[MicroBatch]:
 
 
 def measure(config: Any, world_size: int) -> dict[str, float]:
-    """Take three steps, the third one watched."""
+    """Take five steps, the last three watched."""
     before = live_bytes()
     settings = engine_settings(config, world_size)
     make: Any = TorchEngine if config.engine == "torch" else DeepSpeedEngine
@@ -72,7 +72,8 @@ def measure(config: Any, world_size: int) -> dict[str, float]:
     held = live_bytes() - before
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
-        step()
+        for _ in range(3):
+            step()
     live = passing = 0
     events = [event for event in watched.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
