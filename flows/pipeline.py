@@ -82,8 +82,8 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
         KeyboardInterrupt: if the user stopped it.
         UnclipError: if a training cannot start from the version it should start from.
     """
-    for chosen_stage in run.selection.stages:
-        if isinstance(stage := run.stages[chosen_stage], Training):
+    for stage_name in run.selection.stages:
+        if isinstance(stage := run.stages[stage_name], Training):
             stage.settle()
     # In this process alone, stages that run side by side would only fight for its cores.
     num_threads = 1 if isinstance(run.executor, LocalExecutor) else len(run.stages)
