@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from flows.project import open_project
+from flows.project import Project, open_project
 from stages.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ def export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=FORMATS, required=True, help="diffusers' own, or this project's files")
     parser.add_argument("--only", action="append", choices=TRAINED, metavar="MODEL", help="this model; repeatable")
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="gets one entry per model")
+    parser.add_argument(
+        "--step", type=_step, metavar="N", help="from the checkpoint of step N or `last`, also of unfinished trainings"
+    )
 
 
 def export_embeddings_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,33 +54,68 @@ def import_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--schedule", choices=("cosine", "linear"), default="cosine", help="of a file: noise schedule")
 
 
+def _step(text: str) -> int | Literal["last"]:
+    if text == "last":
+        return "last"
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is neither a number of steps nor `last`") from None
+
+
 def export(args: argparse.Namespace) -> int:
     """Write the trained models for other software."""
-    from stages.weights import checked_copy, weights_of
-    from unclip_models.checkpoint import load_model, save_model
+    from unclip_models.checkpoint import save_model
     from unclip_models.diffusers_format import export_diffusers
 
     project = open_project(args.config, args.set)
-    wanted = args.only or TRAINED
-    if missing := [name for name in wanted if name not in project.manifests]:
-        raise InputError(f"export: {', '.join(missing)} not finished; `unclip run` trains what is missing")
     folder = Path(args.output)
-    for name in wanted:
-        with checked_copy(project.config.root, weights_of(project.manifests[name])) as path:
-            model, metadata = load_model(path)
+    for name, read in _trained_models(project, args.only or TRAINED, args.step):
+        model, origin = read()
         target = folder / name if args.format == "diffusers" else folder / f"{name}.safetensors"
         try:
             if args.format == "diffusers":
                 export_diffusers(model, target)
             else:
                 folder.mkdir(parents=True, exist_ok=True)
-                save_model(model, target, metadata={key: metadata[key] for key in ("stage", "shard", "steps", "seed")})
+                save_model(model, target, metadata=origin)
         except ValueError as error:
             raise ConfigError(f"export {name}: {error}") from None
         except OSError as error:
             raise InputError(f"-o {target}: cannot be written ({error.strerror}); choose another place") from None
         print(target)
     return 0
+
+
+def _trained_models(
+    project: Project, names: Sequence[str], step: int | Literal["last"] | None
+) -> list[tuple[str, Callable[[], tuple[nn.Module, dict[str, str]]]]]:
+    """Tell how to read each model and where its weights are from; what is missing is said before anything is read."""
+    from stages.runner import output_uri
+    from stages.train import Training
+    from stages.weights import checked_copy, weights_of
+    from unclip_models.checkpoint import load_model
+
+    found = project.manifests
+
+    def finished(name: str) -> tuple[nn.Module, dict[str, str]]:
+        with checked_copy(project.config.root, weights_of(found[name])) as path:
+            model, metadata = load_model(path)
+        return model, {key: metadata[key] for key in ("stage", "shard", "steps", "seed")}
+
+    def so_far(name: str) -> tuple[nn.Module, dict[str, str]]:
+        stage = project.stages[name]
+        assert isinstance(stage, Training)
+        inputs = {upstream: found[upstream] for upstream in stage.upstream}
+        return stage.model_so_far(inputs, output_uri(stage), None if step == "last" else step)
+
+    needed = names if step is None else [upstream for name in names for upstream in project.stages[name].upstream]
+    if missing := [name for name in dict.fromkeys(needed) if name not in found]:
+        raise InputError(
+            f"export: {', '.join(missing)} not finished; `unclip run` makes what is missing"
+            + ("; --step last exports what a training has reached" if step is None else "")
+        )
+    return [(name, partial(finished if step is None else so_far, name)) for name in names]
 
 
 def export_embeddings(args: argparse.Namespace) -> int:

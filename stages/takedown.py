@@ -182,7 +182,8 @@ def _publish(root: str, record: ShardRecord, extension: str, content: bytes) -> 
 def _records(root: str, stage: str) -> Iterator[ShardRecord]:
     """Read all shard records of a stage, those of earlier settings included."""
     folder = storage.join(root, stage, "shards")
-    names = [name for name in storage.list_files(folder) if name.endswith(".json") and "/" not in name]
+    # Beside the records lie JSON files that are results, such as <shard>.metrics.json.
+    names = [name for name in storage.list_files(folder) if name.partition(".")[2] == "json" and "/" not in name]
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         for value in pool.map(lambda name: storage.read_json(storage.join(folder, name)), names):
             yield ShardRecord.from_json(value)

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from stages import storage
 from stages.base import Affects, Resources, Shard, Stage, record_uri, setting
+from stages.checkpoints import CheckpointFolder
 from stages.dataset import TrainingStream
 from stages.disk_cache import disk_cache
-from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
+from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position, trainable
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.flops import flops_per_sample
 from stages.held_out import HeldOutSamples, held_out_counts
@@ -348,7 +349,10 @@ class Training(Stage[TrainingC]):
 
     @property
     def _device(self) -> torch.device:
-        return torch.device("cuda", torch.cuda.current_device()) if self.config.gpus_per_rank else torch.device("cpu")
+        # Without a GPU a model is put together all the same; a rank would have been refused one by its engine before.
+        if self.config.gpus_per_rank and torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
 
     def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
         """Give what the training is looked at with; on the first rank, which writes the metrics, with the model's
@@ -430,12 +434,52 @@ class Training(Stage[TrainingC]):
         diffusion = getattr(self.config.model, "diffusion", None)
         return diffusion.num_timesteps if diffusion is not None else None
 
+    def model_so_far(
+        self, inputs: Mapping[str, Manifest], output: str, step: int | None = None
+    ) -> tuple[nn.Module, dict[str, str]]:
+        """Put a model together from a checkpoint of its training, finished or not; needs neither GPU nor engine.
+
+        Args:
+            inputs: the finished stages that the training reads.
+            output: URI of the folder of the stage's shards.
+            step: which checkpoint; None for the newest.
+
+        Returns:
+            The model with the averaged weights, on the CPU, and where they are from: stage, shard, steps and seed.
+
+        Raises:
+            InputError: if there is no such checkpoint.
+            IntegrityError: if it is damaged.
+        """
+        (shard,) = self.plan(inputs)
+        checkpoints = CheckpointFolder(storage.join(output, shard.id), keep_last=1)
+        steps = checkpoints.steps()
+        if not steps:
+            raise InputError(f"{self.name}: this training has no checkpoint yet; `unclip run` makes the first one")
+        if step is not None and step not in steps:
+            found = ", ".join(f"{known:,}" for known in sorted(steps))
+            raise InputError(f"{self.name}: there is no checkpoint of step {step:,}; there are those of {found}")
+        chosen = steps[0] if step is None else step
+        clip = self._clip(shard)
+        fresh = self.build_model(shard, clip)
+        freeze(fresh, self.config.frozen, f"{self.name}.frozen")
+        shapes = {name: param.shape for name, param in trainable(fresh).items()}
+        model = self._trained_model(shard, clip, checkpoints.weights(chosen, shapes))
+        return model.cpu().eval(), self._origin(shard, chosen)
+
+    def _trained_model(self, shard: Shard, clip: ClipModel | None, weights: Mapping[str, Tensor]) -> nn.Module:
+        model = self.build_model(shard, clip)
+        model.load_state_dict({**model.state_dict(), **weights})
+        self.complete(model, shard, clip)
+        return model
+
+    def _origin(self, shard: Shard, step: int) -> dict[str, str]:
+        return {"stage": self.name, "shard": shard.id, "steps": str(step), "seed": str(self.seed)}
+
     def _export(self, shard: Shard, output: str, trained: Trained, clip: ClipModel | None, started_at: float) -> None:
         assert trained.weights is not None
-        model = self.build_model(shard, clip)
-        model.load_state_dict({**model.state_dict(), **trained.weights})
-        self.complete(model, shard, clip)
-        metadata = {"stage": self.name, "shard": shard.id, "steps": str(trained.step), "seed": str(self.seed)}
+        model = self._trained_model(shard, clip, trained.weights)
+        metadata = self._origin(shard, trained.step)
         num_samples = sum(shard.params["num_kept"])
         num_held_out = sum(shard.params.get("num_held_out", ()))
         with tempfile.TemporaryDirectory(prefix="unclip-export-") as scratch:

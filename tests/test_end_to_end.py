@@ -178,6 +178,15 @@ def test_every_manipulation_and_exchange_of_weights(
     unclip("export", "--format", "safetensors", "-o", str(exported))
     for name, kind in (("decoder", Decoder), ("upsampler_1024", Upsampler)):
         assert isinstance(load_model(exported / f"{name}.safetensors")[0], kind)
+    last = tmp_path / "last"
+    unclip("export", "--format", "safetensors", "--step", "last", "-o", str(last))
+    for path in exported.iterdir():
+        assert (last / path.name).read_bytes() == path.read_bytes(), "put together from a checkpoint: the same to the bit"
+    unclip("export", "--format", "safetensors", "--step", "9", "--only", "decoder", "-o", str(tmp_path / "earlier"))
+    model, origin = load_model(tmp_path / "earlier" / "decoder.safetensors")
+    assert isinstance(model, Decoder) and origin["steps"] == "9"
+    assert main(["export", *config, "--format", "safetensors", "--step", "7", "-o", str(last)]) == 1
+    assert "prior: there is no checkpoint of step 7; there are those of 9, 12" in capsys.readouterr().err
     assert main(["export", *config, "--format", "diffusers", "--only", "decoder", "-o", str(exported)]) == 2
     assert "diffusers has one number for all" in capsys.readouterr().err  # 8 channels: too narrow for it
 
