@@ -181,7 +181,9 @@ def test_every_manipulation_and_exchange_of_weights(
     last = tmp_path / "last"
     unclip("export", "--format", "safetensors", "--step", "last", "-o", str(last))
     for path in exported.iterdir():
-        assert (last / path.name).read_bytes() == path.read_bytes(), "put together from a checkpoint: the same to the bit"
+        assert (last / path.name).read_bytes() == path.read_bytes(), (
+            "put together from a checkpoint: the same to the bit"
+        )
     unclip("export", "--format", "safetensors", "--step", "9", "--only", "decoder", "-o", str(tmp_path / "earlier"))
     model, origin = load_model(tmp_path / "earlier" / "decoder.safetensors")
     assert isinstance(model, Decoder) and origin["steps"] == "9"
