@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from flows.prefect_server import PrivateServer
+from flows.prefect_server import PrivateServer, user_api_url
 from flows.project import Project, open_project
 from flows.selection import Selection
 from stages.errors import InputError
@@ -110,7 +109,7 @@ def backfill(
 @contextlib.contextmanager
 def _one_server() -> Iterator[None]:
     """Keep one private Prefect server for all days; starting it takes longer than a day with few rows."""
-    if os.environ.get("PREFECT_API_URL"):
+    if user_api_url():
         yield
         return
     with PrivateServer() as server:

@@ -27,7 +27,6 @@ from flows.tasks import CURRENT_RUN, Run, publish_report, stage_task
 from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
 from stages.manifest import manifest_uri
-from stages.train import Training
 
 
 @flow(name="unclip", flow_run_name="{name}", persist_result=False)
@@ -111,7 +110,7 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
     Args:
         run: the live things of the run.
         name: of this run, shown in Prefect.
-        server: a private server being started, or ``None`` where ``PREFECT_API_URL`` is set.
+        server: a private server being started, or ``None`` where the user has a server.
 
     Returns:
         What the flow raised, if it failed.
@@ -119,11 +118,7 @@ def run_pipeline(run: Run, *, name: str, server: PrivateServer | None) -> BaseEx
     Raises:
         ServerError: if there is no Prefect API to talk to.
         KeyboardInterrupt: if the user stopped it.
-        UnclipError: if a training cannot start from the version it should start from.
     """
-    for stage_name in run.selection.stages:
-        if isinstance(stage := run.stages[stage_name], Training):
-            stage.settle()
     with prefect_api(server):
         run.shows_progress = server is None  # a private server has no pages
         token = CURRENT_RUN.set(run)

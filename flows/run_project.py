@@ -57,7 +57,7 @@ def run_project(
         shown: told about every stage.
 
     Raises:
-        UnclipError: if the run cannot begin.
+        UnclipError: if the run cannot begin, or a training cannot start from the version it should start from.
         BaseException: what else than ``KeyboardInterrupt`` breaks ``execute`` off; the end is recorded all the same.
     """
     config = project.config
@@ -65,6 +65,7 @@ def run_project(
         from flows.pipeline import open_executor
         from flows.report import funnel_markdown
         from flows.tasks import Run
+        from stages.train import Training
 
         executor = open_executor(config.cluster, interrupt)
         run = Run(
@@ -83,6 +84,9 @@ def run_project(
         )
         error: BaseException | None = None
         try:
+            for name in selection.stages:
+                if isinstance(stage := project.stages[name], Training):
+                    stage.settle()
             error = execute(run)
         except KeyboardInterrupt:
             pass
