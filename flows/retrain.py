@@ -91,7 +91,7 @@ def retrain(
     if any(change.number == version.number for change in production.history):
         return Retrained(status="taken back", has_run=has_run, version=version, production=production.number)
     if not promote:
-        decision = ask_gate(root, version, gate)
+        decision = ask_gate(root, gate, version.metrics)
         return Retrained(
             status="held", has_run=has_run, version=version, production=production.number, decision=decision
         )

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from flows.progress import format_duration
 from flows.report_plan import planned_and_actual
 from stages.config import Config
-from stages.gate import decide
 from stages.manifest import Manifest
-from stages.registry import find_version, read_production
+from stages.registry import ask_gate
+from stages.version import metrics_of
 
 
 def run_notes(manifests: Mapping[str, Manifest], config: Config) -> dict[str, str]:
@@ -21,12 +21,13 @@ def run_notes(manifests: Mapping[str, Manifest], config: Config) -> dict[str, st
     """
     notes = {"cost": cost_table(manifests)}
     if "evaluate" in manifests:
-        notes["promotion"] = gate_table(manifests["evaluate"], config)
+        notes["promotion"] = gate_table(manifests, config)
     return notes
 
 
 def cost_table(manifests: Mapping[str, Manifest]) -> str:
     """Hold samples and work of every stage against the plan."""
+    plan = planned_and_actual(manifests)
     rows = [
         [
             row.stage,
@@ -35,18 +36,17 @@ def cost_table(manifests: Mapping[str, Manifest]) -> str:
             "-" if row.planned_s is None else format_duration(row.planned_s),
             format_duration(row.worked_s),
         ]
-        for row in planned_and_actual(manifests)
+        for row in plan
     ]
-    total = format_duration(sum(row.worked_s for row in planned_and_actual(manifests)))
+    total = format_duration(sum(row.worked_s for row in plan))
     header = ["stage", "samples planned", "samples kept", "work planned", "work done"]
     return f"{_table(header, rows)}\n\nAll workers together: {total}. `unclip plan --cost` turns work into money."
 
 
-def gate_table(evaluate: Manifest, config: Config) -> str:
-    """Say what the gate would decide about a run; the decision itself is made by ``unclip promote``."""
-    number = read_production(config.root).number
-    before = None if number is None else find_version(config.root, number).metrics
-    decision = decide(config.gate, evaluate.metrics, production=before, compared_with=number)
+def gate_table(manifests: Mapping[str, Manifest], config: Config) -> str:
+    """Say what the gate would decide about an evaluated run; the decision itself is made by ``unclip promote``."""
+    decision = ask_gate(config.root, config.gate, metrics_of(manifests))
+    number = decision.compared_with
     beside = "nothing is in production" if number is None else f"in production is version {number}"
     if not decision.rules:
         return f"No rule is set (section `gate`); {beside}."

@@ -265,9 +265,9 @@ def promote(root: str, number: int, gate: PromotionGateConfig, *, force_reason: 
     return Promotion(version=version, status="promoted", before=production.number, decision=decision)
 
 
-def ask_gate(root: str, version: Version, gate: PromotionGateConfig) -> Decision:
-    """Tell what the gate says of a version beside the one in production now; changes nothing."""
-    return _ask(root, gate, version.metrics, read_production(root))
+def ask_gate(root: str, gate: PromotionGateConfig, metrics: Mapping[str, Any]) -> Decision:
+    """Tell what the gate says of a version's or a run's metrics (``metrics_of``) beside production; changes nothing."""
+    return _ask(root, gate, metrics, read_production(root))
 
 
 def rollback(root: str, to: int | None = None) -> Change:
