@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from prefect.artifacts import create_image_artifact, create_link_artifact, create_markdown_artifact
 
 from flows.report_data import learning
+from flows.report_html import data_uri
 from flows.report_style import DRAWING_STYLE
 from flows.report_training import TRAININGS, loss_chart
 from stages.manifest import Manifest
@@ -59,8 +59,7 @@ def publish(
 
 
 def _show_image(key: str, kind: str, content: bytes, description: str) -> None:
-    url = f"data:{kind};base64,{base64.b64encode(content).decode()}"
-    create_image_artifact(url, key=key, description=description)
+    create_image_artifact(data_uri(kind, content), key=key, description=description)
 
 
 def standalone(svg: str) -> str:

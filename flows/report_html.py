@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Sequence
 from html import escape
@@ -70,6 +71,11 @@ def soft(text: str) -> str:
 def bar(fraction: float) -> str:
     """Return a bar, 0 to 1."""
     return f'<span class="track"><i style="width:{100 * min(max(fraction, 0.0), 1.0):.1f}%"></i></span>'
+
+
+def data_uri(media_type: str, content: bytes) -> str:
+    """Return a URI that is its own content, for a page that needs nothing else."""
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def number(value: float | str) -> str:

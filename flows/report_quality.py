@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from html import escape
 from typing import Any, NamedTuple
 
 from flows.charts import Interval, interval_chart
 from flows.report_data import MAX_IMAGES, ShownImage, page_image, shown_images
-from flows.report_html import card, legend, soft, table, tile, with_error
+from flows.report_html import card, data_uri, legend, soft, table, tile, with_error
 from stages.manifest import Manifest
 
 _SMALL_PX = 128  # images up to this side are enlarged without smoothing
@@ -94,7 +93,7 @@ def images_section(manifests: Mapping[str, Manifest]) -> str:
 
 def _figure(image: ShownImage) -> str:
     data, media_type, side = page_image(image.sample.image)
-    source = f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+    source = data_uri(media_type, data)
     pixels = ' class="pixels"' if side <= _SMALL_PX else ""
     caption = escape(image.sample.caption)
     seed = image.sample.metadata.get("seed")

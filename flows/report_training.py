@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from flows.charts import Series, line_chart, short_number, smooth
 from flows.report_data import Learning, learning
-from flows.report_html import card, cards, legend, number, soft, table
+from flows.report_html import card, cards, data_uri, legend, number, soft, table
 from stages.manifest import Manifest
 
 TRAININGS = {
@@ -58,9 +57,9 @@ def _gallery(grids: Sequence[str]) -> str:
 
 
 def _grid(title: str, step: int, png: bytes) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     label = escape(f"{title}: samples drawn after step {step:,}")
-    return card(f"{title}, step {step:,}", f'<img class="grid" src="{source}" alt="{label}" loading="lazy">')
+    image = f'<img class="grid" src="{data_uri("image/png", png)}" alt="{label}" loading="lazy">'
+    return card(f"{title}, step {step:,}", image)
 
 
 def loss_chart(found: Learning, title: str, width: float) -> str:

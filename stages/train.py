@@ -349,7 +349,7 @@ class Training(Stage[TrainingC]):
 
     @property
     def _device(self) -> torch.device:
-        # Without a GPU a model is put together all the same; a rank would have been refused one by its engine before.
+        # Without a GPU a model is put together all the same; a rank without one is refused by its engine.
         if self.config.gpus_per_rank and torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
         return torch.device("cpu")
@@ -461,24 +461,24 @@ class Training(Stage[TrainingC]):
             raise InputError(f"{self.name}: there is no checkpoint of step {step:,}; there are those of {found}")
         chosen = steps[0] if step is None else step
         clip = self._clip(shard)
-        fresh = self.build_model(shard, clip)
-        freeze(fresh, self.config.frozen, f"{self.name}.frozen")
-        shapes = {name: param.shape for name, param in trainable(fresh).items()}
-        model = self._trained_model(shard, clip, checkpoints.weights(chosen, shapes))
+        model = self.build_model(shard, clip)
+        freeze(model, self.config.frozen, f"{self.name}.frozen")
+        shapes = {name: param.shape for name, param in trainable(model).items()}
+        self._finish(model, shard, clip, checkpoints.weights(chosen, shapes))
         return model.cpu().eval(), self._origin(shard, chosen)
 
-    def _trained_model(self, shard: Shard, clip: ClipModel | None, weights: Mapping[str, Tensor]) -> nn.Module:
-        model = self.build_model(shard, clip)
+    def _finish(self, model: nn.Module, shard: Shard, clip: ClipModel | None, weights: Mapping[str, Tensor]) -> None:
+        """Give a model, as it was when the training began, what it learned and what it carries beside that."""
         model.load_state_dict({**model.state_dict(), **weights})
         self.complete(model, shard, clip)
-        return model
 
     def _origin(self, shard: Shard, step: int) -> dict[str, str]:
         return {"stage": self.name, "shard": shard.id, "steps": str(step), "seed": str(self.seed)}
 
     def _export(self, shard: Shard, output: str, trained: Trained, clip: ClipModel | None, started_at: float) -> None:
         assert trained.weights is not None
-        model = self._trained_model(shard, clip, trained.weights)
+        model = self.build_model(shard, clip)
+        self._finish(model, shard, clip, trained.weights)
         metadata = self._origin(shard, trained.step)
         num_samples = sum(shard.params["num_kept"])
         num_held_out = sum(shard.params.get("num_held_out", ()))
