@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
@@ -19,6 +17,7 @@ from stages.sharded_state import split_key
 from stages.training import model_loss
 from stages.warm_start import freeze
 from tests.cluster.deepspeed_rank import ZERO_STAGES, load, save, settings, steps
+from tests.cluster.ranks import joined
 from tests.stages.training_data import TinyModel
 
 FROZEN = ("body.0.*", "body.4.bias")
@@ -33,27 +32,24 @@ def frozen_model(seed: int = 0) -> TinyModel:
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Be one rank."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
-    found = {}
-    for zero_stage in ZERO_STAGES:
-        engine = DeepSpeedEngine(frozen_model(), model_loss, settings(world_size, zero_stage))
-        first = steps(engine, 0, 4)
-        state = folder / f"zero{zero_stage}"
-        save(engine, state)
-        names = set()
-        for path in state.iterdir():
-            with safe_open(path, framework="pt") as file:
-                names |= {split_key(key)[1] for key in file.keys()}  # noqa: SIM118
-        on = steps(engine, 4, 8)
-        load(engine, state, engine.layout)
-        found[zero_stage] = {"rows": first + on, "again": steps(engine, 4, 8), "names": sorted(names)}
-        engine.close()
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, world_size, folder / "meeting"):
+        found = {}
+        for zero_stage in ZERO_STAGES:
+            engine = DeepSpeedEngine(frozen_model(), model_loss, settings(world_size, zero_stage))
+            first = steps(engine, 0, 4)
+            state = folder / f"zero{zero_stage}"
+            save(engine, state)
+            names = set()
+            for path in state.iterdir():
+                with safe_open(path, framework="pt") as file:
+                    names |= {split_key(key)[1] for key in file.keys()}  # noqa: SIM118
+            on = steps(engine, 4, 8)
+            load(engine, state, engine.layout)
+            found[zero_stage] = {"rows": first + on, "again": steps(engine, 4, 8), "names": sorted(names)}
+            engine.close()
+        if rank == 0:
+            (folder / "found.json").write_text(json.dumps(found))
+        dist.barrier()
 
 
 if __name__ == "__main__":

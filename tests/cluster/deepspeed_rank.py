@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from stages.sharded_state import rank_file
 from stages.stragglers import StragglerWatch
 from stages.training import TrainingStoppedError, model_loss, train
 from stages.training_config import TrainingConfig, engine_settings
+from tests.cluster.ranks import joined
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
 
@@ -223,22 +223,18 @@ def lag(world_size: int) -> dict[str, Any]:
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Be one rank."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    address = f"file://{folder}/meeting"
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
-    found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
-    found["lost"] = lose_a_save(folder, world_size)
-    for name, make_engine in (("deepspeed", DeepSpeedEngine), ("torch", TorchEngine)):
-        found[f"rollback_{name}"] = roll_back(folder / f"rollback-{name}", make_engine)
-    found["lag"] = lag(world_size)
-    found["compiler"] = "torch._dynamo" in sys.modules
-    found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
-    found["ways"] = {name: go_a_way(way, world_size, folder / name) for name, way in WAYS.items()}
-    dist.barrier()
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    with joined(rank, world_size, folder / "meeting"):
+        found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
+        found["lost"] = lose_a_save(folder, world_size)
+        for name, make_engine in (("deepspeed", DeepSpeedEngine), ("torch", TorchEngine)):
+            found[f"rollback_{name}"] = roll_back(folder / f"rollback-{name}", make_engine)
+        found["lag"] = lag(world_size)
+        found["compiler"] = "torch._dynamo" in sys.modules
+        found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
+        found["ways"] = {name: go_a_way(way, world_size, folder / name) for name, way in WAYS.items()}
+        dist.barrier()
+        if rank == 0:
+            (folder / "found.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

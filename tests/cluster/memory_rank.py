@@ -28,6 +28,7 @@ from stages.engine import MicroBatch, TorchEngine
 from stages.train import example_batch
 from stages.training import model_loss
 from stages.training_config import engine_settings
+from tests.cluster.ranks import joined
 from unclip_models.checkpoint import build
 from unclip_models.randomness import SampleRandom
 
@@ -85,15 +86,12 @@ def measure(config: Any, world_size: int) -> dict[str, float]:
 
 def main(rank: int, world_size: int, folder: Path) -> None:
     """Be one rank."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
-    jobs = pickle.loads((folder / "jobs.pickle").read_bytes())
-    found = {name: measure(config, world_size) for name, config in jobs.items()}
-    if rank == 0:
-        (folder / "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
+    with joined(rank, world_size, folder / "meeting"):
+        jobs = pickle.loads((folder / "jobs.pickle").read_bytes())
+        found = {name: measure(config, world_size) for name, config in jobs.items()}
+        if rank == 0:
+            (folder / "found.json").write_text(json.dumps(found))
+        dist.barrier()
 
 
 if __name__ == "__main__":

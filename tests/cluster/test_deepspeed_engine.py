@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +14,7 @@ from stages.engine import EngineSettings, TorchEngine
 from stages.errors import ConfigError
 from stages.training import model_loss
 from tests.cluster.deepspeed_rank import WAYS, ZERO_STAGES, settings, steps
+from tests.cluster.ranks import run_ranks
 from tests.stages.training_data import TinyModel
 
 pytestmark = pytest.mark.slow
@@ -27,16 +25,8 @@ CLOSE = {"rel": 1e-5, "abs": 1e-6}
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a group of one rank, or of two, wrote down."""
     folder = tmp_path_factory.mktemp(f"world{request.param}")
-    commands = [
-        [sys.executable, "-m", "tests.cluster.deepspeed_rank", str(rank), str(request.param), str(folder)]
-        for rank in range(request.param)
-    ]
-    ranks = [
-        subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for command in commands
-    ]
-    outputs = [rank.communicate(timeout=400)[0].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * request.param, "\n".join(outputs)[-4000:]
+    codes, said = run_ranks("tests.cluster.deepspeed_rank", request.param, folder, timeout_s=400)
+    assert codes == [0] * request.param, said
     return dict(json.loads((folder / "found.json").read_text()))
 
 

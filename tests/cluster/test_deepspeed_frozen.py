@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,20 +11,14 @@ from stages.engine import TorchEngine
 from stages.training import model_loss
 from tests.cluster.deepspeed_frozen import frozen_model
 from tests.cluster.deepspeed_rank import ZERO_STAGES, settings, steps
+from tests.cluster.ranks import run_ranks
 
 pytestmark = pytest.mark.slow
 
 
 def test_every_zero_stage_leaves_frozen_parts_alone(tmp_path: Path) -> None:
-    commands = [
-        [sys.executable, "-m", "tests.cluster.deepspeed_frozen", str(rank), "2", str(tmp_path)] for rank in range(2)
-    ]
-    ranks = [
-        subprocess.Popen(command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-        for command in commands
-    ]
-    outputs = [rank.communicate(timeout=300)[0].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(outputs)[-4000:]
+    codes, said = run_ranks("tests.cluster.deepspeed_frozen", 2, tmp_path, timeout_s=300)
+    assert codes == [0, 0], said
     found = json.loads((tmp_path / "found.json").read_text())
     wanted = steps(TorchEngine(frozen_model(), model_loss, settings(1, 0)), 0, 8)
     trained = sorted(name for name, param in frozen_model().named_parameters() if param.requires_grad)

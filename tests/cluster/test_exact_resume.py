@@ -6,8 +6,6 @@ import dataclasses
 import json
 import pickle
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import pytest
 from stages.base import Stage
 from stages.manifest import Manifest
 from stages.metrics import read_metrics
+from tests.cluster.ranks import run_ranks
 from tests.cluster.training_rank import Job, Run
 from tests.stages.test_train import TRAININGS, inputs  # noqa: F401 - a fixture
 
@@ -41,20 +40,9 @@ def run_group(folder: Path, world_size: int, inputs: dict[str, Manifest], runs: 
     folder.mkdir(parents=True)
     job = folder / "job"
     job.write_bytes(pickle.dumps(Job(inputs, runs, meeting=str(folder / "meeting"))))
-    command = [sys.executable, "-m", "tests.cluster.training_rank"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), str(job)],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(world_size)
-    ]
-    said = [rank.communicate(timeout=600)[0].decode() for rank in ranks]
-    codes = [rank.returncode for rank in ranks]
+    codes, said = run_ranks("tests.cluster.training_rank", world_size, job, timeout_s=600)
     killed = -signal.SIGKILL in codes  # the other rank may be torn down by the loss before it kills itself
-    assert killed or set(codes) == {0}, "\n".join(said)[-4000:]
+    assert killed or set(codes) == {0}, said
     return codes
 
 

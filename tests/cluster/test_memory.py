@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 from cluster.memory import RankMemory, check_fits, rank_memory, states_and_passing
 from stages.activation_memory import ActivationMemory
 from stages.errors import ConfigError
+from tests.cluster.ranks import run_ranks
 from tests.stages.small_config import quickstart
 
 WORLD_SIZE = 2
@@ -62,18 +61,8 @@ def jobs() -> dict[str, Any]:
 @pytest.mark.timeout(400)
 def test_the_estimate_is_within_a_tenth_of_what_is_held(tmp_path: Path) -> None:
     (tmp_path / "jobs.pickle").write_bytes(pickle.dumps(jobs()))
-    command = [sys.executable, "-m", "tests.cluster.memory_rank"]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(WORLD_SIZE), str(tmp_path)],
-            cwd=Path(__file__).parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    outputs = [rank.communicate(timeout=380)[0].decode() for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * WORLD_SIZE, "\n".join(outputs)[-4000:]
+    codes, said = run_ranks("tests.cluster.memory_rank", WORLD_SIZE, tmp_path, timeout_s=380)
+    assert codes == [0] * WORLD_SIZE, said
     found = json.loads((tmp_path / "found.json").read_text())
     lines, wrong = [], []
     for name, config in jobs().items():

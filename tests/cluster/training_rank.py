@@ -14,19 +14,18 @@ import os
 import pickle
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.base import Stage
 from stages.dataset import Batch, TrainingStream
 from stages.manifest import Manifest
+from tests.cluster.ranks import joined
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,9 @@ def _digests(batch: Batch) -> dict[int, str]:
 
 def main(rank: int, world_size: int, job: Job) -> None:
     """Be one rank."""
-    torch.set_num_threads(1)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    dist.init_process_group("gloo", init_method=f"file://{job.meeting}", rank=rank, world_size=world_size)
-    for run in job.runs:
-        work(run, job.inputs)
-    dist.destroy_process_group()
+    with joined(rank, world_size, job.meeting):
+        for run in job.runs:
+            work(run, job.inputs)
 
 
 if __name__ == "__main__":
