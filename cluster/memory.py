@@ -15,7 +15,8 @@ import torch
 from cluster.deepspeed_config import deepspeed_config
 from stages.activation_memory import ActivationMemory, activation_memory
 from stages.errors import ConfigError
-from stages.train import GeneratorTraining, example_batch
+from stages.example_batch import example_batch
+from stages.generator_config import GeneratorTraining
 from stages.training import model_loss
 from stages.training_config import engine_settings
 from stages.warm_start import frozen_names

@@ -120,7 +120,7 @@ def _promote(project: Project, version: Version, has_run: bool) -> Retrained:
 
 def _start_from_scratch(project: Project) -> None:
     from stages.starting_point import start_from_scratch
-    from stages.train import Training
+    from stages.generator_training import Training
 
     starts = [stage.start for stage in project.stages.values() if isinstance(stage, Training) and stage.start]
     if not starts:

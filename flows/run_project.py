@@ -65,7 +65,7 @@ def run_project(
         from flows.pipeline import open_executor
         from flows.report import funnel_markdown
         from flows.tasks import Run
-        from stages.train import Training
+        from stages.generator_training import Training
 
         executor = open_executor(config.cluster, interrupt)
         run = Run(

@@ -151,7 +151,7 @@ class Stage(ABC, Generic[C]):
         counts: the upstream stage whose kept samples are exactly the ones that come in; none if it is not so simple.
             The runner holds every run to it (``stages/balance.py``).
         uses_seed: whether the config's global seed changes the output.
-        gang: whether all ranks of a training group process one shard together (see ``stages/train.py``).
+        gang: whether all ranks of a training group process one shard together (see ``stages/generator_training.py``).
         report: called by ``process`` with live ``Progress``; set by the executor on the worker.
         fence: raises if another run has taken the stage over; set by the runner, asked by work that takes long.
     """

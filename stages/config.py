@@ -33,6 +33,7 @@ from stages.executor import ClusterConfig
 from stages.filter_rules import FilterConfig
 from stages.gate import PromotionGateConfig
 from stages.generate import GenerateConfig
+from stages.generator_config import DecoderTraining, PriorTraining, UpsamplerTraining
 from stages.ledger import LedgerConfig
 from stages.machines import AwsConfig, KubernetesConfig
 from stages.orchestration import PrefectConfig
@@ -40,7 +41,6 @@ from stages.pca import PcaConfig
 from stages.redaction import refuse_secrets
 from stages.source import SourceConfig
 from stages.storage import is_local
-from stages.train import DecoderTraining, PriorTraining, UpsamplerTraining
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from unclip_models.clip import ClipPreprocess
+    from unclip_models.clip_input import ClipPreprocess
 
 # What Pillow raises on files that are damaged, truncated, of no known format, or absurdly large.
 _UNDECODABLE = (
@@ -145,7 +145,7 @@ def _decode_group(images: Sequence[bytes], preprocess: ClipPreprocess) -> list[T
     """Decode, resize and crop images to uint8 ``(S, S, 3)``; runs in a background thread."""
     import torch
 
-    from unclip_models.clip import resize_and_crop
+    from unclip_models.clip_input import resize_and_crop
 
     found: list[torch.Tensor | None] = []
     for data in images:

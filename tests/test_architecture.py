@@ -26,7 +26,7 @@ CONFINED = {
     "yaml": {"stages/config.py"},
     "pydantic": {"stages/config.py"},
     "img2dataset": {"stages/img2dataset_unit.py"},
-    "open_clip": {"unclip_models/clip.py"},
+    "open_clip": {"unclip_models/open_clip_models.py"},
     "prometheus_client": {"flows/run_metrics.py"},
 }
 # Files of stages/ that are steps of the pipeline: they meet through manifests only.

@@ -1,4 +1,4 @@
-"""CLIP: the frozen encoder pair of unCLIP. The only file that imports open_clip.
+"""CLIP: the frozen encoder pair of unCLIP.
 
 A :class:`ClipModel` is an open_clip model together with what must never drift apart from its weights: the architecture
 (with its activation, QuickGELU or GELU), the image preprocessing and the tokenizer's settings. They are saved in one
@@ -8,38 +8,24 @@ safetensors file and restored together. It can be a published model or a small o
 from __future__ import annotations
 
 import dataclasses
-import functools
-import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_models.checkpoint import read_metadata, read_weights, write_weights
+from unclip_models.checkpoint import read_weights, write_weights
+from unclip_models.clip_input import ClipPreprocess, preprocess_images, tokenize
+from unclip_models.open_clip_models import build_open_clip, load_published
 
 if TYPE_CHECKING:
     from unclip_models.randomness import SampleRandom
 
-OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 ARCHITECTURE, ARCHITECTURE_VERSION = "clip", "1"
 MAX_LOGIT_SCALE = 100.0
-RESIZE_MODES = ("shortest", "squash")
-SELF_CONTAINED = ("hf-hub:", "local-dir:")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipPreprocess:
-    """How an image becomes the vision tower's input (bicubic, antialiased resize)."""
-
-    image_size: int
-    mean: tuple[float, float, float] = OPENAI_MEAN
-    std: tuple[float, float, float] = OPENAI_STD
-    resize_mode: Literal["shortest", "squash"] = "shortest"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,93 +94,6 @@ class ClipModelConfig:
         }
 
 
-@functools.lru_cache(maxsize=4)
-def _tokenizer(clean: str) -> Any:
-    # The file alone: importing open_clip, with its model zoo, takes many seconds where only tokens are needed.
-    package = importlib.util.find_spec("open_clip")
-    assert package is not None and package.submodule_search_locations is not None
-    path = Path(package.submodule_search_locations[0]) / "tokenizer.py"
-    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.SimpleTokenizer(clean=clean)
-
-
-def tokenize(captions: Sequence[str], context_length: int, *, clean: str = "lower") -> Tensor:
-    """Turn captions into CLIP byte-pair tokens.
-
-    Args:
-        captions: B strings; the empty string gives start and end tokens only.
-        context_length: tokens per row; longer captions are cut, keeping the end token.
-        clean: open_clip's text cleaning (``lower``, ``whitespace`` or ``canonicalize``).
-
-    Returns:
-        int64 ``(B, context_length)``: start, caption, end, then zeros as padding.
-    """
-    if isinstance(captions, str):
-        raise ValueError("tokenize: got one string; give a sequence of captions")
-    if context_length < 2:
-        raise ValueError(f"tokenize: context_length {context_length}; start and end tokens alone need 2")
-    if not captions:
-        return torch.zeros(0, context_length, dtype=torch.long)
-    return cast(Tensor, _tokenizer(clean)(list(captions), context_length=context_length))
-
-
-def preprocess_images(images: Tensor | Sequence[Tensor], config: ClipPreprocess) -> Tensor:
-    """Resize, centre-crop and normalise images as the vision tower expects.
-
-    Args:
-        images: a batch ``(B, 3, H, W)``, or a sequence of ``(3, H, W)`` of differing sides; uint8, or floating point
-            in [-1, 1] (the range of the generators).
-        config: side, crop and statistics.
-
-    Returns:
-        float32 ``(B, 3, image_size, image_size)``.
-
-    Raises:
-        ValueError: if the images are not RGB or of another dtype.
-    """
-    if not isinstance(images, Tensor):
-        return torch.cat([preprocess_images(image[None], config) for image in images])
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"preprocess_images: shape {tuple(images.shape)}; give RGB images (B, 3, H, W)")
-    if images.dtype == torch.uint8:
-        x = images.float()
-    elif images.is_floating_point():
-        x = (images.float() + 1) * 127.5
-    else:
-        raise ValueError(f"preprocess_images: dtype {images.dtype}; give uint8, or floating point in [-1, 1]")
-    x = resize_and_crop(x, config)
-    mean, std = (torch.tensor(values, device=x.device)[:, None, None] for values in (config.mean, config.std))
-    return (x / 255 - mean) / std
-
-
-def resize_and_crop(x: Tensor, config: ClipPreprocess) -> Tensor:
-    """Resize images to the side of the vision tower and cut out their centre.
-
-    Args:
-        x: images ``(B, 3, H, W)`` of values from 0 to 255, of any floating point; or uint8 on a CPU: that is five times
-            as fast and nearer to Pillow, with which published models were trained, for Pillow too rounds twice.
-        config: side and crop.
-
-    Returns:
-        Whole numbers from 0 to 255, ``(B, 3, image_size, image_size)``, of the dtype of ``x``.
-    """
-    size, (height, width) = config.image_size, x.shape[-2:]
-    if (height, width) == (size, size):
-        return x
-    target = (size, size)
-    if config.resize_mode == "shortest":
-        short = min(height, width)
-        target = (int(size * height / short), int(size * width / short))
-    x = F.interpolate(x, size=target, mode="bicubic", antialias=True, align_corners=False)
-    if x.is_floating_point():
-        x = x.clamp(0, 255).round()  # published models were trained on 8-bit images after the resize
-    top, left = round((target[0] - size) / 2), round((target[1] - size) / 2)
-    return x[:, :, top : top + size, left : left + size]
-
-
 class ClipModel(nn.Module):
     """An open_clip model with its preprocessing and tokenizer.
 
@@ -227,7 +126,7 @@ class ClipModel(nn.Module):
         """
         model_config = config.open_clip_config() if isinstance(config, ClipModelConfig) else dict(config)
         preprocess = ClipPreprocess(image_size=int(model_config["vision_cfg"]["image_size"]))
-        return cls(_build_open_clip(model_config), model_config, preprocess, "trained here")
+        return cls(build_open_clip(model_config), model_config, preprocess, "trained here")
 
     @classmethod
     def from_pretrained(
@@ -255,23 +154,7 @@ class ClipModel(nn.Module):
         """
         if Path(name).is_file():
             return cls.load(name, device)
-        import open_clip
-
-        if weights is None and not name.startswith(SELF_CONTAINED) and "/" in name:
-            name, weights = name.split("/", 1)
-        model_config, origin = _published_config(name, weights, quick_gelu)
-        try:
-            model = open_clip.create_model(
-                name,
-                pretrained=weights,
-                device=device,
-                force_quick_gelu=model_config["quick_gelu"],
-                cache_dir=cache_dir,
-                require_pretrained=True,
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"clip {origin}: could not load its weights: {error}") from error
-        return cls(model, model_config, _preprocess_of(model, origin), origin).freeze()
+        return cls(*load_published(name, weights, quick_gelu, cache_dir, device)).freeze()
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> ClipModel:
@@ -290,7 +173,7 @@ class ClipModel(nn.Module):
         model_config = json.loads(header["model_config"])
         values = json.loads(header["preprocess"])
         values |= {"mean": tuple(values["mean"]), "std": tuple(values["std"])}
-        model = _build_open_clip(model_config).to(device)
+        model = build_open_clip(model_config).to(device)
         try:
             model.load_state_dict(tensors, assign=True)
         except RuntimeError as error:
@@ -506,84 +389,3 @@ def golden_embeddings(clip: ClipModel) -> tuple[Tensor, Tensor]:
     out = clip.encode_image(pixels).cpu(), clip.encode_text(clip.tokenize(captions)).cpu()
     clip.train(was_training)
     return out
-
-
-def is_clip_file(path: str | Path) -> bool:
-    """Say whether a local file was written by :meth:`ClipModel.save`."""
-    try:
-        return read_metadata(path).get("architecture") == ARCHITECTURE
-    except ValueError:
-        return False
-
-
-def _build_open_clip(model_config: Mapping[str, Any]) -> nn.Module:
-    """Build an open_clip model from its JSON config, with the class open_clip itself would choose."""
-    from open_clip.model import CLIP, CustomTextCLIP
-
-    values = {key: value for key, value in model_config.items() if key != "custom_text"}
-    if "multimodal_cfg" in values:
-        raise ValueError("clip: a model with a caption decoder (CoCa) cannot be rebuilt here; choose a plain CLIP")
-    return cast(nn.Module, (CustomTextCLIP if model_config.get("custom_text") else CLIP)(**values))
-
-
-def _published_config(name: str, weights: str | None, quick_gelu: bool | None) -> tuple[dict[str, Any], str]:
-    """Look an open_clip architecture up and decide its activation; return its config and a name for messages."""
-    from open_clip.factory import get_model_config
-
-    origin = f"{name}/{weights}" if weights else name
-    try:
-        config = get_model_config(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"clip.name: no open_clip model at {name!r}: {error}") from error
-    if config is None:
-        raise ValueError(f"clip.name: open_clip has no architecture {name!r}; see open_clip.list_models()")
-    of_config = bool(config.get("quick_gelu", False))
-    if name.startswith(SELF_CONTAINED):
-        if weights:
-            raise ValueError(f"clip.weights: {weights!r} would be ignored, {name} brings its own; remove it")
-        of_weights = of_config
-    else:
-        of_weights = _activation_of_weights(name, weights, of_config, quick_gelu)
-    if of_config and not of_weights:
-        raise ValueError(f"clip.name: {origin} was trained with GELU, {name} has QuickGELU; use the plain name")
-    if quick_gelu is not None and quick_gelu != of_weights:
-        raise ValueError(f"clip.quick_gelu: {quick_gelu}, but {origin} was trained with {of_weights}; remove it")
-    return {**config, "quick_gelu": of_weights}, origin
-
-
-def _activation_of_weights(name: str, weights: str | None, of_config: bool, quick_gelu: bool | None) -> bool:
-    """Say whether weights were trained with QuickGELU: a tag knows, a file must come with the answer."""
-    import open_clip
-    from open_clip.pretrained import get_pretrained_cfg
-
-    if not weights:
-        raise ValueError(f"clip.weights: missing for {name!r}; give a tag of open_clip.list_pretrained() or a file")
-    if tag := get_pretrained_cfg(name, weights):
-        return bool(tag.get("quick_gelu", False))
-    if not Path(weights).is_file():
-        known = open_clip.list_pretrained_tags_by_model(name)
-        raise ValueError(f"clip.weights: {weights!r} is neither a file nor a tag of {name}; its tags: {known}")
-    if of_config:
-        return True
-    if quick_gelu is None:
-        raise ValueError(
-            f"clip.quick_gelu: undecided for {name} with {weights}; a weights file does not say which activation it "
-            "was trained with, and the wrong one gives wrong embeddings without any error. Set it to true (OpenAI, "
-            "DFN, MetaCLIP) or false (most others)"
-        )
-    return quick_gelu
-
-
-def _preprocess_of(model: nn.Module, origin: str) -> ClipPreprocess:
-    """Take over the preprocessing that open_clip recorded on the loaded model."""
-    recorded = cast(Any, model).visual.preprocess_cfg
-    size = recorded["size"]
-    sides = {size} if isinstance(size, int) else set(size)
-    if len(sides) != 1 or recorded["interpolation"] != "bicubic" or recorded["resize_mode"] not in RESIZE_MODES:
-        raise ValueError(f"clip {origin}: unsupported preprocessing {recorded}; choose a square, bicubic model")
-    return ClipPreprocess(
-        image_size=sides.pop(),
-        mean=tuple(recorded["mean"]),
-        std=tuple(recorded["std"]),
-        resize_mode=recorded["resize_mode"],
-    )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from unclip_models.ar_prior import ARPrior
-from unclip_models.clip import ClipModel, tokenize
+from unclip_models.clip import ClipModel
+from unclip_models.clip_input import tokenize
 from unclip_models.clip_text import ClipText, ClipTextFeatures
 from unclip_models.decoder import Decoder, ImageSampler
 from unclip_models.prior import DiffusionPrior, PriorSampler

@@ -347,7 +347,10 @@ class Upsampler(nn.Module):
         level = torch.full((len(low_res),), noise_level, device=device)
         if noise_level > 0:
             rounded = add_noise(rounded, level, draw_noise(generators, tuple(low_res.shape[1:]), device))
-        enlarged, embedding = self._enlarged(rounded, x_T), self._level_embedding(level, len(x_T))  # not at every step
+        enlarged = self._enlarged(rounded, x_T)
+        # Once, not at every step; and of one row, for a product of several rows is rounded by how many they are.
+        embedding = self._level_embedding(level[:1], 1)
+        embedding = None if embedding is None else embedding.expand(len(x_T), -1)
         tiling = None
         if tile_px is not None:
             tiling = Tiling(side, tile_px, tile_overlap_px, self.config.unet.min_multiple_px, device)

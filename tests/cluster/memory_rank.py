@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.engine import MicroBatch, TorchEngine
-from stages.train import example_batch
+from stages.example_batch import example_batch
 from stages.training import model_loss
 from stages.training_config import engine_settings
 from tests.cluster.ranks import joined

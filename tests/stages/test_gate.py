@@ -12,9 +12,9 @@ from stages.config import load_config
 from stages.errors import ConfigError
 from stages.evaluate import QUESTIONS, ImageSet, PixelReading, caption_accuracy, measure
 from stages.gate import LOSSES, METRICS, Decision, GateRule, PromotionGateConfig, decide
+from stages.generator_training import Training
 from stages.graph import STAGES, build_stages, fingerprints
 from stages.pixel_check import UNKNOWN, Reading
-from stages.train import Training
 from stages.validation import LOSS as VALIDATION_LOSS
 from stages.version import LOSS
 

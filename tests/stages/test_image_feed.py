@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stages.image_feed import ImageBatch, ImageFeed, decode_image
-from unclip_models.clip import ClipPreprocess, resize_and_crop
+from unclip_models.clip_input import ClipPreprocess, resize_and_crop
 
 torch.set_num_threads(1)
 PREPROCESS = ClipPreprocess(image_size=8)

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from stages.base import Stage
 from stages.checkpoints import CheckpointFolder
 from stages.errors import InputError
+from stages.example_batch import example_batch
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.flops import flops_per_sample
 from stages.hardware import peak_tflops
@@ -28,7 +29,6 @@ from stages.manifest import Manifest
 from stages.metrics import read_metrics
 from stages.runner import run_stage
 from stages.sample_grids import SamplesConfig
-from stages.train import example_batch
 from stages.training import TrainingStoppedError, model_loss
 from stages.training_config import TrainingConfig, learning_rate_at
 from stages.validation import ValidationConfig

@@ -15,10 +15,11 @@ import pytest
 
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.executor import ClusterConfig, LocalExecutor
+from stages.generator_config import DecoderTraining, UpsamplerTraining
 from stages.manifest import Manifest
 from stages.other_datasets import CuratedSet, OtherDataset
 from stages.runner import run_stage
-from stages.train import Decoder, DecoderTraining, Upsampler256, UpsamplerTraining
+from stages.train import Decoder, Upsampler256
 from stages.validation import ValidationConfig
 from stages.weights import weights_of
 from tests.stages.training_data import DIM, manifests, put, write_dataset

@@ -10,6 +10,7 @@ import pytest
 from stages import storage, takedown
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.gate import PromotionGateConfig
+from stages.generator_config import DecoderTraining
 from stages.life import find_lives
 from stages.manifest import Manifest, digest_of
 from stages.registry import open_version, promote, register, rollback
@@ -17,7 +18,7 @@ from stages.sample_grids import SamplesConfig
 from stages.samples import table_from_bytes
 from stages.takedown import find_affected, take_down
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
-from stages.train import Decoder, DecoderTraining
+from stages.train import Decoder
 from stages.validation import ValidationConfig
 from stages.withdrawn import read_withdrawn
 from tests.stages.data_run import Pictures, picture, run_data, serving, write_list

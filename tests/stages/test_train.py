@@ -17,18 +17,11 @@ from stages import storage
 from stages.base import Stage
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.executor import ClusterConfig, LocalExecutor
+from stages.generator_config import DecoderTraining, PriorTraining, UpsamplerTraining
 from stages.manifest import Manifest
 from stages.metrics import read_metrics
 from stages.runner import run_stage
-from stages.train import (
-    Decoder,
-    DecoderTraining,
-    Prior,
-    PriorTraining,
-    Upsampler256,
-    Upsampler1024,
-    UpsamplerTraining,
-)
+from stages.train import Decoder, Prior, Upsampler256, Upsampler1024
 from tests.stages.training_data import DIM, manifests, put, write_dataset
 from unclip_models.ar_prior import ARPrior, ARPriorConfig
 from unclip_models.checkpoint import load_model

@@ -17,11 +17,12 @@ from stages.config import load_config
 from stages.engine import TorchEngine
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.executor import ClusterConfig, LocalExecutor
+from stages.generator_config import PriorTraining
 from stages.manifest import Manifest
 from stages.metrics import read_metrics
 from stages.runner import run_stage
 from stages.sharded_state import split_key
-from stages.train import Decoder, Prior, PriorTraining
+from stages.train import Decoder, Prior
 from stages.training import Trained, TrainingStoppedError, train
 from stages.training_config import TrainingConfig
 from stages.warm_start import InitFrom, freeze, frozen_names

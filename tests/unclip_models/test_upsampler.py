@@ -187,12 +187,13 @@ def test_level_zero_samples_the_plain_conditioning_and_a_level_noises_it() -> No
 
     plain = sample()
     assert torch.equal(plain, sample(noise_level=0.0))
-    embedding = model._level_embedding(torch.zeros(2), 2)
+    zero = model._level_embedding(torch.zeros(1), 1)
+    assert zero is not None
     bare = tiny_upsampler()
     bare.unet.load_state_dict(model.unet.state_dict())
     unet = bare.unet.forward
-    bare.unet.forward = lambda x, t, embedding=None: unet(x, t, embedding=model._level_embedding(None, 2))  # type: ignore
-    assert embedding is not None and torch.equal(bare.sample(low, steps=2, generators=seeded_generators([5, 6])), plain)
+    bare.unet.forward = lambda x, t, embedding=None: unet(x, t, embedding=zero.expand(2, -1))  # type: ignore
+    assert torch.equal(bare.sample(low, steps=2, generators=seeded_generators([5, 6])), plain)
     noised = sample(noise_level=0.3)
     assert not torch.allclose(noised, plain, atol=1e-3)
     torch.testing.assert_close(sample(slice(1, 2), noise_level=0.3), noised[1:], atol=1e-4, rtol=1e-4)
