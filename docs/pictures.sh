@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make the pictures of docs/manipulations.md with the models of a finished run: docs/pictures.sh [CONFIG]
+# Make the pictures of README.md and docs/manipulations.md with the models of a finished run: docs/pictures.sh [CONFIG]
 set -eu
 cd "$(dirname "$0")/.."
 config=${1:-configs/quickstart.yaml}
@@ -25,3 +25,12 @@ mask.save('$out/mask.png')"
 $unclip edit "$config" "$out/ring.png" --mask "$out/mask.png" --to "a white ring on a red background" -n 6 --grid \
     -o "$out/inpaint.png"
 $unclip edit "$config" "$out/square.png" --zoom 1.6 -n 6 --grid -o "$out/outpaint.png"
+.venv/bin/python -c "
+import sys
+from pathlib import Path
+from flows.artifacts import sample_sheet
+from stages.config import load_config
+from stages.manifest import Manifest
+root = load_config(sys.argv[1]).root
+manifest = max(Path(root, 'generate').glob('*/manifest.json'), key=lambda path: path.stat().st_mtime)
+Path('$out/generated.png').write_bytes(sample_sheet(Manifest.read_uri(root, str(manifest)), root))" "$config"
