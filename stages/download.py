@@ -193,7 +193,7 @@ class Download(Stage[DownloadConfig]):
         return shapes.serve(self._served) if self._served else contextlib.nullcontext()
 
     def setup(self) -> None:
-        """Load img2dataset (and, through it, torch); serve the shapes where the driver's cannot be reached."""
+        """Load img2dataset; serve the shapes where the driver's cannot be reached."""
         load_img2dataset()
         if self._served is not None:
             shapes.serve_on_this_machine(self._served)

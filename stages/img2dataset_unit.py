@@ -6,16 +6,18 @@ wrote is not trusted: the tar, the table and the statistics must agree, sample b
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import json
 import logging
 import os
+import sys
 import threading
 import time
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,15 +55,35 @@ class UnitRow:
     facts: Mapping[str, Any]
 
 
+@functools.cache
 def load_img2dataset() -> tuple[Any, Any, Any, Any]:
     """Import img2dataset's modules: reader, downloader, resizer, writer."""
     # Read at import by its dependency, which otherwise asks the network for updates.
     os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_torch():
         # It imports `imghdr`, deprecated in Python 3.11.
         warnings.simplefilter("ignore")
         from img2dataset import downloader, reader, resizer, writer
     return reader, downloader, resizer, writer
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Let webdataset be imported as where there is no torch: its tar writer needs none, and it takes 600 MiB a worker.
+
+    Where torch is loaded already nothing is gained, and nothing done.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # an import then raises ModuleNotFoundError
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
+        # img2dataset keeps this one; whoever else asks for webdataset gets the whole of it.
+        for name in [name for name in sys.modules if name.partition(".")[0] == "webdataset"]:
+            del sys.modules[name]
 
 
 def rebound(function: Any, **replacements: Any) -> Any:

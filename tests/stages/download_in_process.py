@@ -1,7 +1,7 @@
 """Run a download in a process of its own and print what it cost: ``download_in_process.py JOB``.
 
 The job is a pickled ``(root, config, inputs)``; the answer one line of JSON: the manifest's URI, the seconds of the
-stage without the imports, the largest memory of the process in MiB.
+stage without the imports, the largest memory of the process in MiB, and whether it loaded torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ def main() -> None:
         "manifest": manifest.uri,
         "wall_s": time.monotonic() - started_at,
         "peak_mib": resident_mib("VmHWM"),
+        "torch": "torch" in sys.modules,
     }
     print(json.dumps(answer))
 
