@@ -42,7 +42,7 @@ bench-data: setup ## the data plane against other software: ratios, side by side
 	for name in download embed pca near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 bench-train: setup ## the training plane against other software, likewise
-	for name in loader models degradation; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+	for name in loader models degradation train; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 lint: setup ## ruff: rules and format
 	$(BIN)/ruff check $(SOURCES)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import itertools
 import json
@@ -32,13 +33,14 @@ from typing import Any
 
 import cv2
 import numpy as np
+import pyarrow as pa
 import torch
 from PIL import Image
 
 from stages.dataset import TrainingStream
 from stages.manifest import File
 from stages.open_shard import TrainingShard, decode_image
-from stages.samples import Sample, selection_table, table_to_bytes, write_tar
+from stages.samples import Sample, embedding_array, selection_table, table_to_bytes, write_tar
 from tests.stages.training_data import put
 
 STORED_PX, WANTED_PX, BATCH = 256, 64, 64
@@ -54,14 +56,16 @@ def photo(seed: int) -> bytes:
     return sink.getvalue()
 
 
-def write_shards(root: str, num_shards: int, num_samples: int) -> list[TrainingShard]:
-    """Write the data; a few hundred pictures are repeated."""
-    pictures = [photo(seed) for seed in range(200)]
+def write_shards(
+    root: str, num_shards: int, num_samples: int, *, num_pictures: int = 200, embedding_dim: int | None = None
+) -> list[TrainingShard]:
+    """Write the data, and which files it is; a few hundred pictures are repeated."""
+    pictures = [photo(seed) for seed in range(num_pictures)]
     shards = []
     for index in range(num_shards):
         keys = [f"{index:04d}{i:06d}" for i in range(num_samples)]
         tar = write_tar(
-            Sample(key=key, image=pictures[(index + i) % 200], extension="jpg", caption=f"a picture, number {i}")
+            Sample(key=key, image=pictures[(index + i) % num_pictures], extension="jpg", caption=caption_of(i))
             for i, key in enumerate(keys)
         )
         selection = table_to_bytes(selection_table(keys, [None] * num_samples))
@@ -70,9 +74,25 @@ def write_shards(root: str, num_shards: int, num_samples: int) -> list[TrainingS
                 selection=put(root, f"curate/{index}.parquet", selection),
                 num_kept=num_samples,
                 images=put(root, f"download/{index}.tar", tar),
+                embeddings=put_embeddings(root, index, keys, embedding_dim) if embedding_dim else None,
             )
         )
+    Path(root, "shards.json").write_text(json.dumps([dataclasses.asdict(shard) for shard in shards]))
     return shards
+
+
+def put_embeddings(root: str, index: int, keys: Sequence[str], dim: int) -> File:
+    """Write vectors of unit norm for the samples of a shard."""
+    vectors = np.random.default_rng(index).standard_normal((2, len(keys), dim)).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
+    captions = [caption_of(i) for i in range(len(keys))]
+    columns = {"image_embedding": embedding_array(vectors[0]), "text_embedding": embedding_array(vectors[1])}
+    table = pa.table({"key": keys, "caption": captions, **columns})
+    return put(root, f"embed/{index}.parquet", table_to_bytes(table))
+
+
+def caption_of(row: int) -> str:
+    return f"a picture, number {row}"
 
 
 def lengths(captions: Sequence[str]) -> torch.Tensor:
@@ -165,8 +185,11 @@ def measure_start(root: str, fraction: float) -> tuple[float, float]:
 
 
 def read_shards(root: str) -> list[TrainingShard]:
-    values = json.loads(Path(root, "shards.json").read_text())
-    return [TrainingShard(selection=File(**s), num_kept=n, images=File(**i)) for s, n, i in values]
+    shards = []
+    for values in json.loads(Path(root, "shards.json").read_text()):
+        files = {name: File(**value) for name, value in values.items() if isinstance(value, dict)}
+        shards.append(TrainingShard(**{**values, **files}))
+    return shards
 
 
 def in_a_process(*arguments: str) -> Any:
@@ -191,9 +214,7 @@ def main() -> None:
         )
         return
     with tempfile.TemporaryDirectory(prefix="unclip-bench-") as root:
-        shards = write_shards(root, args.shards, args.samples)
-        values = [[s.selection.to_json(), s.num_kept, s.images.to_json()] for s in shards if s.images is not None]
-        Path(root, "shards.json").write_text(json.dumps(values))
+        write_shards(root, args.shards, args.samples)
         for num_cores in range(1, min(2, len(os.sched_getaffinity(0))) + 1):
             rates: dict[str, list[float]] = {name: [] for name in LOADERS}
             for _ in range(args.rounds):

@@ -1,4 +1,4 @@
-"""dalle2-pytorch's models as the other side of a comparison; runs in an environment of its own.
+"""dalle2-pytorch's models and trainers as the other side of a comparison; runs in an environment of its own.
 
 Captions and embeddings are given to it as they are to our models, so that neither needs a CLIP. The sizes of the
 layers are chosen so that there are about as many parameters as in our models; the networks are not the same.
@@ -6,14 +6,17 @@ layers are chosen so that there are about as many parameters as in our models; t
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from tests.benchmarks.model_sizes import Task
 from tests.benchmarks.timed_worker import Inputs, Work, draw_inputs, serve
 
 GUIDANCE_SCALE = 4.0
+LEARNING_RATE, MAX_NORM = 1e-5, 1.0
 # Its transformers have keys and values of one head only and a gated MLP: this width gives as many weights as ours.
 MLP_FACTOR = 3.125
 ATTENTION_HEADS = 4
@@ -39,6 +42,9 @@ def _prior(task: Task, inputs: Inputs) -> Work:
     prior = DiffusionPrior(network, image_embed_dim=sizes.embedding_dim, cond_drop_prob=0.1).to(task.device)
     condition = {"text_embed": inputs.text_embedding, "text_encodings": inputs.text_sequence}
 
+    if task.operation == "loop":
+        return Work(prior, _prior_step(task, prior, inputs))
+
     def sample() -> Tensor:
         # Its DDIM makes one step fewer than it is asked for.
         drawn: Tensor = prior.p_sample_loop(
@@ -52,6 +58,26 @@ def _prior(task: Task, inputs: Inputs) -> Work:
         "sample": sample,
     }
     return Work(prior, calls[task.operation])
+
+
+def _prior_step(task: Task, prior: nn.Module, inputs: Inputs) -> Callable[[], Tensor]:
+    """Make a step of its trainer, which is as it comes but for the clipping that both trainings do."""
+    from accelerate import Accelerator
+    from dalle2_pytorch import DiffusionPriorTrainer
+
+    accelerator = Accelerator(cpu=task.device == "cpu")
+    trainer = DiffusionPriorTrainer(prior, accelerator, lr=LEARNING_RATE, max_grad_norm=MAX_NORM)
+
+    def step() -> Tensor:
+        loss = trainer(
+            text_embed=inputs.text_embedding,
+            text_encodings=inputs.text_sequence,
+            image_embed=inputs.image_embedding.clone(),
+        )
+        trainer.update()
+        return torch.tensor(loss)
+
+    return step
 
 
 def _decoder(task: Task, inputs: Inputs) -> Work:
@@ -79,12 +105,32 @@ def _decoder(task: Task, inputs: Inputs) -> Work:
     decoder = Decoder(unet, image_size=sizes.decoder_px, sample_timesteps=steps).to(task.device)
     condition: dict[str, Any] = {"image_embed": inputs.image_embedding, "text_encodings": inputs.text_sequence}
     image = (inputs.x.clamp(-1, 1) + 1) / 2
+    if task.operation == "loop":
+        return Work(decoder, _decoder_step(task, decoder, image, condition))
     calls = {
         "forward": lambda: decoder.unets[0](inputs.x, inputs.t, **condition),
         "train": lambda: decoder(image, **condition),
         "sample": lambda: decoder.sample(cond_scale=GUIDANCE_SCALE, one_unet_in_gpu_at_time=False, **condition),
     }
     return Work(decoder, calls[task.operation])
+
+
+def _decoder_step(
+    task: Task, decoder: nn.Module, image: Tensor, condition: Mapping[str, Tensor]
+) -> Callable[[], Tensor]:
+    """Make a step of its trainer, which is as it comes but for the clipping that both trainings do."""
+    from accelerate import Accelerator
+    from dalle2_pytorch import DecoderTrainer
+
+    accelerator = Accelerator(cpu=task.device == "cpu")
+    trainer = DecoderTrainer(decoder, accelerator, lr=LEARNING_RATE, max_grad_norm=MAX_NORM)
+
+    def step() -> Tensor:
+        loss = trainer(image, unet_number=1, **condition)
+        trainer.update(unet_number=1)
+        return torch.tensor(loss)
+
+    return step
 
 
 def main() -> None:

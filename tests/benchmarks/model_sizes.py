@@ -83,14 +83,16 @@ class Task:
 
     Attributes:
         model: ``prior``, ``decoder`` or ``upsampler``.
-        rival: ``diffusers``, ``dalle2`` or, as a control, ``ours`` once more: whom our model is compared with.
-        operation: ``forward``, ``train`` or ``sample``.
+        rival: ``diffusers``, ``dalle2``, a ``bare`` training loop or, as a control, ``ours`` once more: whom ours is
+            compared with.
+        operation: ``forward``, ``train``, ``sample``, or ``loop``: steps of a whole training loop.
         side: ``ours`` or ``theirs``.
         folder: where the exported weights lie.
         sizes: of the model and its inputs.
         num_threads: of torch.
         device: ``cpu`` or ``cuda``; the latter computes in bfloat16 by autocast.
         min_seconds: a repetition makes as many calls as fit into this time, one at least.
+        engine: of our training loop: ``torch``, or ``zero 0`` to ``zero 3``.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Task:
     num_threads: int
     device: str = "cpu"
     min_seconds: float = 0.2
+    engine: str = "torch"
 
     @property
     def batch_size(self) -> int:

@@ -8,12 +8,13 @@ done by a fork, whose peak of memory is that of the task alone, and which need n
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -74,41 +75,69 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def serve(build: Callable[[Task], Work]) -> None:
-    """Do the tasks that standard input names, until it ends; call this before anything that starts threads."""
+    """Measure the works that ``build`` makes of the tasks; see ``serve_tasks``."""
+    serve_tasks(functools.partial(measure_work, build=build))
+
+
+def serve_tasks(measure: Callable[[Task, TextIO], None]) -> None:
+    """Do the tasks that standard input names, until it ends; call this before anything that starts threads.
+
+    Args:
+        measure: does one task, and writes its answers: facts, the seconds of every repetition, the peak of memory.
+    """
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what the libraries print must not get between the answers
     gc.freeze()
     while line := sys.stdin.readline():
         task = Task.from_json(line)
         if task.device == "cuda":  # whose allocator counts for itself, and which does not survive a fork
-            _measure(task, build, replies)
+            measure(task, replies)
         elif pid := os.fork():
             if os.waitpid(pid, 0)[1]:
                 sys.exit(f"failed: {task}")
         else:
-            _measure(task, build, replies)
+            measure(task, replies)
             replies.flush()
             os._exit(0)
 
 
-def _measure(task: Task, build: Callable[[Task], Work], replies: TextIO) -> None:
+def measure_work(task: Task, replies: TextIO, *, build: Callable[[Task], Work]) -> None:
     """Build, warm up, and time one repetition per line of standard input, up to an empty one."""
     torch.set_num_threads(task.num_threads)
     work = build(task)
-    _own_weights(work.model)
-    _forget_peak(task.device)
-    built_mib = resident_mib("VmRSS") - _weights_mib(work.model)
+    others_mib = prepare(work.model, task.device)
     call = _operation(task, work)
     with FlopCounterMode(display=False) as counter:
         first = call()
     flop = counter.get_total_flops()
     _forget_peak(task.device)
     num_calls = _calibrated(call, task)
-    print(json.dumps({**_facts(task, work), "output": float(first.float().abs().mean()), "flop": flop}), file=replies)
-    while sys.stdin.readline().strip():
-        print(json.dumps(_seconds(call, num_calls, task.device)._asdict()), file=replies)
-    peak = torch.cuda.max_memory_allocated() / MIB if task.device == "cuda" else resident_mib("VmHWM") - built_mib
-    print(json.dumps({"peak_mib": peak}), file=replies)
+    answer(replies, {**facts(task, work.model), "output": float(first.float().abs().mean()), "flop": flop})
+    while asked_again():
+        answer(replies, _seconds(call, num_calls, task.device)._asdict())
+    answer(replies, {"peak_mib": peak_mib(task.device, others_mib)})
+
+
+def answer(replies: TextIO, values: Mapping[str, Any]) -> None:
+    """Write one answer."""
+    print(json.dumps(values), file=replies)
+
+
+def asked_again() -> bool:
+    """Wait for the next line; an empty one ends the task."""
+    return bool(sys.stdin.readline().strip())
+
+
+def prepare(model: nn.Module, device: str) -> float:
+    """Make a built model ready to be measured; return what the process holds beside its weights, MiB."""
+    _own_weights(model)
+    _forget_peak(device)
+    return resident_mib("VmRSS") - _weights_mib(model)
+
+
+def peak_mib(device: str, others_mib: float) -> float:
+    """Return the most memory since the peak was forgotten, without what was there beside the weights."""
+    return torch.cuda.max_memory_allocated() / MIB if device == "cuda" else resident_mib("VmHWM") - others_mib
 
 
 def _own_weights(model: nn.Module) -> None:
@@ -125,7 +154,9 @@ def _weights_mib(model: nn.Module) -> float:
 
 
 def _operation(task: Task, work: Work) -> Callable[[], Tensor]:
-    """Complete a call: without gradients, or with the backward pass and AdamW's step."""
+    """Complete a call: without gradients, or with the backward pass and AdamW's step; a loop has its own."""
+    if task.operation == "loop":
+        return work.call
     if task.operation == "train":
         work.model.train()
         # Fused, or its temporary tensors make the system hand out pages anew, more on one side than on the other.
@@ -193,7 +224,8 @@ def _forget_peak(device: str) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _facts(task: Task, work: Work) -> dict[str, Any]:
+def facts(task: Task, model: nn.Module) -> dict[str, Any]:
+    """Say what was measured: its size, and on what."""
     name = torch.cuda.get_device_name() if task.device == "cuda" else "cpu"
-    num_parameters = sum(parameter.numel() for parameter in work.model.parameters())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
     return {"num_parameters": num_parameters, "torch": torch.__version__, "device": name}
