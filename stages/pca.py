@@ -25,8 +25,8 @@ from stages import storage
 from stages.base import Result, Shard, Stage, setting
 from stages.errors import InputError, IntegrityError
 from stages.manifest import Manifest, ShardRecord
-from stages.principal_axes import Solution, Sums, project, solve, spectrum_metrics, sums_of
-from stages.samples import embeddings_of, table_from_bytes
+from stages.principal_axes import Solution, Sums, Vectors, project, solve, spectrum_metrics, sums_of
+from stages.samples import half_embeddings_of, table_from_bytes
 
 _IO_THREADS = 8
 _BLOCK_ROWS = 4096  # components that are quantised together, so that they stay in cache
@@ -89,7 +89,7 @@ class Pca(Stage[PcaConfig]):
 
     name = "pca"
     counts = "curate"
-    version = 2
+    version = 3
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -106,7 +106,7 @@ class Pca(Stage[PcaConfig]):
     def process(self, shard: Shard, output: str) -> ShardRecord:
         """Sum over the selected embeddings of one shard."""
         started_at = time.monotonic()
-        (x,) = self._selected(shard.inputs, ["image_embedding"])
+        x, _ = self._selected(shard.inputs)
         return self.commit(
             shard,
             output,
@@ -147,13 +147,17 @@ class Pca(Stage[PcaConfig]):
         metrics |= {"num_samples": sums.count, "num_edge_samples": len(components)}
         return Result(records=records, files={"pca": file}, metrics=metrics)
 
-    def _selected(self, inputs: Mapping[str, Any], columns: Sequence[str]) -> list[Array32]:
-        """Read columns of the embeddings that the selection keeps, each ``(n, D)``.
+    def _selected(self, inputs: Mapping[str, Any]) -> tuple[Vectors, Array32]:
+        """Read what the selection keeps: image embeddings ``(n, D)``, and their products with the captions' ``(n,)``.
+
+        The dot products are the CLIP scores that embed has stored: to read the captions' embeddings for them would
+        double what is read.
 
         Raises:
             IntegrityError: if the tables are not about the same samples.
         """
-        table = table_from_bytes(inputs["embeddings"].read(self.root), ["key", *columns])
+        columns = ["key", "image_embedding", "clip_score"]
+        table = table_from_bytes(inputs["embeddings"].read(self.root), columns)
         selection = table_from_bytes(inputs["selection"].read(self.root), ["key", "kept"])
         if not table["key"].equals(selection["key"]):
             raise IntegrityError(
@@ -162,8 +166,8 @@ class Pca(Stage[PcaConfig]):
             )
         # Rows are left out of the array: Arrow's own filter takes lists apart, number by number.
         kept = selection["kept"].to_numpy()
-        vectors = (embeddings_of(table, column) for column in columns)
-        return [x if kept.all() else x[kept] for x in vectors]
+        image, dots = half_embeddings_of(table, "image_embedding"), table["clip_score"].to_numpy()
+        return (image, dots) if kept.all() else (image[kept], dots[kept])
 
     def _merged(self, records: Sequence[ShardRecord]) -> Sums:
         """Add up the sums of all shards, in plan order, so that a repetition gives the same bits."""
@@ -202,12 +206,10 @@ class Pca(Stage[PcaConfig]):
         """
         rows = spread_rows([num_samples for _, num_samples in planned], self.config.num_edge_samples)
 
-        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Array32, Array32]:
+        def read(pair: tuple[Shard, npt.NDArray[np.int64]]) -> tuple[Vectors, Array32]:
             shard, chosen = pair
-            image, text = self._selected(shard.inputs, ["image_embedding", "text_embedding"])
-            if len(chosen) < len(image):
-                image, text = image[chosen], text[chosen]
-            return image, np.einsum("ij,ij->i", image, text)
+            image, products = self._selected(shard.inputs)
+            return (image[chosen], products[chosen]) if len(chosen) < len(image) else (image, products)
 
         wanted = [(shard, chosen) for (shard, _), chosen in zip(planned, rows, strict=True) if len(chosen)]
         num = sum(len(chosen) for _, chosen in wanted)

@@ -17,8 +17,9 @@ import scipy.linalg
 
 Array64 = npt.NDArray[np.float64]
 Array32 = npt.NDArray[np.float32]
+Vectors = npt.NDArray[np.float16] | Array32
 
-_BLOCK_ROWS = 4096  # rows that are float64 at once
+_BLOCK_ROWS = 4096  # rows that are widened at once
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Sums:
         return cls(int(arrays["count"][0]), arrays["total"], arrays["outer"])
 
 
-def sums_of(x: Array32) -> Sums:
+def sums_of(x: Vectors) -> Sums:
     """Sum over vectors ``(n, D)`` in float64, a few thousand rows at a time."""
     dim = x.shape[1]
     total, outer = np.zeros(dim), np.zeros((dim, dim))
@@ -109,7 +110,7 @@ def solve(sums: Sums, *, largest: int | None = None) -> Solution:
     return Solution(mean, variances, axes, np.maximum(values[::-1], 0.0))
 
 
-def project(x: Array32, mean: Array64, axes: Array64) -> tuple[Array32, Array64]:
+def project(x: Vectors, mean: Array64, axes: Array64) -> tuple[Array32, Array64]:
     """Return the components of vectors ``(n, D)`` along orthonormal ``axes`` ``(k, D)``, and what they lose.
 
     Returns:
@@ -120,7 +121,7 @@ def project(x: Array32, mean: Array64, axes: Array64) -> tuple[Array32, Array64]
     onto, centre = axes.T.astype(np.float32), mean.astype(np.float32)
     for start in range(0, len(x), _BLOCK_ROWS):
         rows = slice(start, start + _BLOCK_ROWS)
-        centred = x[rows] - centre
+        centred = x[rows].astype(np.float32) - centre
         components[rows] = centred @ onto
         # Pythagoras instead of a second product; right to about 1e-7 of the squared length.
         lost[rows] = _squared_lengths(centred) - _squared_lengths(components[rows])

@@ -44,12 +44,14 @@ def write_store(root: str, num: int, dim: int, num_shards: int) -> list[str]:
     records, paths = [], []
     for i, size in enumerate(len(part) for part in np.array_split(np.arange(num), num_shards)):
         rng = np.random.default_rng(100 + i)
-        sides = []
-        for _ in ("image", "text"):
+        sides = {}
+        for name in ("image_embedding", "text_embedding"):
             x = rng.standard_normal((size, dim), dtype=np.float32) * scales @ basis + centre
-            sides.append(embedding_array(x / np.linalg.norm(x, axis=1, keepdims=True)))
+            sides[name] = x / np.linalg.norm(x, axis=1, keepdims=True)
         keys = pa.array([f"{i:04x}{j:06d}" for j in range(size)])
-        table = pa.table({"key": keys, "image_embedding": sides[0], "text_embedding": sides[1]})
+        scores = np.einsum("ij,ij->i", *sides.values())
+        columns = {name: embedding_array(x) for name, x in sides.items()}
+        table = pa.table({"key": keys, **columns, "clip_score": pa.array(scores, pa.float32())})
         made = embed.record(i, {"embeddings": ("parquet", table_to_bytes(table))}, {}, num_in=size, num_kept=size)
         selection = table_to_bytes(selection_table(keys.to_pylist(), [None] * size))
         files = {"selection": ("selection.parquet", selection)}
