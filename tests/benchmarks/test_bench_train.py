@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.benchmarks.bench_train import COMPARISONS, compare_loops, measure_stalls, prepared, report, sizes_of
-from tests.benchmarks.model_sizes import Task
+from tests.benchmarks.bench_train import COMPARISONS, compare_loops, measure_stalls, prepared, report
+from tests.benchmarks.model_sizes import SIZES, Task
 from tests.benchmarks.save_stall import stalls_of
 
 WINDOW = 4
@@ -37,13 +37,13 @@ def test_a_save_that_outlasts_its_window_is_refused() -> None:
 @pytest.mark.slow
 def test_every_loop_but_dalle2s_gets_a_row_and_every_way_of_saving() -> None:
     template = Task(
-        model="", rival="", operation="", side="", folder="", sizes=sizes_of("tiny"), num_threads=1, min_seconds=0.0
+        model="", rival="", operation="", side="", folder="", sizes=SIZES["tiny"], num_threads=1, min_seconds=0.0
     )
-    with prepared(template, num_shards=2, num_samples=20) as task:
+    with prepared(template, num_shards=2, num_samples=80) as task:
         rows = list(compare_loops(task, None, num_repetitions=1, num_rounds=1))
         stalls = measure_stalls(task, num_saves=1, window=200)
     wanted = [names for names in COMPARISONS if names[1] != "dalle2"]
-    assert [(row.task.model, row.task.rival, row.task.engine) for row in rows] == wanted
+    assert [(row.task.model, row.task.rival, row.task.engine, row.task.batch_size) for row in rows] == wanted
     for row in rows:
         assert row.ours.num_parameters == row.theirs.num_parameters
         assert 0.2 < row.ours.output / row.theirs.output < 5  # both losses are of the same model and data
