@@ -22,7 +22,7 @@ _TILE_PX = 96
 _CURVE_PX = 560
 _NOTES = {
     "cost": "Samples and work of every stage, planned and actual",
-    "promotion": "What the gate says of this run beside the version in production",
+    "gate": "What the gate says of this run beside the version in production",
 }
 
 

@@ -29,6 +29,10 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-s", "--set", action="append", default=[], metavar="K=V", help="change a setting")
     parser.add_argument("--from", dest="start", metavar="STAGE", help="its runs leave out the stages before it")
     parser.add_argument("--until", metavar="STAGE", help="its runs leave out the stages after it")
+    parser.add_argument(
+        "--retrain", action="store_true", help="its runs are those of `unclip retrain`: new data, gate, promotion"
+    )
+    parser.add_argument("--no-promote", action="store_true", help="with --retrain: register and ask the gate, no more")
 
 
 def deploy(args: argparse.Namespace) -> int:
@@ -37,7 +41,7 @@ def deploy(args: argparse.Namespace) -> int:
     if args.json:
         print_json(vars(deployed))
         return 0
-    print(f"deployed {deployed.name}; a worker takes its runs: prefect worker start --pool {deployed.pool}")
+    print(f"deployed {_shown(deployed)}; a worker takes its runs: prefect worker start --pool {deployed.pool}")
     for name in (deployed.watch, *deployed.automations):
         if name is not None:
             print(f"  with {name}")
@@ -52,15 +56,23 @@ def serve(args: argparse.Namespace) -> int:
     if kind != "process":
         raise ConfigError(f"serve: prefect.pool_kind is {kind}; serve starts processes here, `unclip deploy` does not")
     deployed = _deploy(args)
-    print(f"deployed {deployed.name}; its runs are taken here until Ctrl-C", flush=True)
+    print(f"deployed {_shown(deployed)}; its runs are taken here until Ctrl-C", flush=True)
     # The worker in this one's place: signals are its own.
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", deployed.pool, "--type", "process"]
     os.execv(sys.executable, command)
 
 
+def _shown(deployed: Deployed) -> str:
+    return f"{deployed.name} ({deployed.work}, code {deployed.version})"
+
+
 def _deploy(args: argparse.Namespace) -> Deployed:
     from stages.config import load_config
 
+    if args.retrain and (args.start or args.until):
+        raise ConfigError("--retrain: does all stages; leave out --from and --until")
+    if args.no_promote and not args.retrain:
+        raise ConfigError("--no-promote: is of retraining; add --retrain")
     config = load_config(args.config, args.set)
     url = user_api_url()
     if not url:
@@ -72,6 +84,9 @@ def _deploy(args: argparse.Namespace) -> Deployed:
     from flows import deployment
     from stages.graph import STAGE_NAMES
 
+    name = config.prefect.deployment or Path(args.config).stem
+    if args.retrain:
+        return deployment.deploy(config, name, "retrain", promote=not args.no_promote)
     stages = {"start": args.start, "until": args.until}
     select(STAGE_NAMES, **stages)
-    return deployment.deploy(config, config.prefect.deployment or Path(args.config).stem, stages)
+    return deployment.deploy(config, name, "run", **stages)

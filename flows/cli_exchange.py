@@ -91,8 +91,8 @@ def _trained_models(
     project: Project, names: Sequence[str], step: int | Literal["last"] | None
 ) -> list[tuple[str, Callable[[], tuple[nn.Module, dict[str, str]]]]]:
     """Tell how to read each model and where its weights are from; what is missing is said before anything is read."""
-    from stages.runner import output_uri
     from stages.generator_training import Training
+    from stages.runner import output_uri
     from stages.weights import checked_copy, weights_of
     from unclip_models.checkpoint import load_model
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,8 +30,16 @@ _FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "
 _OUR_FAILURES = (1, 2, 130)
 
 
-def run_as_job(args: argparse.Namespace, project: Project, selection: Selection) -> int:
-    """Run the selected stages on the cluster; return the exit code that a run here would have had."""
+def run_as_job(args: argparse.Namespace, project: Project, selection: Selection, *, takes_signals: bool = True) -> int:
+    """Run the selected stages on the cluster; return the exit code that a run here would have had.
+
+    Args:
+        args: of the command line.
+        project: what to run.
+        selection: the stages of it.
+        takes_signals: whether to handle signals; if not, what somebody else's handler raises stops the job and is
+            raised again once the job has ended.
+    """
     from cluster.jobs import CONFIG_NAME, STOP_WAIT_S, JobCluster
 
     config = project.config
@@ -51,7 +59,7 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
     def say_stopping() -> None:
         say("stopping the job; everything committed is kept")
 
-    with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping) as interrupt:
+    with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping, takes_signals=takes_signals) as interrupt:
         interrupt.closes(partial(cluster.stop_all, what))
         name, is_new = cluster.submit(
             what,
@@ -67,8 +75,15 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection)
                 print_json({"status": "submitted", "job": name})
             return 0
         state: JobState | None = None
-        with contextlib.suppress(KeyboardInterrupt):
+        try:
             state = cluster.follow(name, show)
+        except KeyboardInterrupt:
+            interrupt.stop(128 + signal.SIGINT)
+        except Exception:
+            raise  # the job may go on
+        except BaseException:  # a signal, as whoever handles it says so
+            interrupt.stop(128 + signal.SIGTERM)
+            raise
     code = _exit_code(state) if state is not None else interrupt.exit_code
     error = f"job {name}: {state.status.lower()}: {state.message}" if state is not None and code else ""
     if error:

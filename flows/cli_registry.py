@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flows.console import PLAIN, open_console, print_json
+from flows.production_note import tell_server
 from flows.project import open_project
 from stages.errors import ConfigError, InputError
 from stages.redaction import hide_secrets
@@ -67,6 +68,14 @@ def promote(args: argparse.Namespace) -> int:
     if number is None:
         number = register(config.root, _finished_run(args), config.gate).number
     outcome = promote_version(config.root, number, config.gate, force_reason=reason)
+    forced = f", forced past the gate: {reason}" if outcome.decision and not outcome.decision.passed and reason else ""
+    was = f"version {outcome.before}" if outcome.before else "nothing"
+    said = {
+        "refused": f"version {number} is registered, not promoted; in production is still {was}",
+        "unchanged": f"version {number} is in production already; nothing to do",
+    }.get(outcome.status, f"version {number} is in production (before: {was}){forced}")
+    if outcome.decision is not None:
+        tell_server(config.root, said, outcome.decision)
     if args.json:
         print_json(
             {
@@ -81,14 +90,8 @@ def promote(args: argparse.Namespace) -> int:
         return REFUSED if outcome.status == "refused" else 0
     if outcome.decision is not None:
         show_decision(outcome.decision)
-    was = f"version {outcome.before}" if outcome.before else "nothing"
-    if outcome.status == "refused":
-        say(f"version {number} is registered, not promoted; in production is still {was}")
-    elif outcome.status == "unchanged":
-        say(f"version {number} is in production already; nothing to do")
-    else:
-        forced = f", forced past the gate: {reason}" if outcome.decision and not outcome.decision.passed else ""
-        say(f"version {number} is in production (before: {was}){forced}")
+    say(said)
+    if outcome.status == "promoted":
         say(f"model card: {card_uri(config.root, number)}")
     return REFUSED if outcome.status == "refused" else 0
 
@@ -106,11 +109,14 @@ def rollback(args: argparse.Namespace) -> int:
     """Put an earlier version into production again."""
     from stages.registry import rollback as roll_back
 
-    change = roll_back(_root(args), args.to)
+    root = _root(args)
+    change = roll_back(root, args.to)
+    said = f"version {change.number} is in production again (before: version {change.before})"
+    tell_server(root, said, None)
     if args.json:
         print_json({"status": "rolled back", "version": change.number, "before": change.before})
     else:
-        say(f"version {change.number} is in production again (before: version {change.before})")
+        say(said)
     return 0
 
 
@@ -154,8 +160,7 @@ def list_versions(args: argparse.Namespace) -> int:
     for number, withdrawal in withdrawn.items():
         say(f"version {number} {withdrawal}")
     for change in production.history:
-        forced = f", forced: {change.reason}" if change.reason else ""
-        say(f"{change.at}  {change.action} {change.number} (before: {change.before or 'nothing'}){forced}")
+        say(f"{change.at}  {change}")
     return 0
 
 

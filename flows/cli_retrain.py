@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from flows.cli_registry import REFUSED, say, show_decision
 from flows.console import print_json
+from flows.production_note import tell_server
+from flows.project import open_project
 from flows.retrain import Retrained
 from flows.retrain import retrain as retrain_models
 
@@ -48,7 +50,12 @@ def retrain(args: argparse.Namespace, bring_to_end: BringToEnd) -> int:
         with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
             return bring_to_end(of_run, project, selection)
 
-    found = retrain_models(args.config, args.set, run, promote=not args.no_promote, from_scratch=args.from_scratch)
+    def look() -> Project:
+        return open_project(args.config, args.set)
+
+    found = retrain_models(look, run, promote=not args.no_promote, from_scratch=args.from_scratch)
+    if found.decision is not None:
+        tell_server(look().config.root, found.said, found.decision)
     code = REFUSED if found.status == "refused" else found.run_code
     if args.json:
         print_json(
@@ -61,30 +68,16 @@ def retrain(args: argparse.Namespace, bring_to_end: BringToEnd) -> int:
             }
         )
     else:
-        _show(found, args.config)
+        _show(found)
     return code
 
 
-def _show(found: Retrained, config: str) -> None:
-    production = f"version {found.production}" if found.production else "nothing"
-    if found.version is None:
-        say(f"not finished, the same command goes on; in production is {production}")
-        return
-    number = found.version.number
-    if not found.has_run:
-        say(f"nothing has changed since version {number}: the same lists, settings and starts; nothing was trained")
+def _show(found: Retrained) -> None:
+    if found.version is not None and not found.has_run:
+        say(
+            f"nothing has changed since version {found.version.number}: the same lists, settings and starts; nothing "
+            "was trained"
+        )
     if found.decision is not None:
         show_decision(found.decision)
-    if found.status == "promoted":
-        say(f"version {number} is in production")
-    elif found.status == "refused":
-        say(f"version {number} is registered, not promoted; in production is still {production}")
-    elif found.status == "held":
-        say(f"version {number} is registered; `unclip promote {config} --version {number}` puts it into production")
-    elif found.status == "taken back":
-        say(
-            f"version {number} was taken back from production, which holds {production}; "
-            f"`unclip promote {config} --version {number}` puts it there again"
-        )
-    else:
-        say(f"version {number} is in production")
+    say(found.said)

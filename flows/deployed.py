@@ -1,8 +1,9 @@
 """The flows that ``unclip deploy`` and ``unclip serve`` register; a worker imports them by this module's name.
 
-``run`` does what ``unclip run`` does, in a worker's process. Its parameter is the whole config as plain values, so that
-Prefect's form shows every setting, its server refuses a wrong one, and the worker needs no file. ``watch`` looks at the
-URL lists and says once, as an event, that they hold something new; an automation turns the event into a run.
+``run`` and ``retrain`` do what the commands of these names do, in a worker's process; a deployment is of one of them.
+Their parameter is the whole config as plain values, so that Prefect's form shows every setting, its server refuses a
+wrong one, and the worker needs no file. ``watch`` looks at the URL lists and says once, as an event, that they hold
+something new; an automation turns the event into a run.
 """
 
 from __future__ import annotations
@@ -13,18 +14,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from prefect import flow
+from prefect import State, flow
 from prefect.context import FlowRunContext, TaskRunContext
 from prefect.events import emit_event
 from prefect.logging.handlers import APILogHandler
+from prefect.states import Completed
 
 from flows import cli_jobs
 from flows.console import open_console
 from flows.interrupt import Interrupt
 from flows.logs import PACKAGES, configure_logging
 from flows.pipeline import run_stages
+from flows.production_note import publish_note
 from flows.progress import LogDisplay
 from flows.project import Project, project_of
+from flows.retrain import retrain as retrain_models
 from flows.run_project import run_project
 from flows.selection import Selection, check_upstream, select
 from flows.tasks import CURRENT_RUN, Run
@@ -34,6 +38,8 @@ from stages.errors import NotFoundError, StageError
 from stages.graph import STAGE_NAMES
 from stages.manifest import digest_of
 from stages.source import Source
+
+logger = logging.getLogger(__name__)
 
 FLOW_NAME, WATCH_NAME = "unclip", "unclip-watch"
 LISTS_CHANGED = "unclip.lists.changed"
@@ -72,6 +78,53 @@ def run(
     selection = select(STAGE_NAMES, start=start, until=until, only=only, force=force)
     upstream = {stage: project.stages[stage].upstream for stage in project.stages}
     check_upstream(selection, upstream, {stage: state.status == "done" for stage, state in project.states.items()})
+    return _bring_to_end(project, selection, name)
+
+
+@flow(name=FLOW_NAME, flow_run_name="{name}", persist_result=False)
+def retrain(
+    config: dict[str, Any],
+    name: str = "unclip",
+    overrides: Sequence[str] = (),
+    promote: bool = True,
+    from_scratch: bool = False,
+) -> State[Any]:
+    """Process what is new, train on from production, ask the gate, promote.
+
+    Args:
+        config: every setting, checked like a config file.
+        name: of the config, shown and recorded.
+        overrides: settings to change, as ``-s`` takes them.
+        promote: put into production what the gate lets pass.
+        from_scratch: train from random weights, not from those in production.
+
+    Returns:
+        A completed state that says how it ended; named ``Refused`` where the gate refuses: nothing has failed then,
+        but somebody will want to know (``prefect.notify_on``).
+
+    Raises:
+        StageError: if a stage failed; the same run again goes on from there. Production is what it was.
+    """
+    _log_to_prefect()
+
+    def look() -> Project:
+        return project_of(check_config(overridden(config, overrides), place=name))
+
+    def bring_to_end(project: Project, selection: Selection) -> int:
+        _bring_to_end(project, selection, name)
+        return 0
+
+    found = retrain_models(look, bring_to_end, promote=promote, from_scratch=from_scratch)
+    logger.info("%s", found.said)
+    publish_note(look().config.root, found.said, found.decision)
+    if found.status == "refused":
+        assert found.decision is not None
+        return Completed(name="Refused", message=f"{found.said}: {'; '.join(found.decision.failures)}")
+    return Completed(message=found.said)
+
+
+def _bring_to_end(project: Project, selection: Selection, name: str) -> str:
+    """Do the stages of a selection, here or as a Ray Job; return the URI of the report."""
     storage.check_writable(project.config.root)
     if project.config.cluster.submit is not None:
         return _run_as_job(project, selection, name)
@@ -110,7 +163,8 @@ def _run_as_job(project: Project, selection: Selection, name: str) -> str:
     """Follow the Ray Job that does the work; it shows its stages in a flow run of its own on the same server."""
     from flows.summary import report_uri
 
-    code = cli_jobs.run_as_job(argparse.Namespace(config=name, detach=False, json=False), project, selection)
+    of_run = argparse.Namespace(config=name, detach=False, json=False)
+    code = cli_jobs.run_as_job(of_run, project, selection, takes_signals=False)
     if code:
         raise StageError(f"the Ray Job of {name} ended with exit code {code}; its log is above")
     return report_uri(project.config.root)

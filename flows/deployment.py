@@ -5,14 +5,13 @@ Everything is an upsert by name: the same command again changes what is there an
 
 from __future__ import annotations
 
-import importlib.metadata
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -28,6 +27,7 @@ from flows import parameters
 from flows.deployed import FLOW_NAME, LISTS_CHANGED, WATCH_NAME, lists_resource
 from flows.prefect_server import ServerError
 from stages import storage
+from stages.code_version import code_version
 from stages.config import Config, to_values
 from stages.errors import ConfigError, first_line
 from stages.machines import KubernetesConfig
@@ -39,6 +39,7 @@ _STATES = {
     "crashed": "Crashed",
     "timed_out": "TimedOut",
     "cancelled": "Cancelled",
+    "refused": "Refused",
 }
 _SUBJECT = "unclip {name}: {{{{ flow_run.state.name }}}}"
 _BODY = "{{ flow_run.name }}: {{ flow_run.state.name }}. {{ flow_run.state.message }}\n{{ flow_run|ui_url }}"
@@ -56,12 +57,16 @@ class Deployed:
 
     Attributes:
         name: of the deployment, ``flow/name``.
+        work: what its runs do: ``run`` or ``retrain``.
+        version: of the code that deployed it (``stages/code_version.py``).
         pool: its work pool.
         automations: names of the automations that belong to it.
         watch: name of the deployment that watches the lists, if there is one.
     """
 
     name: str
+    work: str
+    version: str
     pool: str
     automations: tuple[str, ...] = ()
     watch: str | None = None
@@ -73,13 +78,14 @@ def portable(config: Config) -> Config:
     return replace(config, root=storage.absolute(config.root), source=source)
 
 
-def deploy(config: Config, name: str, stages: Mapping[str, str | None] | None = None) -> Deployed:
+def deploy(config: Config, name: str, work: Literal["run", "retrain"], **defaults: Any) -> Deployed:
     """Register a config with the server that Prefect is set to.
 
     Args:
         config: what to run.
         name: of the deployment.
-        stages: ``start`` and ``until`` of its runs.
+        work: which of the flows of ``flows/deployed.py`` its runs are.
+        defaults: further parameters of its runs, such as ``until``.
 
     Raises:
         ConfigError: if the server refuses a setting.
@@ -98,12 +104,12 @@ def deploy(config: Config, name: str, stages: Mapping[str, str | None] | None = 
                 client,
                 name,
                 FLOW_NAME,
-                "flows.deployed.run",
+                f"flows.deployed.{work}",
                 config,
                 variables,
                 schedules=schedules,
-                schema=parameters.run_schema(),
-                defaults=stages or {},
+                schema=parameters.run_schema() if work == "run" else parameters.retrain_schema(),
+                defaults=defaults,
             )
             watcher = _register_watch(client, name, config, variables)
             automations = list(_automations(client, name, config, main))
@@ -112,7 +118,9 @@ def deploy(config: Config, name: str, stages: Mapping[str, str | None] | None = 
         except PrefectHTTPStatusError as error:
             detail = first_line(error) if error.response is None else error.response.text[:500]
             raise ServerError(f"the Prefect server refuses the deployment {name}: {detail}") from error
-    return Deployed(name=f"{FLOW_NAME}/{name}", pool=pool.name, automations=kept, watch=watcher)
+    return Deployed(
+        name=f"{FLOW_NAME}/{name}", work=work, version=code_version(), pool=pool.name, automations=kept, watch=watcher
+    )
 
 
 def _register(
@@ -132,7 +140,7 @@ def _register(
     return client.create_deployment(
         flow_id=client.create_flow_from_name(flow_name),
         name=name,
-        version=importlib.metadata.version("unclip-pipeline"),
+        version=code_version(),
         description=f"The unCLIP pipeline on `{config.root}`.",
         tags=["unclip"],
         schedules=schedules,

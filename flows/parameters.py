@@ -12,6 +12,13 @@ from stages.config import Config, dataclasses_in, json_schema
 from stages.graph import STAGE_NAMES
 
 _DEFINITIONS = "#/definitions/"
+_OVERRIDES = {
+    "title": "overrides",
+    "description": "settings to change, as `-s` takes them: decoder.num_steps=100",
+    "type": "array",
+    "items": {"type": "string"},
+    "default": [],
+}
 
 
 def run_schema() -> dict[str, Any]:
@@ -19,13 +26,7 @@ def run_schema() -> dict[str, Any]:
     stage = {"anyOf": [{"type": "string", "enum": list(STAGE_NAMES)}, {"type": "null"}], "default": None}
     return _schema(
         {
-            "overrides": {
-                "title": "overrides",
-                "description": "settings to change, as `unclip run -s` takes them: decoder.num_steps=100",
-                "type": "array",
-                "items": {"type": "string"},
-                "default": [],
-            },
+            "overrides": _OVERRIDES,
             "start": {"title": "start", "description": "leave out the stages before it", **stage},
             "until": {"title": "until", "description": "leave out the stages after it", **stage},
             "only": {"title": "only", "description": "this stage alone", **stage},
@@ -35,6 +36,27 @@ def run_schema() -> dict[str, Any]:
                 "type": "array",
                 "items": {"type": "string", "enum": list(STAGE_NAMES)},
                 "default": [],
+            },
+        }
+    )
+
+
+def retrain_schema() -> dict[str, Any]:
+    """Describe the parameters of the flow that retrains a project, as JSON schema."""
+    return _schema(
+        {
+            "overrides": _OVERRIDES,
+            "promote": {
+                "title": "promote",
+                "description": "put into production what the gate lets pass",
+                "type": "boolean",
+                "default": True,
+            },
+            "from_scratch": {
+                "title": "from_scratch",
+                "description": "train from random weights, not from those in production",
+                "type": "boolean",
+                "default": False,
             },
         }
     )

@@ -6,11 +6,11 @@ run, the version by its digest, the promotion by what is in production.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from flows.project import Project, open_project
+from flows.project import Project
 from flows.selection import Selection
 from stages.errors import ConfigError, ConflictError, StageError
 
@@ -45,10 +45,23 @@ class Retrained:
     production: int | None
     decision: Decision | None = None
 
+    @property
+    def said(self) -> str:
+        """How it ended, in one line."""
+        production = f"version {self.production}" if self.production else "nothing"
+        if self.version is None:
+            return f"not finished, the same command goes on; in production is {production}"
+        number = self.version.number
+        return {
+            "refused": f"version {number} is registered, not promoted; in production is still {production}",
+            "held": f"version {number} is registered; `unclip promote --version {number}` puts it into production",
+            "taken back": f"version {number} was taken back from production, which holds {production}; "
+            f"`unclip promote --version {number}` puts it there again",
+        }.get(self.status, f"version {number} is in production")
+
 
 def retrain(
-    config_path: str,
-    overrides: Sequence[str],
+    look: Callable[[], Project],
     bring_to_end: Callable[[Project, Selection], int],
     *,
     promote: bool = True,
@@ -57,8 +70,7 @@ def retrain(
     """Bring a pipeline to its end, register it, ask the gate, and promote.
 
     Args:
-        config_path: the config file.
-        overrides: ``dotted.key=value``.
+        look: reads the config and its store; called again where a decision changes what there is to do.
         bring_to_end: runs stages of a project; returns an exit code.
         promote: whether to put into production what the gate lets pass.
         from_scratch: trainings of these data start from random weights where the config says production.
@@ -69,10 +81,10 @@ def retrain(
     from stages.graph import inspect_all
     from stages.registry import ask_gate, read_production, register
 
-    project = open_project(config_path, overrides)
+    project = look()
     if from_scratch:
         _start_from_scratch(project)
-        project = open_project(config_path, overrides)
+        project = look()
     root, gate = project.config.root, project.config.gate
     has_run = any(state.status != "done" for state in project.states.values())
     if has_run:
@@ -119,8 +131,8 @@ def _promote(project: Project, version: Version, has_run: bool) -> Retrained:
 
 
 def _start_from_scratch(project: Project) -> None:
-    from stages.starting_point import start_from_scratch
     from stages.generator_training import Training
+    from stages.starting_point import start_from_scratch
 
     starts = [stage.start for stage in project.stages.values() if isinstance(stage, Training) and stage.start]
     if not starts:

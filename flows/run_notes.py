@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from flows.progress import format_duration
 from flows.report_plan import planned_and_actual
 from stages.config import Config
+from stages.gate import Decision
 from stages.manifest import Manifest
 from stages.registry import ask_gate
 from stages.version import metrics_of
@@ -21,7 +22,7 @@ def run_notes(manifests: Mapping[str, Manifest], config: Config) -> dict[str, st
     """
     notes = {"cost": cost_table(manifests)}
     if "evaluate" in manifests:
-        notes["promotion"] = gate_table(manifests, config)
+        notes["gate"] = gate_table(manifests, config)
     return notes
 
 
@@ -50,9 +51,14 @@ def gate_table(manifests: Mapping[str, Manifest], config: Config) -> str:
     beside = "nothing is in production" if number is None else f"in production is version {number}"
     if not decision.rules:
         return f"No rule is set (section `gate`); {beside}."
-    rows = [["met" if rule.passed else "**not met**", rule.metric, rule.bound, rule.reason] for rule in decision.rules]
     verdict = "would be promoted" if decision.passed else "would be **refused**"
-    return f"This run {verdict}; {beside}.\n\n{_table(['', 'metric', 'bound', 'why'], rows)}"
+    return f"This run {verdict}; {beside}.\n\n{rules_table(decision)}"
+
+
+def rules_table(decision: Decision) -> str:
+    """Show every bound that the gate has held, and whether it was met."""
+    rows = [["met" if rule.passed else "**not met**", rule.metric, rule.bound, rule.reason] for rule in decision.rules]
+    return _table(["", "metric", "bound", "why"], rows)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -30,7 +30,7 @@ StageName = Literal[
     "generate",
     "evaluate",
 ]
-RunEnd = Literal["completed", "failed", "crashed", "timed_out", "cancelled"]
+RunEnd = Literal["completed", "failed", "crashed", "timed_out", "cancelled", "refused"]  # refused: by the gate
 
 MAX_RETRIES = 50  # Prefect keeps no more delays than that
 _BLOCK = re.compile(r"[a-z0-9-]+/[a-z0-9-]+")
@@ -67,7 +67,7 @@ class PrefectConfig:
         (), "Prefect blocks told how runs end, as kind/name: webhook/ops, slack-webhook/team", affects="nothing"
     )
     notify_on: tuple[RunEnd, ...] = setting(
-        ("failed", "crashed", "timed_out"), "the ends they are told about", affects="nothing"
+        ("failed", "crashed", "timed_out", "refused"), "the ends they are told about", affects="nothing"
     )
 
     def __post_init__(self) -> None:

@@ -61,6 +61,10 @@ class Change:
     reason: str = ""
     decision: Mapping[str, Any] | None = None
 
+    def __str__(self) -> str:
+        forced = f", forced: {self.reason}" if self.reason else ""
+        return f"{self.action} {self.number} (before: {self.before or 'nothing'}){forced}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Production:

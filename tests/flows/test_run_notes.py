@@ -19,5 +19,5 @@ def test_the_gate_knows_the_losses_of_trainings(tmp_path: Path) -> None:
         prior = Given("prior", root)
         record = prior.record(0, {}, {}, metrics={"validation_loss": loss})
         notes = run_notes({"prior": prior.manifest([record]), "evaluate": evaluate}, config)
-        assert f"This run {verdict}; nothing is in production." in notes["promotion"]
-        assert "prior_validation_loss" in notes["promotion"] and "| prior |" in notes["cost"]
+        assert f"This run {verdict}; nothing is in production." in notes["gate"]
+        assert "prior_validation_loss" in notes["gate"] and "| prior |" in notes["cost"]

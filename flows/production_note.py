@@ -1,0 +1,66 @@
+"""Every decision about production as an artifact in Prefect, so that it can be looked up where the runs are.
+
+The registry in the store decides and remembers; this shows it, and nothing depends on its being shown.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from flows.prefect_server import ServerError, refuse_unreachable, user_api_url
+from flows.run_notes import rules_table
+
+if TYPE_CHECKING:
+    from stages.gate import Decision
+
+logger = logging.getLogger(__name__)
+
+KEY = "promotion"
+_NUM_CHANGES = 10
+
+
+def publish_note(root: str, said: str, decision: Decision | None) -> None:
+    """Create the artifact: what was decided and why, and the last changes of production.
+
+    It belongs to the flow run in which this is called, if any.
+
+    Args:
+        root: the store with the registry.
+        said: how the decision ended, in a line.
+        decision: what the gate said; None where it was not asked.
+    """
+    from prefect.artifacts import create_markdown_artifact
+
+    create_markdown_artifact(note(root, said, decision), key=KEY, description=f"Production of {root}: {said}")
+
+
+def tell_server(root: str, said: str, decision: Decision | None) -> None:
+    """Create the artifact on the user's Prefect server, if there is one; a server that is down is a warning.
+
+    Args:
+        root: the store with the registry.
+        said: how the decision ended, in a line.
+        decision: what the gate said; None where it was not asked.
+    """
+    if not (url := user_api_url()):
+        return
+    try:
+        refuse_unreachable(url)
+    except ServerError as error:
+        logger.warning("%s; the decision stands, but is not shown there", error)
+        return
+    publish_note(root, said, decision)
+
+
+def note(root: str, said: str, decision: Decision | None) -> str:
+    """Write what ``publish_note`` shows, in markdown."""
+    from stages.registry import read_production
+
+    parts = [f"**{said}** (`{root}`)"]
+    if decision is not None:
+        parts.append(rules_table(decision) if decision.rules else "No rule is set (section `gate`).")
+    if changes := read_production(root).history[-_NUM_CHANGES:]:
+        lines = [f"- {change.at} {change}" for change in reversed(changes)]
+        parts.append("\n".join(["Changes of production, the last one first:", "", *lines]))
+    return "\n\n".join(parts)
