@@ -2,7 +2,8 @@
 
 The sums are float64 and the eigenvalue solvers are LAPACK's: axes and eigenvalues are those of the whole set to
 rounding. The covariance is the difference of two sums, so its error is about 1e-16 of the mean square; an axis is off
-by that error over the gap between its eigenvalue and the next, at most.
+by that error over the gap between its eigenvalue and the next, at most. Sums in single precision would be twice as
+fast, and wrong: the gaps are that small where a spectrum of hundreds of components is flat.
 """
 
 from __future__ import annotations

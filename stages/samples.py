@@ -107,14 +107,15 @@ def _sample(key: str, parts: Mapping[str, bytes]) -> Sample:
 def table_to_bytes(table: pa.Table) -> bytes:
     """Write a Parquet file; equal tables give equal bytes."""
     sink = io.BytesIO()
-    # Embeddings are as good as random: to look for repeated numbers in them takes longer than all else and finds none,
-    # and unpacking what little zstd saves of them (8%) would be nearly half of reading them.
-    vectors = {field.name: pa.types.is_fixed_size_list(field.type) for field in table.schema}
+    # In embeddings nothing repeats but sign and exponent: a byte of every number. Kept apart from the other byte, they
+    # take 15% less room than the plain numbers, and less time to read.
+    vectors = [field.name for field in table.schema if pa.types.is_fixed_size_list(field.type)]
     pq.write_table(
         table,
         sink,
-        compression={name: "none" if vector else "zstd" for name, vector in vectors.items()},
-        use_dictionary=[name for name, vector in vectors.items() if not vector],
+        compression="zstd",
+        use_dictionary=[name for name in table.column_names if name not in vectors],
+        use_byte_stream_split=[f"{name}.list.element" for name in vectors],
     )
     return sink.getvalue()
 
