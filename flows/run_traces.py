@@ -181,9 +181,9 @@ class _FailuresToldOnce(logging.Filter):
         """Take a line of the exporter."""
         if record.levelno >= logging.WARNING and not self._told:
             self._told = True
-            logger.warning(
-                "traces do not arrive: %s; the run goes on, and this is said once", record.getMessage().rstrip(".")
-            )
+            place = next(os.environ[name] for name in reversed(_ENDPOINTS) if os.environ.get(name))
+            what = record.getMessage().rstrip(".")
+            logger.warning("traces do not arrive at %s: %s; the run goes on, and this is said once", place, what)
         return False
 
 
