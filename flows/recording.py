@@ -1,4 +1,4 @@
-"""Everything that is kept of a run beside its results: record, log, metrics, and the estimate it is held against."""
+"""What is kept of a run beside its results: record, log, metrics, traces, and the estimate it is held against."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from flows import run_traces
 from flows.progress import Display, Displays, Outcome
 from flows.project import Project
 from flows.run_log import RunLog
@@ -68,7 +69,7 @@ def recorded(project: Project, selection: Selection, config_path: str, shown: Di
         shown: the display of the terminal.
 
     Raises:
-        ConfigError: if the port of the metrics is taken.
+        ConfigError: if the port of the metrics is taken, or traces cannot be made as the environment wants them.
         StorageError: if the store cannot be written.
     """
     config = project.config
@@ -93,6 +94,8 @@ def recorded(project: Project, selection: Selection, config_path: str, shown: Di
                 port = stack.enter_context(metrics.served(config.cluster.metrics_host, config.cluster.metrics_port))
                 logger.info("metrics: http://%s:%d/metrics", config.cluster.metrics_host, port)
                 displays.append(metrics)
+            if run_traces.wanted():
+                displays.append(stack.enter_context(run_traces.exported(record)))
             recording = Recording(record, *displays)
             yield recording
     except BaseException as failure:

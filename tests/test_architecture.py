@@ -28,6 +28,7 @@ CONFINED = {
     "img2dataset": {"stages/img2dataset_unit.py"},
     "open_clip": {"unclip_models/open_clip_models.py"},
     "prometheus_client": {"flows/run_metrics.py"},
+    "opentelemetry": {"flows/run_traces.py"},
 }
 # Files of stages/ that are steps of the pipeline: they meet through manifests only.
 STEPS = {"source", "download", "filter", "clip", "embed", "curate", "ledger", "pca", "train", "generate", "evaluate"}
