@@ -44,10 +44,11 @@ _TERA = 1e12
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """A job and what came of it; ``found`` is None where memory did not suffice."""
+    """A job and what came of it; without anything found, why."""
 
     job: Job
     found: Found | None
+    problem: str = ""
 
     @property
     def samples_per_s(self) -> float:
@@ -82,17 +83,17 @@ def card() -> Card:
 
 
 def run(job: Job) -> Measurement:
-    """Measure a job in a process of its own.
-
-    Raises:
-        RuntimeError: if it fails for another reason than memory.
-    """
+    """Measure a job in a process of its own, which may fail: the others are worth measuring all the same."""
     command = [sys.executable, "-m", "tests.benchmarks.gpu_step", json.dumps(asdict(job))]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{job} failed:\n{done.stderr[-2000:]}")
+        print(f"{job} failed:\n{done.stderr[-2000:]}", file=sys.stderr)
+        last_words = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+        return Measurement(job=job, found=None, problem=f"failed: {last_words}")
     values = json.loads(done.stdout.splitlines()[-1])
-    return Measurement(job=job, found=None if "out_of_memory" in values else found_from_json(values))
+    if "out_of_memory" in values:
+        return Measurement(job=job, found=None, problem="does not fit")
+    return Measurement(job=job, found=found_from_json(values))
 
 
 def measure_model(template: Job, engines: Sequence[str], largest: int) -> Iterator[Measurement]:
@@ -139,7 +140,7 @@ def _cells(on: Card, measured: Measurement) -> list[str]:
     job, found = measured.job, measured.found
     ways = ", ".join([job.engine, *job.options.split()])
     if found is None:
-        return [job.model, ways, str(job.micro_batch), "does not fit", "", "", "", "", ""]
+        return [job.model, ways, str(job.micro_batch), measured.problem.replace("|", "/"), "", "", "", "", ""]
     tflops = found.flop_per_sample * measured.samples_per_s / _TERA
     return [
         f"{job.model} ({found.num_parameters / 1e9:.2f}B)",

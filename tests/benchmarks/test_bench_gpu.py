@@ -63,6 +63,12 @@ def test_zero_is_measured_in_a_process_of_its_own(tiny: Job) -> None:
     assert measured.found is not None and measured.samples_per_s > 0
 
 
+def test_a_job_that_fails_is_told_and_ends_nothing(tiny: Job) -> None:
+    measured = run(replace(tiny, engine="zero 7"))
+    assert measured.found is None
+    assert measured.problem.startswith("failed: ") and measured.samples_per_s == 0.0
+
+
 def test_kinds_of_operations() -> None:
     kinds = {
         "aten::mm": "matrix product",
@@ -100,7 +106,7 @@ def test_the_peak_is_that_of_a_matrix_product() -> None:
 def test_the_report_computes_mfu_from_the_measured_peak(tiny: Job) -> None:
     found = measure(tiny)
     fits = Measurement(job=tiny, found=found)
-    text = report(CARD, [fits, Measurement(job=replace(tiny, micro_batch=4), found=None)])
+    text = report(CARD, [fits, Measurement(job=replace(tiny, micro_batch=4), found=None, problem="does not fit")])
     mfu = found.flop_per_sample * 2 / statistics.median(found.step_s) / 1e12 / CARD.measured_tflops
     assert f"| {mfu:.1%} |" in text
     assert "| prior | torch | 4 | does not fit |" in text
