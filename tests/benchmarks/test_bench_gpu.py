@@ -46,6 +46,7 @@ def test_the_models_are_those_of_the_config(model: str) -> None:
     assert model_config(job) == getattr(load_config(PAPER), model).model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", CONFIG_TYPES)
 def test_every_model_is_measured_and_profiled(model: str, tiny: Job) -> None:
     found = measure(replace(tiny, model=model))
