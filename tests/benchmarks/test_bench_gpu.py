@@ -17,6 +17,7 @@ from tests.benchmarks.bench_gpu import PAPER, REPOSITORY, Card, Measurement, rep
 from tests.benchmarks.gpu_step import (
     CONFIG_TYPES,
     MODEL_WORK,
+    Found,
     Job,
     breakdown,
     found_from_json,
@@ -38,6 +39,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Job:
     path = tmp_path_factory.mktemp("config") / "models.yaml"
     path.write_text(json.dumps(models))
     return Job(config=str(path), model="prior", device="cpu", micro_batch=2, min_seconds=0.0)
+
+
+@pytest.fixture(scope="module")
+def found(tiny: Job) -> Found:
+    """What is found of it."""
+    return measure(tiny)
 
 
 @pytest.mark.parametrize("model", CONFIG_TYPES)
@@ -87,14 +94,14 @@ def test_kinds_of_operations() -> None:
     assert {name: kind_of(name) for name in kinds} == kinds
 
 
-def test_what_no_operation_took_is_idle_and_the_bottleneck_is_the_largest_overhead(tiny: Job) -> None:
+def test_what_no_operation_took_is_idle_and_the_bottleneck_is_the_largest_overhead(found: Found) -> None:
     shares, operations = breakdown({"aten::mm": 0.5, "aten::silu": 0.1, "aten::mul": 0.05, "aten::copy_": 0.125}, 1.0)
     assert shares == pytest.approx(
         {"matrix product": 0.5, "idle": 0.225, "elementwise and reductions": 0.15, "copies and casts": 0.125}
     )
     assert list(shares)[:2] == ["matrix product", "idle"]
     assert [one.name for one in operations] == ["aten::mm", "aten::copy_", "aten::silu", "aten::mul"]
-    found = replace(measure(tiny), shares=shares, operations=operations)
+    found = replace(found, shares=shares, operations=operations)
     assert found.bottleneck == "idle 22%"
     busy = {kind: share for kind, share in shares.items() if kind != "idle"}
     assert replace(found, shares=busy).bottleneck == "elementwise and reductions 15% (aten::silu)"
@@ -104,8 +111,7 @@ def test_the_peak_is_that_of_a_matrix_product() -> None:
     assert 1e-4 < measured_peak_tflops(torch.device("cpu"), 256, 2) < 100
 
 
-def test_the_report_computes_mfu_from_the_measured_peak(tiny: Job) -> None:
-    found = measure(tiny)
+def test_the_report_computes_mfu_from_the_measured_peak(tiny: Job, found: Found) -> None:
     fits = Measurement(job=tiny, found=found)
     text = report(CARD, [fits, Measurement(job=replace(tiny, micro_batch=4), found=None, problem="does not fit")])
     mfu = found.flop_per_sample * 2 / statistics.median(found.step_s) / 1e12 / CARD.measured_tflops
