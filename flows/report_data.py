@@ -228,6 +228,58 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, f
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Fetching:
+    """How the network and the hosts did while a data set was downloaded, over the shards that asked any.
+
+    Attributes:
+        attempts: of rows, retries among them.
+        retries: attempts after the first.
+        hosts: shard by shard, so one that several shards ask counts as often.
+        hosts_down: given up because they could not be reached.
+        hosts_busy: given up because of the pauses they asked for.
+        pauses_s: that hosts asked for and were granted.
+        lookups: of names.
+        failed_lookups: those without an address.
+        median_lookup_s: half of the shards had a median below this.
+        worst_lookup_s: the slowest of all.
+    """
+
+    attempts: int
+    retries: int
+    hosts: int
+    hosts_down: int
+    hosts_busy: int
+    pauses_s: float
+    lookups: int
+    failed_lookups: int
+    median_lookup_s: float
+    worst_lookup_s: float
+
+
+def fetching(download: Manifest) -> Fetching | None:
+    """Add up what the records of shards say of the network; None if no shard asked any host."""
+    shards = [record.metrics for record in download.records if record.metrics.get("attempts")]
+    if not shards:
+        return None
+
+    def total(name: str) -> float:
+        return float(sum(shard.get(name, 0) for shard in shards))
+
+    return Fetching(
+        attempts=int(total("attempts")),
+        retries=int(total("retries")),
+        hosts=int(total("hosts")),
+        hosts_down=int(total("hosts_down")),
+        hosts_busy=int(total("hosts_busy")),
+        pauses_s=total("host_pauses_s"),
+        lookups=int(total("dns_lookups")),
+        failed_lookups=int(total("dns_failures")),
+        median_lookup_s=float(np.median([shard.get("dns_median_s", 0.0) for shard in shards])),
+        worst_lookup_s=max(shard.get("dns_worst_s", 0.0) for shard in shards),
+    )
+
+
 def spectrum(manifest: Manifest) -> Array:
     """Return each principal axis's share of the variance, decreasing ``(D,)``."""
     if "spectrum" in manifest.metrics:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from flows.charts import Series, histogram, line_chart
-from flows.report_data import Probe, bins, clip_scores, distributions, probe_clip, spectrum
-from flows.report_html import bar, card, cards, legend, number, soft, table
+from flows.report_data import Probe, bins, clip_scores, distributions, fetching, probe_clip, spectrum
+from flows.report_html import bar, card, cards, duration, legend, number, soft, table
 from stages.ledger import DATA_STAGES
 from stages.manifest import Manifest
 
@@ -51,7 +51,26 @@ def funnel_section(manifests: Mapping[str, Manifest]) -> str:
     text = (
         "<p class='soft'>Every row ends in exactly one place: kept, or dropped for the first reason that applied.</p>"
     )
-    return text + table(["stage", "#in", "#kept", "left of all rows", "dropped"], rows)
+    network = _fetching_text(manifests["download"]) if "download" in manifests else ""
+    return text + table(["stage", "#in", "#kept", "left of all rows", "dropped"], rows) + network
+
+
+def _fetching_text(download: Manifest) -> str:
+    """Say how hosts and name resolution did; a network that fails shows here before it shows in the samples."""
+    found = fetching(download)
+    if found is None:
+        return ""
+    names = (
+        f"{found.failed_lookups:,} of {found.lookups:,} lookups failed; they took {found.median_lookup_s:.3f} s "
+        f"(median), {found.worst_lookup_s:.1f} s at most"
+        if found.lookups
+        else "every host was given as an address"
+    )
+    return soft(
+        f"Network: {found.attempts:,} attempts, {found.retries:,} of them retries. Hosts, shard by shard: "
+        f"{found.hosts:,}, given up {found.hosts_down:,} that could not be reached and {found.hosts_busy:,} that asked "
+        f"for too long pauses; pauses granted: {duration(found.pauses_s)}. Name resolution: {names}."
+    )
 
 
 def data_section(manifests: Mapping[str, Manifest]) -> str:

@@ -175,7 +175,7 @@ def verdicts_of(tables: Mapping[str, pa.Table], key: str) -> list[Verdict]:
     """
     found = []
     for stage in DECIDING:
-        rows = tables[stage].filter(pc.field("key") == key).to_pylist() if stage in tables else []
+        rows = tables[stage].filter(pc.equal(tables[stage]["key"], key)).to_pylist() if stage in tables else []
         for row in rows:
             version = row.get("rule_version")
             found.append(Verdict(stage=stage, reason=row["reason"], rule_version=version, scores=_scores(stage, row)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from stages.samples import table_from_bytes
 
 _IO_THREADS = 16
 _KEY = re.compile(r"[0-9a-f]{10}\d{6}")
-_PLACE = re.compile(r"(?P<list>.+):(?P<row>\d+)")
+_PLACE = re.compile(r"(?P<list>.+):(?P<row>\d{1,18})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +73,12 @@ def find_lives(manifests: Mapping[str, Manifest], name: str) -> list[Life]:
     """
     if "download" not in manifests:
         raise InputError("explain: the download has not finished; run it first (unclip run --until download)")
-    found = _by_key(manifests, name) if _KEY.fullmatch(name) else _by_column(manifests, *_column_of(name))
+    found = _by_key(manifests, name) if _KEY.fullmatch(name) else _by_place_or_url(manifests, name)
     if not found:
         raise InputError(f"explain: no row is '{name}'; give a key of a sample, a URL as the list has it, or LIST:ROW")
     tables = tables_of(manifests)
     lives = [_life(manifests, tables, record, key) for record, key in found]
     return [life for life in lives if life is not None]
-
-
-def _column_of(name: str) -> tuple[str, pc.Expression]:
-    if "://" not in name and (place := _PLACE.fullmatch(name)):
-        return "row", (pc.field("list") == place["list"]) & (pc.field("row") == int(place["row"]))
-    return "url", pc.field("url") == name
 
 
 def _by_key(manifests: Mapping[str, Manifest], key: str) -> list[tuple[ShardRecord, str]]:
@@ -97,16 +92,16 @@ def _by_key(manifests: Mapping[str, Manifest], key: str) -> list[tuple[ShardReco
     return found
 
 
-def _by_column(
-    manifests: Mapping[str, Manifest], column: str, condition: pc.Expression
-) -> list[tuple[ShardRecord, str]]:
+def _by_place_or_url(manifests: Mapping[str, Manifest], name: str) -> list[tuple[ShardRecord, str]]:
     """Look through all rows of the data set."""
     download = manifests["download"]
-    columns = ["key", "list", "row"] if column == "row" else ["key", "url"]
+    place = _PLACE.fullmatch(name) if "://" not in name else None
+    wanted = {"url": name} if place is None else {"list": place["list"], "row": int(place["row"])}
 
     def keys(record: ShardRecord) -> list[str]:
-        table: pa.Table = table_from_bytes(record.files["table"].read(download.root), columns)
-        return list(table.filter(condition)["key"].to_pylist())
+        table: pa.Table = table_from_bytes(record.files["table"].read(download.root), ["key", *wanted])
+        meant = functools.reduce(pc.and_, (pc.equal(table[column], value) for column, value in wanted.items()))
+        return list(table.filter(meant)["key"].to_pylist())
 
     with ThreadPoolExecutor(_IO_THREADS) as pool:
         found = zip(download.records, pool.map(keys, download.records), strict=True)
@@ -121,7 +116,7 @@ def _life(
     own = {stage: table_from_bytes(file.read(root)) for stage, file in tables[record.shard_id].items()}
     if RETRIED in own and key in own[RETRIED]["key"].to_pylist():
         return None
-    row = own["download"].filter(pc.field("key") == key).slice(0, 1).to_pylist()[0]
+    row = own["download"].filter(pc.equal(own["download"]["key"], key)).slice(0, 1).to_pylist()[0]
     verdicts = verdicts_of(own, key)
     passed = {verdict.stage for verdict in verdicts if verdict.reason is None}
     return Life(

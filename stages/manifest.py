@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.errors import IntegrityError
+from stages.samples import table_from_bytes
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -269,7 +270,7 @@ class Manifest:
         names = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in header.items() if name in names}
         fields["files"] = {role: File(**file) for role, file in header["files"].items()}
-        manifest = cls(root=root, records=records_from_table(table_from_parquet(table)), **fields)
+        manifest = cls(root=root, records=records_from_table(table_from_bytes(table)), **fields)
         if manifest.digest != header["digest"]:
             raise IntegrityError(f"{uri}: its contents do not match its digest; run the stage again with --force")
         return manifest
@@ -333,11 +334,6 @@ def records_from_table(table: pa.Table, *, chosen: Sequence[bool] = ()) -> tuple
         records.extend(ShardRecord.from_json(dict(zip(columns, row, strict=True))) for row in rows)
         position += batch.num_rows
     return tuple(records)
-
-
-def table_from_parquet(data: bytes) -> pa.Table:
-    """Read a Parquet file from memory, without the machinery for data sets of many files."""
-    return pq.ParquetFile(pa.BufferReader(data)).read()
 
 
 def table_to_parquet(table: pa.Table) -> bytes:

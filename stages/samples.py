@@ -121,8 +121,13 @@ def table_to_bytes(table: pa.Table) -> bytes:
 
 
 def table_from_bytes(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns."""
-    return pq.read_table(pa.BufferReader(data), columns=list(columns) if columns else None)
+    """Read a Parquet file, or some of its columns, in the order of the file.
+
+    It is read by the thread that asks. Arrow's own threads let go of ``data`` a moment after the table is there, for
+    which they want the interpreter's lock: in a process that ends at that moment, they abort it.
+    """
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+        return file.read(list(columns) if columns else None, use_threads=False)
 
 
 def selection_table(

@@ -24,7 +24,8 @@ import pyarrow as pa
 
 from stages import storage
 from stages.errors import IntegrityError, NotFoundError, StorageError
-from stages.manifest import ShardRecord, records_from_table, records_to_table, table_from_parquet, table_to_parquet
+from stages.manifest import ShardRecord, records_from_table, records_to_table, table_to_parquet
+from stages.samples import table_from_bytes
 from stages.storage import Entry
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class Segments:
             logger.warning("%s is damaged; the records it holds are read one by one", uri)
             self._useless.append(name)
             return None
-        return table_from_parquet(content)
+        return table_from_bytes(content)
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 
 from flows.report import busy_s, funnel_markdown, render, write_report
-from flows.report_data import bins, distributions, probe_clip, shown_images
+from flows.report_data import bins, distributions, fetching, probe_clip, shown_images
 from flows.report_html import duration, number, with_error
 from stages import storage
 from stages.config import Config, check_config
+from stages.download import Download, DownloadConfig
 from stages.evaluate import Evaluate, EvaluateConfig, GateConfig
 from stages.graph import STAGE_NAMES
 from stages.manifest import Manifest
+from tests.stages.download_data import rows_of, source_of
+from tests.stages.hostile_server import serve
 from tests.stages.small_store import (
     Given,
     loss_curve,
@@ -192,6 +195,23 @@ def test_the_funnel_balances(manifests: Mapping[str, Manifest]) -> None:
     assert lines[3] == "| download | 44 | 40 | 4 | http_404: 2, timeout: 2 |"
     assert lines[6] == "| curate | 40 | 32 | 8 | low_clip_score: 8 |"
     assert funnel_markdown({}).count("\n") == 2
+
+
+def test_the_network_is_reported_as_it_was(tmp_path: Path, config: Config) -> None:
+    config = dataclasses.replace(config, root=str(tmp_path))
+    with serve() as server:
+        urls = [f"{server.url}/image/{row}" for row in range(9)]
+        source = source_of(tmp_path, rows_of([*urls, f"{server.url}/recovers?1,500", "http://name.invalid/a.jpg"]))
+        settings = DownloadConfig(retries=1, backoff_s=0.01, allowed_networks=("127.0.0.1/32",))
+        download = run(Download(settings, root=str(tmp_path)), {"source": source})
+    page = Page(render({"download": download}, config))
+    assert download.dropped == {"dns": 1}
+    found = fetching(download)
+    assert found is not None and found.attempts == 11 + found.retries and found.retries >= 1
+    assert f"Network: {found.attempts} attempts, {found.retries} of them retries." in page.text
+    assert f"Name resolution: {found.failed_lookups} of {found.lookups} lookups failed" in page.text
+    assert 1 <= found.failed_lookups == found.lookups and found.median_lookup_s <= found.worst_lookup_s
+    assert fetching(dataclasses.replace(download, records=())) is None
 
 
 def test_distributions_are_of_what_was_downloaded_and_kept(manifests: Mapping[str, Manifest]) -> None:
