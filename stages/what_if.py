@@ -98,7 +98,11 @@ def what_if(
 
 
 def _refuse_other_measurements(stages: Mapping[str, Stage[Any]], changed: Mapping[str, Stage[Any]]) -> None:
+    # What comes after curate decides nothing, and is another training where its start would be another version.
+    read = _read_by(stages, "curate")
     for name, stage in stages.items():
+        if name not in read:
+            continue
         # Of the deciding stages, only what their measurements are made with must stay.
         scopes: Sequence[Affects] = ("shard",) if name in _DECIDING else ("shard", "stage")
         if identity_of(stage.config, scopes) != identity_of(changed[name].config, scopes):
@@ -106,6 +110,11 @@ def _refuse_other_measurements(stages: Mapping[str, Stage[Any]], changed: Mappin
                 f"what-if: the change touches what {name} measures or makes; only thresholds of filter and curate can "
                 "be tried from stored scores: `unclip run` with the change makes the rest"
             )
+
+
+def _read_by(stages: Mapping[str, Stage[Any]], name: str) -> set[str]:
+    """Return a stage and all it is made from."""
+    return {name}.union(*(_read_by(stages, upstream) for upstream in stages[name].upstream))
 
 
 def _keys(manifest: Manifest, record: ShardRecord, role: str) -> pa.Array:
