@@ -29,8 +29,8 @@ from stages.pca import (
 from stages.principal_axes import Solution, project, solve, spectrum_metrics, sums_of
 from stages.samples import embedding_array, embeddings_of, selection_table, table_to_bytes
 from tests.stages.small_store import Given, run
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
+from unclip_models.ar_prior import ARPrior
+from unclip_models.settings import ARPriorConfig, TextEncoderConfig
 
 torch.set_num_threads(1)
 DIM = 12
