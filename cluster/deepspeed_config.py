@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from stages.engine import EngineSettings
+from stages.engine_settings import EngineSettings
 
 _NEVER = 1 << 30  # steps between DeepSpeed's own progress lines
 # Elements sent at once. On GPUs 1 GB of float32, as many bytes as DeepSpeed's default takes of half-precision numbers.

@@ -26,7 +26,6 @@ from stages.adamw import FlatAdamW
 from stages.compute_clock import ComputeClock
 from stages.engine import (
     Accept,
-    EngineSettings,
     LossFunction,
     MicroBatch,
     StepResult,
@@ -41,6 +40,7 @@ from stages.engine import (
     sum_over_ranks,
     trainable,
 )
+from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
 from stages.sharded_state import Fragment, ShardedState, Snapshot
 from unclip_models.randomness import SampleRandom

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from stages.generate import Generate
     from stages.manifest import Manifest
     from stages.pictures import Pixels
-    from unclip_models.generate import GeneratedImages, SamplingConfig, UnCLIP
+    from unclip_models.generate import GeneratedImages, UnCLIP
+    from unclip_models.sampling_settings import SamplingConfig
 
 SUFFIXES = (".png", ".gif")
 

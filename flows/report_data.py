@@ -16,7 +16,7 @@ from stages import storage
 from stages.manifest import Manifest, ShardRecord
 from stages.metrics import last_picture, read_metrics
 from stages.samples import Sample, embeddings_of, kept_keys, read_tar, table_from_bytes
-from stages.validation import LOSS as VALIDATION_LOSS
+from stages.validation_config import LOSS as VALIDATION_LOSS
 
 Array = npt.NDArray[np.float64]
 

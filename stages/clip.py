@@ -16,25 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 from stages import storage
 from stages.base import Affects, Resources, Result, Shard, Stage, record_uri, setting
-from stages.dataset import TrainingStream
 from stages.disk_cache import disk_cache
-from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position
 from stages.errors import ConfigError, InputError
 from stages.golden import METADATA_KEY, golden_metadata
 from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
-from stages.training import model_loss, train
 from stages.training_config import TrainingConfig, gang_resources
 from stages.weights import content_sum
-from unclip_models.clip import ClipModel, ClipModelConfig
+from unclip_models.settings import ClipModelConfig
 
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from stages.dataset import TrainingStream
+    from stages.engine import EngineFactory
+    from unclip_models.clip import ClipModel
     from unclip_models.randomness import SampleRandom
 
 # What says which published weights are meant; all else is about training.
@@ -149,7 +148,7 @@ class Clip(Stage[ClipConfig]):
         self,
         shard: Shard,
         output: str,
-        make_engine: EngineFactory = TorchEngine,
+        make_engine: EngineFactory | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> ShardRecord:
         """Train or take over the weights, and commit them; every rank of a group calls this.
@@ -157,13 +156,15 @@ class Clip(Stage[ClipConfig]):
         Args:
             shard: the work.
             output: URI of the folder of the stage's shards; checkpoints go to ``<output>/<shard id>/``.
-            make_engine: builds the engine on this rank.
+            make_engine: builds the engine on this rank; None for the plain-torch one.
             should_stop: see ``stages.training.train``.
         """
+        from stages.engine import TorchEngine, gather_from_ranks, position
+
         started_at = time.monotonic()
         rank, world_size = position()
         if self._trains:
-            self._train(shard, output, make_engine, should_stop, started_at)
+            self._train(shard, output, make_engine or TorchEngine, should_stop, started_at)
         elif rank == 0:
             self._publish(shard, output, self._pretrained(), {}, {}, started_at)
         gather_from_ranks(None, world_size)  # the record is there for every rank
@@ -182,6 +183,8 @@ class Clip(Stage[ClipConfig]):
         should_stop: Callable[[], bool],
         started_at: float,
     ) -> None:
+        from stages.training import train
+
         trained = train(
             self._fresh(),
             self._stream(shard),
@@ -202,11 +205,17 @@ class Clip(Stage[ClipConfig]):
 
     def _fresh(self) -> ClipModel:
         """Build the model to train, the same on every rank."""
+        import torch
+
+        from unclip_models.clip import ClipModel
+
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
             return ClipModel.from_config(self.config.model)
 
     def _stream(self, shard: Shard) -> TrainingStream:
+        from stages.dataset import TrainingStream
+
         config, inputs = self.config, shard.inputs
         shards = [
             TrainingShard(selection=inputs[f"selection#{i}"], num_kept=num_kept, images=inputs[f"images#{i}"])
@@ -227,6 +236,8 @@ class Clip(Stage[ClipConfig]):
         )
 
     def _pretrained(self) -> ClipModel:
+        from unclip_models.clip import ClipModel
+
         c = self.config
         assert c.name is not None
         try:
@@ -274,6 +285,10 @@ def contrastive(
     model: nn.Module, batch: Mapping[str, Tensor], random: SampleRandom
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """Ask the model for its loss; its terms describe a whole batch, the loop wants them as vectors."""
+    import torch
+
+    from stages.training import model_loss
+
     loss, terms = model_loss(model, batch, random)
     return loss, {name: torch.atleast_1d(term) for name, term in terms.items()}
 

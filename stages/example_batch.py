@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unclip_models.decoder import DecoderConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import DecoderConfig, UpsamplerConfig
 
 
 def example_batch(model: Any) -> dict[str, Tensor]:

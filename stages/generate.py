@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,10 @@ from stages.manifest import File, Manifest, ShardRecord
 from stages.pictures import encode_png
 from stages.samples import Sample, embedding_array, kept_keys, table_from_bytes, table_to_bytes, write_tar
 from stages.weights import checked_copy, weights_of
-from unclip_models.generate import DecoderSampling, PriorSampling, SamplingConfig, UnCLIP, UpsamplerSampling
+from unclip_models.sampling_settings import DecoderSampling, PriorSampling, SamplingConfig, UpsamplerSampling
+
+if TYPE_CHECKING:
+    from unclip_models.generate import UnCLIP
 
 UPSAMPLERS = ("upsampler_256", "upsampler_1024")
 Until = Literal["decoder", "upsampler_256", "upsampler_1024"]
@@ -279,6 +282,7 @@ class Generate(Stage[GenerateConfig]):
         from unclip_models.checkpoint import load_model
         from unclip_models.clip import ClipModel
         from unclip_models.efficiency import make_efficient
+        from unclip_models.generate import UnCLIP
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         models: dict[str, Any] = {}

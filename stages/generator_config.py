@@ -10,10 +10,7 @@ from stages.mixture import shares_of
 from stages.other_datasets import OtherDataset
 from stages.training_config import TrainingConfig
 from stages.warm_start import InitFrom
-from unclip_models.ar_prior import ARPriorConfig
-from unclip_models.decoder import DecoderConfig
-from unclip_models.prior import DiffusionPriorConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import ARPriorConfig, DecoderConfig, DiffusionPriorConfig, UpsamplerConfig
 
 
 @dataclass(frozen=True, kw_only=True)

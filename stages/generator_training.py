@@ -13,41 +13,34 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, cast
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from stages import storage
 from stages.base import Affects, Resources, Shard, Stage, record_uri
-from stages.checkpoints import CheckpointFolder
-from stages.clip_text_batches import LossWithClipText, with_clip_text
-from stages.dataset import TrainingStream
 from stages.disk_cache import disk_cache
-from stages.engine import EngineFactory, TorchEngine, gather_from_ranks, position, trainable
 from stages.errors import ConfigError, InputError
-from stages.example_batch import example_batch
-from stages.flops import flops_per_sample
 from stages.generator_config import TrainingC
-from stages.held_out import HeldOutSamples, held_out_counts
-from stages.insight import Watch
 from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord, digest_of
 from stages.open_shard import TrainingShard
 from stages.other_datasets import CuratedSets, OtherDatasets
-from stages.sample_grids import Painter
 from stages.starting_point import StartingPoint, find_starting_point, keep_starting_point
-from stages.training import Trained, model_loss, train
 from stages.training_config import gang_resources
-from stages.validation import ValidationConfig
+from stages.validation_config import ValidationConfig
 from stages.warm_start import SourceWeights, freeze, frozen_names
 from stages.weights import checked_copy, weights_of
-from unclip_models.checkpoint import build, save_model
-from unclip_models.clip import ClipModel
-from unclip_models.clip_input import tokenize
-from unclip_models.clip_text import ClipText
-from unclip_models.efficiency import make_efficient
-from unclip_models.upsampler import UpsamplerConfig, training_sample
+from unclip_models.settings import UpsamplerConfig
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from stages.dataset import TrainingStream
+    from stages.engine import EngineFactory
+    from stages.insight import Watch
+    from stages.training import Trained
+    from unclip_models.clip import ClipModel
+    from unclip_models.clip_text import ClipText
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +150,8 @@ class Training(Stage[TrainingC]):
             ConfigError: if the model does not fit the embeddings.
             InputError: if too few samples are selected.
         """
+        from stages.held_out import held_out_counts
+
         self.check_inputs(inputs)
         records = [record for record in inputs["curate"].records if record.num_kept > 0]
         num_kept = [record.num_kept for record in records]
@@ -194,6 +189,10 @@ class Training(Stage[TrainingC]):
         if self._yardstick is not None:
             self._yardstick.check(self.config.validation.num_samples, "validation.num_samples", inputs.get("clip"))
         if self.config.frozen:
+            import torch
+
+            from unclip_models.checkpoint import build
+
             with torch.device("meta"):
                 names = [name for name, _ in build(self.config.model).named_parameters()]
             frozen_names(names, self.config.frozen, f"{self.name}.frozen")
@@ -230,7 +229,7 @@ class Training(Stage[TrainingC]):
         self,
         shard: Shard,
         output: str,
-        make_engine: EngineFactory = TorchEngine,
+        make_engine: EngineFactory | None = None,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> ShardRecord:
         """Train, export the averaged weights, and commit them; every rank of a group calls this.
@@ -238,9 +237,14 @@ class Training(Stage[TrainingC]):
         Args:
             shard: the training.
             output: URI of the folder of the stage's shards; checkpoints go to ``<output>/<shard id>/``.
-            make_engine: builds the engine on this rank.
+            make_engine: builds the engine on this rank; None for the plain-torch one.
             should_stop: see ``stages.training.train``.
         """
+        from stages.clip_text_batches import LossWithClipText
+        from stages.engine import TorchEngine, gather_from_ranks, position
+        from stages.training import model_loss, train
+        from unclip_models.efficiency import make_efficient
+
         started_at = time.monotonic()
         clip = self._clip(shard)
         model = self.build_model(shard, clip)
@@ -252,7 +256,7 @@ class Training(Stage[TrainingC]):
             model,
             self._stream(shard, clip),
             self.config,
-            make_engine=make_engine,
+            make_engine=make_engine or TorchEngine,
             seed=self.seed,
             folder=storage.join(output, shard.id),
             place=self.name,
@@ -283,6 +287,10 @@ class Training(Stage[TrainingC]):
 
     def fresh_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
         """Build the model with fresh weights and what it carries of the data; see ``build_model``."""
+        import torch
+
+        from unclip_models.checkpoint import build
+
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(self.seed)
             model = build(self.config.model)
@@ -299,11 +307,15 @@ class Training(Stage[TrainingC]):
     def _clip(self, shard: Shard) -> ClipModel | None:
         if not self.reads_clip_text:
             return None
+        from unclip_models.clip import ClipModel
+
         with checked_copy(self.root, shard.inputs["clip"]) as path:
             return ClipModel.load(path, self._device)
 
     @property
     def _device(self) -> torch.device:
+        import torch
+
         # Without a GPU a model is put together all the same; a rank without one is refused by its engine.
         if self.config.gpus_per_rank and torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
@@ -312,6 +324,12 @@ class Training(Stage[TrainingC]):
     def _watch(self, shard: Shard, clip: ClipModel | None, model: nn.Module) -> Watch:
         """Give what the training is looked at with; on the first rank, which writes the metrics, with the model's
         arithmetic (the model is not compiled yet)."""
+        from stages.clip_text_batches import with_clip_text
+        from stages.engine import position
+        from stages.held_out import HeldOutSamples
+        from stages.insight import Watch
+        from stages.sample_grids import Painter
+
         flops = self._flops_per_sample(model) if position()[0] == 0 else None
         shards, root = self._held_out(shard)
         if not any(one.num_held_out for one in shards):
@@ -326,12 +344,18 @@ class Training(Stage[TrainingC]):
         """Return the shards with the samples to validate on, and the store they are in."""
         if self._yardstick is None:
             return self._shards(shard), self.root
+        from stages.held_out import held_out_counts
+
         (found,) = self._yardstick.read([shard.params["validation"]])
         sizes = [one.num_kept for one in found.shards]
         counts = held_out_counts(sizes, self.config.validation.num_samples, share=1)
         return [replace(one, num_held_out=n) for one, n in zip(found.shards, counts, strict=True)], found.root
 
     def _flops_per_sample(self, model: nn.Module) -> float | None:
+        from stages.example_batch import example_batch
+        from stages.flops import flops_per_sample
+        from stages.training import model_loss
+
         try:
             return flops_per_sample(model, model_loss, example_batch(self.config.model))
         except RuntimeError as error:  # an operation without shapes alone; no reason not to train
@@ -354,6 +378,8 @@ class Training(Stage[TrainingC]):
 
     def _sample_options(self, clip: ClipModel | None) -> dict[str, Any]:
         """Say what is wanted of every sample, to train on or to validate with."""
+        from unclip_models.upsampler import training_sample
+
         model = self.config.model
         return {
             "root": self.root,
@@ -364,6 +390,8 @@ class Training(Stage[TrainingC]):
         }
 
     def _stream(self, shard: Shard, clip: ClipModel | None) -> TrainingStream:
+        from stages.dataset import TrainingStream
+
         config = self.config
         return TrainingStream(
             self._shards(shard),
@@ -380,6 +408,8 @@ class Training(Stage[TrainingC]):
         )
 
     def _tokenizer(self, clip: ClipModel | None) -> Callable[[Sequence[str]], Tensor]:
+        from unclip_models.clip_input import tokenize
+
         if clip is not None:
             return clip.tokenize
         model: Any = self.config.model  # those that need embeddings have a text encoder
@@ -406,6 +436,9 @@ class Training(Stage[TrainingC]):
             InputError: if there is no such checkpoint.
             IntegrityError: if it is damaged.
         """
+        from stages.checkpoints import CheckpointFolder
+        from stages.engine import trainable
+
         (shard,) = self.plan(inputs)
         checkpoints = CheckpointFolder(storage.join(output, shard.id), keep_last=1)
         steps = checkpoints.steps()
@@ -431,6 +464,8 @@ class Training(Stage[TrainingC]):
         return {"stage": self.name, "shard": shard.id, "steps": str(step), "seed": str(self.seed)}
 
     def _export(self, shard: Shard, output: str, trained: Trained, clip: ClipModel | None, started_at: float) -> None:
+        from unclip_models.checkpoint import save_model
+
         assert trained.weights is not None
         model = self.build_model(shard, clip)
         self._finish(model, shard, clip, trained.weights)

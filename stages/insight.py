@@ -21,8 +21,9 @@ from stages.errors import ConfigError
 from stages.hardware import memory_gib, peak_tflops
 from stages.held_out import HeldOut
 from stages.pictures import Pixels
-from stages.sample_grids import Drawn, SamplesConfig
-from stages.validation import Validation, ValidationConfig
+from stages.sample_grids import Drawn
+from stages.validation import Validation
+from stages.validation_config import SamplesConfig, ValidationConfig
 
 _TERA = 1e12
 

@@ -18,16 +18,17 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from stages import storage
-from stages.engine import Engine
 from stages.errors import StorageError
 from stages.pictures import Pixels, encode_png
 from stages.wandb_log import WandbLog
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -174,6 +175,8 @@ class MetricsWindow:
 
     def close(self, engine: Engine, learning_rate: float) -> dict[str, float]:
         """Average over the window and all ranks (collective), and start the next one."""
+        import torch
+
         elapsed_s = max(time.monotonic() - self._started_at - self._paused_s, 1e-9)
         num_steps = max(1, len(self._losses))
         sums = term_sums(self._terms, self._num_timesteps)
@@ -202,6 +205,8 @@ def term_sums(terms: Sequence[Mapping[str, Tensor]], num_timesteps: int | None) 
     Returns:
         For every term, and every quartile of the loss, ``<name>/sum`` and ``<name>/count``.
     """
+    import torch
+
     sums: dict[str, float] = {}
     names = terms[0].keys() if terms else ()
     columns = {name: torch.cat([term[name].reshape(-1) for term in terms]).double().cpu() for name in names}

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from stages import storage
 from stages.base import setting
-from stages.dataset import MixedIn
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.finished import finished
 from stages.manifest import File, Manifest, ShardRecord, manifest_uri
 from stages.mixture import shares_of
 from stages.open_shard import TrainingShard
 from stages.weights import weights_of
+
+if TYPE_CHECKING:
+    from stages.dataset import MixedIn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +103,8 @@ class CuratedSets:
         return self._manifests[i]
 
     def _read(self, i: int, digest: str) -> MixedIn:
+        from stages.dataset import MixedIn
+
         manifest = self._manifest(i)
         if manifest.digest != digest:
             raise IntegrityError(f"{manifest.uri}: changed since this training was planned; run again")

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 
 Array64 = npt.NDArray[np.float64]
 Array32 = npt.NDArray[np.float32]
@@ -96,6 +95,8 @@ def solve(sums: Sums, *, largest: int | None = None) -> Solution:
         sums: of at least one vector.
         largest: compute only so many eigenvalues and axes, the largest; None for all. They are the same to rounding.
     """
+    import scipy.linalg  # half a second, in the one process that solves
+
     mean = sums.total / sums.count
     covariance = sums.outer / sums.count - np.outer(mean, mean)
     covariance = (covariance + covariance.T) / 2

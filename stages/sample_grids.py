@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from stages.base import setting
 from stages.held_out import HeldOut
 from stages.pictures import Pixels, contact_sheet
+from stages.validation_config import SamplesConfig
 from unclip_models.ar_prior import ARPrior
 from unclip_models.clip_text import features_of
 from unclip_models.decoder import Decoder
@@ -30,21 +30,6 @@ from unclip_models.upsampler import Upsampler
 
 _TILE_PX = (64, 256)  # smaller tiles are enlarged, larger ones shrunk
 _PX_AT_ONCE = 256 * 256  # of images larger than this, one is drawn at a time
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplesConfig:
-    """Samples drawn during a training, of the held-out ones."""
-
-    every_steps: int = setting(0, "steps between grids of samples; 0: none; needs validation.num_samples")
-    num_samples: int = setting(8, "samples in a grid")
-    steps: int = setting(25, "sampling steps of a diffusion model (DDIM)")
-    guidance_scale: float = setting(1.0, "classifier-free guidance of prior and decoder; 1: none")
-
-    def __post_init__(self) -> None:
-        for name, least in (("every_steps", 0), ("num_samples", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is below {least}; write {least} or more")
 
 
 @dataclass(frozen=True)

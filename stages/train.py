@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import cast
-
-import safetensors.torch
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, cast
 
 from stages.base import Shard
-from stages.clip_text_batches import with_clip_text
 from stages.errors import ConfigError, IntegrityError
 from stages.generator_config import DecoderTraining, PriorTraining, UpsamplerTraining
 from stages.generator_training import Training
 from stages.manifest import File, Manifest
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.clip import ClipModel
-from unclip_models.prior import DiffusionPrior
-from unclip_models.randomness import SampleRandom
+from unclip_models.settings import ARPriorConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from unclip_models.clip import ClipModel
+    from unclip_models.prior import DiffusionPrior
 
 _GAMMA_SAMPLES = 512
 
@@ -62,6 +60,10 @@ class Prior(Training[PriorTraining]):
         model = super().fresh_model(shard, clip)
         if not self._reads_pca:
             return model
+        import safetensors.torch
+
+        from unclip_models.ar_prior import ARPrior
+
         file = shard.inputs["pca"]
         tensors = safetensors.torch.load(file.read(self.root))
         try:
@@ -70,7 +72,7 @@ class Prior(Training[PriorTraining]):
                 edges, dot_edges = tensors["edges"][:k], tensors["dot_edges"]
                 model.set_pca(mean=tensors["mean"], axes=tensors["axes"][:k], edges=edges, dot_edges=dot_edges)
             else:
-                cast(DiffusionPrior, model).scaling.set_statistics(tensors["mean"], tensors["std"])
+                cast("DiffusionPrior", model).scaling.set_statistics(tensors["mean"], tensors["std"])
         except (KeyError, ValueError) as error:
             raise IntegrityError(
                 f"{file.path}: does not fit prior.model ({error}); make prior.model.num_codes, num_buckets and "
@@ -80,6 +82,12 @@ class Prior(Training[PriorTraining]):
 
     def complete(self, model: nn.Module, shard: Shard, clip: ClipModel | None) -> None:
         """Measure what the analytic sampler needs, on the samples that would have come next."""
+        import torch
+
+        from stages.clip_text_batches import with_clip_text
+        from unclip_models.prior import DiffusionPrior
+        from unclip_models.randomness import SampleRandom
+
         if not isinstance(model, DiffusionPrior):
             return
         model.to(self._device).eval()

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from stages.base import Placement, Resources, setting
 from stages.deepspeed_keys import check_overrides
-from stages.engine import EngineSettings, Offload, Precision
+from stages.engine_settings import EngineSettings, Offload, Precision
 from stages.errors import ConfigError
-from stages.sample_grids import SamplesConfig
-from stages.validation import ValidationConfig
+from stages.validation_config import SamplesConfig, ValidationConfig
 from stages.wandb_log import WandbConfig
 
 Schedule = Literal["constant", "cosine", "linear", "wsd"]

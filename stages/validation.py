@@ -11,74 +11,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from stages.base import setting
 from stages.dataset import Batch
 from stages.engine import Engine, MicroBatch
 from stages.held_out import HeldOut
 from stages.metrics import TIMESTEP_TERMS, means_of, term_sums
-from stages.other_datasets import CuratedSet
+from stages.validation_config import ValidationConfig
 from unclip_models.randomness import SampleRandom
-
-LOSS = "validation_loss"
-RAW_LOSS = "validation_raw_loss"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidationConfig:
-    """Validation on samples that are held out of the training."""
-
-    num_samples: int = setting(0, "samples held out of the training, the same for every model of a run; 0: none")
-    dataset: CuratedSet | None = setting(
-        None,
-        "take them from this curated set instead: a yardstick that is the same for all versions; null: hold out",
-        affects="nothing",
-    )
-    every_steps: int = setting(1000, "steps between validations; 0: never", affects="nothing")
-    weights: Literal["averaged", "raw", "both"] = setting(
-        "averaged",
-        "which weights are validated: the moving average (what is exported), the raw ones",
-        affects="nothing",
-    )
-    timesteps_per_sample: int = setting(4, "timesteps at which a diffusion model meets each sample", affects="nothing")
-    seed: int = setting(0, "of the noise; keep it, to compare losses across runs", affects="nothing")
-    early_stop_patience: int | None = setting(
-        None, "end the training after so many validations without improvement and export the best step; null: never"
-    )
-    early_stop_min_delta: float = setting(0.0, "by how much the loss must fall to count as an improvement")
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_samples", 0), ("every_steps", 0), ("timesteps_per_sample", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is below {least}; write {least} or more")
-        if self.dataset is not None and not self.num_samples:
-            raise ValueError("dataset: num_samples is 0, none of it is looked at; say how many, or write null")
-        if self.early_stop_min_delta < 0:
-            raise ValueError(f"early_stop_min_delta: {self.early_stop_min_delta:g} is negative; write 0 or more")
-        if self.early_stop_patience is None:
-            return
-        if self.early_stop_patience < 1:
-            raise ValueError(
-                f"early_stop_patience: {self.early_stop_patience} is below 1; write null for no early stop"
-            )
-        if not self.is_on:
-            raise ValueError(
-                "early_stop_patience: needs validations; set num_samples and every_steps, or write null for none"
-            )
-
-    @property
-    def is_on(self) -> bool:
-        """Whether validations take place."""
-        return self.num_samples > 0 and self.every_steps > 0
-
-    @property
-    def judged(self) -> str:
-        """The number that early stopping looks at: of the averaged weights, if those are validated."""
-        return RAW_LOSS if self.weights == "raw" else LOSS
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import Any
 from stages.errors import IntegrityError
 from stages.gate import Decision
 from stages.manifest import MANIFEST_NAME, File, Manifest, digest_of
+from stages.validation_config import LOSS
 from stages.weights import ROLE
 
 FORMAT_VERSION = 1
-LOSS = "validation_loss"  # the name that stages/validation.py gives it, which imports torch
 
 
 @dataclass(frozen=True, kw_only=True)

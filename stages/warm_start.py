@@ -10,9 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal
 
 from stages import storage
 from stages.base import setting
@@ -22,7 +20,9 @@ from stages.manifest import File
 from stages.registry import find_version, weights_in
 from stages.weights import checked_copy, content_sum, weights_of
 from stages.withdrawn import refuse_withdrawn
-from unclip_models.checkpoint import architecture_header, read_weights
+
+if TYPE_CHECKING:
+    from torch import nn
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +124,8 @@ def take_over(model: nn.Module, path: Path, place: str) -> None:
         InputError: if the file cannot be read.
         ConfigError: if it is of another architecture or size; says which settings differ.
     """
+    from unclip_models.checkpoint import architecture_header, read_weights
+
     try:
         header, tensors = read_weights(path)
     except ValueError as error:

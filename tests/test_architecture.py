@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +32,8 @@ CONFINED = {
     "prometheus_client": {"flows/run_metrics.py"},
     "opentelemetry": {"flows/run_traces.py"},
 }
+# Loaded on workers, or when a run begins.
+HEAVY = {"torch", "torchvision", "ray", "deepspeed", "open_clip", "scipy", "img2dataset", "prefect"}
 # Files of stages/ that are steps of the pipeline: they meet through manifests only.
 STEPS = {"source", "download", "filter", "clip", "embed", "curate", "ledger", "pca", "train", "generate", "evaluate"}
 FILES = sorted(path for package in MAY_IMPORT for path in (TOP / package).rglob("*.py"))
@@ -75,3 +79,14 @@ def test_packages_are_listed() -> None:
 def test_lock_names_versions_and_nothing_else() -> None:
     for line in (TOP / "requirements.lock").read_text().splitlines():
         assert "://" not in line and line.split(" ")[0].count("==") == 1, line
+
+
+@pytest.mark.parametrize("command", [["plan"], ["status"], ["runs"], ["config"]])
+def test_a_look_at_the_store_loads_no_heavy_library(command: list[str], tmp_path: Path) -> None:
+    """Torch alone takes longer than all else: who plans, shows or finds everything done must not wait for it."""
+    arguments = [*command, str(TOP / "tests" / "tiny.yaml"), "-s", f"root={tmp_path}"]
+    code = (
+        "import sys; from flows.cli import main; assert main(sys.argv[1:]) == 0; "
+        f"heavy = {HEAVY!r} & sys.modules.keys(); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=TOP, stdout=subprocess.DEVNULL)

@@ -14,8 +14,7 @@ or, to fit the paper's context of 384, as one pooled vector.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,67 +24,9 @@ from unclip_models.float32_buffers import Float32Buffers
 from unclip_models.prior import best_candidate
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import combine_guidance
-from unclip_models.text_encoder import TextEncoder, TextEncoderConfig
+from unclip_models.settings import ARPriorConfig
+from unclip_models.text_encoder import TextEncoder
 from unclip_models.transformer import KVCache, Transformer
-
-
-@dataclass(frozen=True, kw_only=True)
-class ARPriorConfig:
-    """Settings of an autoregressive prior; the paper's decoder is 24 layers, width 1664, 26 heads (Table 3).
-
-    Attributes:
-        kind: always ``autoregressive``; tells it from the diffusion prior in a config file.
-        embedding_dim: D of the CLIP.
-        num_codes: k, principal components kept (paper: 319 of 1024; measure it for another CLIP).
-        num_buckets: buckets per component (paper: 1024).
-        num_dot_buckets: buckets of the dot product (not in the paper).
-        text: the caption's encoder (paper: 256 / 2048 / 24 / 32).
-        text_prefix: whether the caption enters as a ``sequence`` or as one ``pooled`` vector.
-        width: channels of the causal transformer.
-        layers: its blocks.
-        heads: its attention heads.
-        caption_dropout: probability of withholding caption and text embedding together (paper: 0.1).
-        dot_percentile: the dot product is sampled from above this fraction of its distribution (paper: 0.5).
-        temperature: of the codes when sampling (not in the paper).
-        checkpoint_activations: trade compute for memory in the backward pass.
-    """
-
-    kind: Literal["autoregressive"] = "autoregressive"
-    embedding_dim: int = 768
-    num_codes: int = 319
-    num_buckets: int = 1024
-    num_dot_buckets: int = 64
-    text: TextEncoderConfig = field(default_factory=TextEncoderConfig)
-    text_prefix: Literal["sequence", "pooled"] = "sequence"
-    width: int = 512
-    layers: int = 6
-    heads: int = 8
-    caption_dropout: float = 0.1
-    dot_percentile: float = 0.5
-    temperature: float = 1.0
-    checkpoint_activations: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("embedding_dim", "num_codes", "width", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"prior.{name} is {getattr(self, name)}; use 1 or more")
-        for name in ("num_buckets", "num_dot_buckets"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"prior.{name} is {getattr(self, name)}; use 2 or more")
-        if self.num_codes > self.embedding_dim:
-            raise ValueError(f"prior.num_codes is {self.num_codes}, above embedding_dim {self.embedding_dim}; lower it")
-        if self.text_prefix not in ("sequence", "pooled"):
-            raise ValueError(f"prior.text_prefix is {self.text_prefix!r}; use 'sequence' or 'pooled'")
-        for name in ("caption_dropout", "dot_percentile"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"prior.{name} is {getattr(self, name)}; use a number in [0, 1)")
-        if self.temperature <= 0:
-            raise ValueError(f"prior.temperature is {self.temperature}; use a positive number")
-
-    @property
-    def num_prefix_positions(self) -> int:
-        """Positions before the dot product: the caption's and the text embedding's."""
-        return (self.text.context_length if self.text_prefix == "sequence" else 1) + 1
 
 
 class ARPrior(Float32Buffers):

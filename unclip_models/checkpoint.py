@@ -20,10 +20,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.ar_prior import ARPrior
+from unclip_models.decoder import Decoder
+from unclip_models.prior import DiffusionPrior
+from unclip_models.settings import ARPriorConfig, DecoderConfig, DiffusionPriorConfig, UpsamplerConfig
+from unclip_models.upsampler import Upsampler
 
 
 @dataclasses.dataclass(frozen=True)

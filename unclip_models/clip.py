@@ -20,78 +20,13 @@ from torch import Tensor, nn
 from unclip_models.checkpoint import read_weights, write_weights
 from unclip_models.clip_input import ClipPreprocess, preprocess_images, tokenize
 from unclip_models.open_clip_models import build_open_clip, load_published
+from unclip_models.settings import ClipModelConfig
 
 if TYPE_CHECKING:
     from unclip_models.randomness import SampleRandom
 
 ARCHITECTURE, ARCHITECTURE_VERSION = "clip", "1"
 MAX_LOGIT_SCALE = 100.0
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ClipModelConfig:
-    """A CLIP to be trained here: a ViT and a causal text transformer of open_clip's own classes.
-
-    The defaults are the small model of the quickstart. unCLIP's own (Appendix C): image_size 256, patch_size 16,
-    vision 32 layers of width 1280, text 24 layers of width 1024, embedding_dim 1024.
-
-    Attributes:
-        embedding_dim: entries of the shared embedding.
-        image_size: side of its images, pixels.
-        patch_size: side of a patch, pixels.
-        vision_width: of the image tower.
-        vision_layers: of the image tower.
-        vision_heads: of the image tower.
-        context_length: tokens of a caption.
-        vocab_size: of the tokenizer.
-        text_width: of the text tower.
-        text_layers: of the text tower.
-        text_heads: of the text tower.
-        quick_gelu: OpenAI's faster approximation of GELU.
-    """
-
-    embedding_dim: int = 64
-    image_size: int = 32
-    patch_size: int = 8
-    vision_width: int = 128
-    vision_layers: int = 4
-    vision_heads: int = 4
-    context_length: int = 16
-    vocab_size: int = 49408
-    text_width: int = 128
-    text_layers: int = 2
-    text_heads: int = 4
-    quick_gelu: bool = False
-
-    def __post_init__(self) -> None:
-        for field, part in (("vision_width", self.vision_heads), ("text_width", self.text_heads)):
-            if part < 1 or getattr(self, field) % part:
-                raise ValueError(f"clip.{field}: {getattr(self, field)} is not a multiple of its {part} heads")
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise ValueError(f"clip.image_size: {self.image_size} px is no multiple of patch_size {self.patch_size}")
-
-    def open_clip_config(self) -> dict[str, Any]:
-        """Return the model config in open_clip's own JSON form."""
-        return {
-            "embed_dim": self.embedding_dim,
-            "quick_gelu": self.quick_gelu,
-            # Sharded training moves parameters as vectors; a scalar is not one.
-            "nonscalar_logit_scale": True,
-            "vision_cfg": {
-                "image_size": self.image_size,
-                "patch_size": self.patch_size,
-                "width": self.vision_width,
-                "layers": self.vision_layers,
-                "head_width": self.vision_width // self.vision_heads,
-            },
-            "text_cfg": {
-                "context_length": self.context_length,
-                "vocab_size": self.vocab_size,
-                "width": self.text_width,
-                "layers": self.text_layers,
-                "heads": self.text_heads,
-            },
-        }
 
 
 class ClipModel(nn.Module):

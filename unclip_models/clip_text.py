@@ -6,36 +6,14 @@ empty caption, whose encoding never changes: it is kept in buffers, so that the 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from unclip_models.float32_buffers import Float32Buffers
-from unclip_models.text_encoder import TextEncoder, TextEncoderConfig, caption_mask
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClipTextConfig:
-    """The shape of the text tower whose hidden states are read; it must be that of the CLIP in use.
-
-    Attributes:
-        kind: always ``clip``; tells it from an encoder of the model's own in a config file.
-        context_length: tokens per caption, padding included (77 in published CLIPs).
-        width: channels of the text tower (768 in ViT-L/14).
-    """
-
-    kind: Literal["clip"] = "clip"
-    context_length: int = 77
-    width: int = 768
-
-    def __post_init__(self) -> None:
-        if self.context_length < 2 or self.width < 1:
-            raise ValueError(
-                f"text.context_length is {self.context_length} and text.width {self.width}; give those of the CLIP's "
-                "text tower, 2 or more and 1 or more"
-            )
+from unclip_models.settings import ClipTextConfig, TextEncoderConfig
+from unclip_models.text_encoder import TextEncoder, caption_mask
 
 
 class CaptionEncoding(NamedTuple):

@@ -9,24 +9,15 @@ settings.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unclip_models.clip_text import (
-    ClipText,
-    ClipTextConfig,
-    ClipTextFeatures,
-    build_text,
-    encode_captions,
-    features_of,
-)
-from unclip_models.diffusion import Clip, Denoiser, DiffusionConfig, GaussianDiffusion, spaced_timesteps
+from unclip_models.clip_text import ClipText, ClipTextFeatures, build_text, encode_captions, features_of
+from unclip_models.diffusion import Clip, Denoiser, GaussianDiffusion, spaced_timesteps
 from unclip_models.inpainting import inpaint_sample
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import (
@@ -38,81 +29,11 @@ from unclip_models.sampling import (
     draw_noise,
     dynamic_threshold,
 )
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNet, UNetConfig
+from unclip_models.sampling_settings import ImageSampler
+from unclip_models.settings import DecoderConfig
+from unclip_models.unet import UNet
 
 IMAGE_CHANNELS = 3
-ImageSampler = Literal["ddpm", "ddim", "dpm_solver_2m"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Settings of a decoder; the paper's is 64 px, 512 channels, attention at 32, 16 and 8 px (Table 3).
-
-    Attributes:
-        image_size: side of the image in px.
-        embedding_dim: dimension D of CLIP's embeddings.
-        num_image_tokens: context tokens made from z_i.
-        unet: the U-Net.
-        text: the caption encoder (paper: GLIDE's transformer of its own), or, with ``kind: clip``, the hidden states
-            of the frozen CLIP's text tower (Karlo).
-        context_width: with ``kind: clip``, width of the context tokens that they are projected to (Karlo: 1536); None
-            is their own width.
-        condition_on: the embedding that the decoder is trained on and fed with. ``text_embedding`` is the paper's
-            text-embedding decoder, a baseline that needs no prior.
-        caption_dropout: probability that a training caption is withheld.
-        embedding_dropout: probability that z_i is withheld; 1 trains a text-only decoder (the GLIDE baseline).
-        null_embedding: what stands for a withheld z_i. The paper leaves it open (UNVERIFIED which one it used).
-        embedding_scale: factor on the unit-norm z_i; None is sqrt(D), which gives every component unit variance and so
-            lets z_i weigh as much as the timestep from the first step. The paper names no factor for the decoder.
-        raw_embeddings: whether CLIP's embeddings come un-normalised, as in Karlo; for imported models.
-        diffusion: the process; the paper learns the variance.
-    """
-
-    image_size: int
-    embedding_dim: int
-    num_image_tokens: int = 4
-    unet: UNetConfig
-    text: TextEncoderConfig | ClipTextConfig = field(default_factory=TextEncoderConfig)
-    context_width: int | None = None
-    condition_on: Literal["image_embedding", "text_embedding"] = "image_embedding"
-    caption_dropout: float = 0.5
-    embedding_dropout: float = 0.1
-    null_embedding: Literal["zero", "learned"] = "zero"
-    embedding_scale: float | None = None
-    raw_embeddings: bool = False
-    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(variance="learned_range"))
-
-    def __post_init__(self) -> None:
-        for name in ("caption_dropout", "embedding_dropout"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"decoder.{name}: {getattr(self, name)} is no probability; use 0 to 1")
-        if self.null_embedding not in ("zero", "learned"):
-            raise ValueError(f"decoder.null_embedding: {self.null_embedding!r}; use 'zero' or 'learned'")
-        if self.embedding_dim < 1 or self.num_image_tokens < 0:
-            raise ValueError("decoder.embedding_dim must be positive and decoder.num_image_tokens not negative")
-        if self.condition_on not in ("image_embedding", "text_embedding"):
-            raise ValueError(f"decoder.condition_on: {self.condition_on!r}; use 'image_embedding' or 'text_embedding'")
-        if self.context_width is not None and (self.text.kind == "own" or self.context_width < 1):
-            raise ValueError(
-                f"decoder.context_width: {self.context_width}; it goes with text.kind 'clip' and is positive. An "
-                "encoder of its own has its width in text.width"
-            )
-
-    @property
-    def factor(self) -> float:
-        """What embeddings are multiplied by."""
-        return math.sqrt(self.embedding_dim) if self.embedding_scale is None else self.embedding_scale
-
-    @property
-    def uses_embedding(self) -> bool:
-        """Whether the embedding was ever shown in training; a text-only decoder is not shown it in sampling either."""
-        return self.embedding_dropout < 1.0
-
-    @property
-    def uses_caption(self) -> bool:
-        """Whether captions were ever shown in training."""
-        return self.caption_dropout < 1.0
 
 
 class Condition(NamedTuple):

@@ -14,7 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-Degradation = Literal["none", "blur", "bsr_light", "bsr"]
+from unclip_models.settings import Degradation
+
 Image = NDArray[np.float32]  # (H, W, 3) in [0, 1]
 
 BLUR_KERNEL_SIZE = 3

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unclip_models.clip_text import ClipTextConfig
-from unclip_models.decoder import DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPriorConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import (
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 
 # Our words, and those of diffusers' schedulers.
 BETAS = {"cosine": "squaredcos_cap_v2", "linear": "linear"}

@@ -34,12 +34,12 @@ from unclip_models.checkpoint import (
     read_weights,
     write_weights,
 )
-from unclip_models.decoder import Decoder, DecoderConfig
+from unclip_models.decoder import Decoder
 from unclip_models.diffusers_config import BETAS, PREDICTIONS, infer_config
 from unclip_models.diffusers_names import attention_levels, prior_rules, text_proj_rules, unet_rules
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
-from unclip_models.unet import GroupNorm, UNetConfig
+from unclip_models.prior import DiffusionPrior
+from unclip_models.settings import DecoderConfig, DiffusionConfig, DiffusionPriorConfig, UNetConfig
+from unclip_models.unet import GroupNorm
 from unclip_models.upsampler import Upsampler
 from unclip_models.weight_rules import Rule, to_ours, to_theirs
 

@@ -6,9 +6,7 @@ prior, and ``UnCLIPTextProjModel`` what the decoder makes of CLIP's embeddings.
 
 from __future__ import annotations
 
-from unclip_models.decoder import DecoderConfig
-from unclip_models.prior import DiffusionPriorConfig
-from unclip_models.unet import UNetConfig
+from unclip_models.settings import DecoderConfig, DiffusionPriorConfig, UNetConfig
 from unclip_models.weight_rules import Rule, affine, copy, reshaped, scaled, split_rows
 
 _RES_BLOCK = {

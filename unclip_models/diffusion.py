@@ -8,12 +8,13 @@ turned into p(x_{t-1} | x_t) here, and the samplers of ``sampling.py`` walk the 
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from unclip_models.settings import DiffusionConfig
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 """A network with its conditioning bound: (x_t, t) -> model output, where t ``(B,)`` are ORIGINAL timesteps."""
@@ -26,40 +27,6 @@ _MAX_BETA = 0.999
 _FREE_LOG_VARIANCE = 10.0
 # GLIDE's hand-tuned 27 steps: strided as "10,10,3,2,2", then 999 replaced by 997.
 _FAST27_SECTIONS = (10, 10, 3, 2, 2)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionConfig:
-    """Settings of a diffusion process.
-
-    Attributes:
-        schedule: ``cosine`` (improved DDPM, Eq. 17) or ``linear`` (DDPM); the paper uses linear for 256 -> 1024 only.
-        num_timesteps: T.
-        prediction: what the network predicts: the noise, the clean data, or v (Salimans and Ho 2022).
-        variance: ``fixed_small`` (posterior variance), ``fixed_large`` (beta), or ``learned_range`` (improved DDPM,
-            Eq. 15: the network has twice the channels, and the loss gains the variational term).
-    """
-
-    schedule: Literal["cosine", "linear"] = "cosine"
-    num_timesteps: int = 1000
-    prediction: Literal["epsilon", "x_start", "v"] = "epsilon"
-    variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_small"
-
-    def __post_init__(self) -> None:
-        _require("schedule", self.schedule, ("cosine", "linear"))
-        _require("prediction", self.prediction, ("epsilon", "x_start", "v"))
-        _require("variance", self.variance, ("fixed_small", "fixed_large", "learned_range"))
-        # Below 21 steps the scaled linear schedule passes beta = 1 and x_T would no longer be defined.
-        minimum = 21 if self.schedule == "linear" else 2
-        if self.num_timesteps < minimum:
-            raise ValueError(
-                f"diffusion.num_timesteps is {self.num_timesteps}; the {self.schedule} schedule needs {minimum} or more"
-            )
-
-
-def _require(field: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"diffusion.{field} is {value!r}; use one of {', '.join(allowed)}")
 
 
 class Prediction(NamedTuple):

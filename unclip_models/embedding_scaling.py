@@ -11,15 +11,13 @@ buffers of the model, stored in its checkpoint:
 """
 
 import math
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unclip_models.float32_buffers import Float32Buffers
-
-EmbeddingScaling = Literal["paper", "sqrt_dim", "mean_std"]
-SCALINGS: tuple[EmbeddingScaling, ...] = ("paper", "sqrt_dim", "mean_std")
+from unclip_models.settings import EmbeddingScaling
 
 _PAPER_SCALE = 17.2
 _PAPER_EMBEDDING_DIM = 1024

@@ -17,12 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from unclip_models.checkpoint import build, finish_loading, read_weights
-from unclip_models.clip_text import ClipTextConfig
-from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.decoder import Decoder
+from unclip_models.prior import DiffusionPrior
+from unclip_models.settings import (
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from unclip_models.upsampler import Upsampler
 from unclip_models.weight_rules import Rule, affine, copy, interleaved, pointwise, reshaped, scaled, to_ours, to_theirs
 
 KINDS = ("prior", "decoder", "upsampler")

@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unclip_models.degradation import downsample
-from unclip_models.generate import GeneratedImages, SamplingConfig, UnCLIP
+from unclip_models.generate import GeneratedImages, UnCLIP
 from unclip_models.sampling import seeded_generators
+from unclip_models.sampling_settings import SamplingConfig
 
 MIN_SLERP_ANGLE = 1e-4
 Noise = Literal["inverted", "seeded"]

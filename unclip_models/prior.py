@@ -8,23 +8,15 @@ once into a KV cache and then runs three positions per step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unclip_models.clip_text import ClipText, ClipTextConfig, ClipTextFeatures, build_text, encode_captions
-from unclip_models.diffusion import (
-    Clip,
-    Denoiser,
-    DiffusionConfig,
-    GaussianDiffusion,
-    spaced_timesteps,
-    timestep_embedding,
-)
-from unclip_models.embedding_scaling import SCALINGS, EmbeddingScaler, EmbeddingScaling
+from unclip_models.clip_text import ClipText, ClipTextFeatures, build_text, encode_captions
+from unclip_models.diffusion import Clip, Denoiser, GaussianDiffusion, spaced_timesteps, timestep_embedding
+from unclip_models.embedding_scaling import EmbeddingScaler
 from unclip_models.float32_buffers import Float32Buffers
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import (
@@ -36,64 +28,12 @@ from unclip_models.sampling import (
     guide,
     measure_gamma,
 )
-from unclip_models.text_encoder import TextEncoderConfig
+from unclip_models.sampling_settings import PriorSampler
+from unclip_models.settings import DiffusionPriorConfig
 from unclip_models.transformer import KVCache, Transformer
 
 _NUM_EXTRA_POSITIONS = 4  # text embedding, timestep, noised image embedding, final query
 _UNMEASURED = -1.0
-PriorSampler = Literal["ddim", "ddpm", "analytic", "dpm_solver_2m"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiffusionPriorConfig:
-    """Settings of a diffusion prior.
-
-    The paper's 1B prior is one 24 x 2048 transformer over a 256-token caption: ``text.layers`` 0, ``width`` 2048,
-    ``layers`` 24, ``heads`` 32. A caption transformer of its own (``text.layers`` > 0) is useful for small models.
-
-    Attributes:
-        kind: always ``diffusion``; tells it from the autoregressive prior in a config file.
-        embedding_dim: D of the CLIP.
-        text: the caption's embedding and, with layers, its encoder; or, with ``kind: clip``, the hidden states of the
-            frozen CLIP's text tower (Karlo).
-        width: channels of the causal transformer.
-        layers: its blocks.
-        heads: its attention heads.
-        caption_dropout: probability of withholding caption and text embedding together (paper: 0.1).
-        embedding_scaling: how embeddings are scaled inside the model; see ``embedding_scaling.py``.
-        embedding_scale: a factor of one's own in place of that of ``embedding_scaling``.
-        raw_embeddings: whether CLIP's embeddings come un-normalised, as in Karlo; for imported models.
-        diffusion: the process; the variance must be fixed.
-        checkpoint_activations: trade compute for memory in the backward pass.
-    """
-
-    kind: Literal["diffusion"] = "diffusion"
-    embedding_dim: int = 768
-    text: TextEncoderConfig | ClipTextConfig = field(default_factory=lambda: TextEncoderConfig(layers=0))
-    width: int = 512
-    layers: int = 6
-    heads: int = 8
-    caption_dropout: float = 0.1
-    embedding_scaling: EmbeddingScaling = "paper"
-    embedding_scale: float | None = None
-    raw_embeddings: bool = False
-    diffusion: DiffusionConfig = field(default_factory=lambda: DiffusionConfig(prediction="x_start"))
-    checkpoint_activations: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("embedding_dim", "width", "layers", "heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"prior.{name} is {getattr(self, name)}; use 1 or more")
-        if not 0 <= self.caption_dropout < 1:
-            raise ValueError(f"prior.caption_dropout is {self.caption_dropout}; use a probability in [0, 1)")
-        if self.embedding_scaling not in SCALINGS:
-            raise ValueError(f"prior.embedding_scaling is {self.embedding_scaling!r}; use one of {', '.join(SCALINGS)}")
-        if self.embedding_scale is not None and self.embedding_scale <= 0:
-            raise ValueError(f"prior.embedding_scale is {self.embedding_scale}; use a positive number, or leave it out")
-        if self.embedding_scale is not None and self.embedding_scaling == "mean_std":
-            raise ValueError("prior.embedding_scale: mean_std measures its factors; leave one of the two out")
-        if self.diffusion.variance == "learned_range":
-            raise ValueError("prior.diffusion.variance is 'learned_range'; embeddings need a fixed variance")
 
 
 class DiffusionPrior(Float32Buffers):

@@ -5,48 +5,14 @@ transformer, a final LayerNorm. A dropped caption is an all-padding row, so the 
 model learns as "no caption".
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
+from unclip_models.settings import TextEncoderConfig
 from unclip_models.transformer import Transformer
 
 PADDING_TOKEN = 0
 """What open_clip's tokenizer fills a caption up with."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextEncoderConfig:
-    """Settings of a text encoder; the paper's is 256 / 2048 / 24 / 32 (Table 3).
-
-    Attributes:
-        kind: always ``own``; tells it from the frozen CLIP's text (``clip_text.py``) in a config file.
-        context_length: tokens per caption, padding included.
-        width: channels.
-        layers: transformer blocks; 0 leaves the embeddings and the final LayerNorm.
-        heads: attention heads, dividing ``width``.
-        vocab_size: tokens known; 49408 is CLIP's.
-        checkpoint_activations: trade compute for memory in the backward pass.
-    """
-
-    kind: Literal["own"] = "own"
-    context_length: int = 77
-    width: int = 512
-    layers: int = 6
-    heads: int = 8
-    vocab_size: int = 49408
-    checkpoint_activations: bool = False
-
-    def __post_init__(self) -> None:
-        for field in ("context_length", "width", "heads", "vocab_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"text.{field} is {getattr(self, field)}; use 1 or more")
-        if self.layers < 0:
-            raise ValueError(f"text.layers is {self.layers}; use 0 or more")
-        if self.width % self.heads != 0:
-            raise ValueError(f"text.width {self.width} is not divisible by text.heads {self.heads}; change one of them")
 
 
 def caption_mask(tokens: Tensor) -> Tensor:

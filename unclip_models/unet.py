@@ -9,7 +9,6 @@ onto this network exactly. One thing differs: attention projections are linear l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,60 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unclip_models.diffusion import timestep_embedding
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """Shape of an ADM U-Net; image side and input/output channels belong to the model that owns it.
-
-    Attributes:
-        model_channels: width of the highest resolution, and of the sinusoidal timestep embedding.
-        channel_mult: width multiplier of every level, highest resolution first; each level halves the side.
-        num_res_blocks: residual blocks per level on the way down (one more on the way up).
-        attention_resolutions: image sides (px) with attention; empty makes the network purely convolutional, also in
-            the middle, so that it can be trained on crops and applied at any size.
-        head_channels: channels per attention head; a level narrower than this gets one head.
-        dropout: probability inside each residual block.
-        use_scale_shift_norm: the embedding scales and shifts the second norm (AdaGN); else it is added before it.
-        resblock_updown: resample inside a residual block; else by a strided convolution or upsample + convolution.
-        norm_groups: most groups of a group norm.
-        norm_group_min_channels: fewest channels of a group; see :func:`num_norm_groups`.
-        checkpoint_activations: recompute blocks in the backward pass instead of storing them.
-    """
-
-    model_channels: int
-    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
-    num_res_blocks: int = 3
-    attention_resolutions: tuple[int, ...] = ()
-    head_channels: int = 64
-    dropout: float = 0.0
-    use_scale_shift_norm: bool = True
-    resblock_updown: bool = True
-    norm_groups: int = 32
-    norm_group_min_channels: int = 4
-    checkpoint_activations: bool = False
-
-    def __post_init__(self) -> None:
-        if self.model_channels < 2 or self.model_channels % 2:
-            raise ValueError(f"unet.model_channels: {self.model_channels}; it must be even and positive")
-        if not self.channel_mult or min(self.channel_mult) < 1:
-            raise ValueError(f"unet.channel_mult: {self.channel_mult}; give one positive integer per level")
-        if self.num_res_blocks < 1:
-            raise ValueError(f"unet.num_res_blocks: {self.num_res_blocks}; at least 1 is needed")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"unet.dropout: {self.dropout}; it must be in [0, 1)")
-        if self.norm_groups < 1 or self.norm_group_min_channels < 1:
-            raise ValueError("unet.norm_groups and unet.norm_group_min_channels must be at least 1")
-
-    @property
-    def embedding_channels(self) -> int:
-        """Width of the timestep embedding after its MLP (4 x model_channels)."""
-        return 4 * self.model_channels
-
-    @property
-    def min_multiple_px(self) -> int:
-        """The image side must be a multiple of this (one halving between neighbouring levels)."""
-        return int(2 ** (len(self.channel_mult) - 1))
+from unclip_models.settings import UNetConfig
 
 
 def num_norm_groups(channels: int, max_groups: int = 32, min_channels: int = 4) -> int:

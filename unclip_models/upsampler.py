@@ -9,8 +9,7 @@ by channel, as in ADM's upsamplers. Two options go beyond the paper: noise-condi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -18,91 +17,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from unclip_models.decoder import IMAGE_CHANNELS, ImageSampler, run_image_sampler
-from unclip_models.degradation import Degradation, degrade, downsample
-from unclip_models.diffusion import DiffusionConfig, GaussianDiffusion, spaced_timesteps, timestep_embedding
+from unclip_models.decoder import IMAGE_CHANNELS, run_image_sampler
+from unclip_models.degradation import degrade, downsample
+from unclip_models.diffusion import GaussianDiffusion, spaced_timesteps, timestep_embedding
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import draw_noise
+from unclip_models.sampling_settings import ImageSampler
+from unclip_models.settings import UpsamplerConfig
 from unclip_models.tiling import Tiling
-from unclip_models.unet import UNet, UNetConfig
+from unclip_models.unet import UNet
 
 # Noise levels in [0, 1) are embedded like the timesteps of a process of a thousand steps.
 _LEVEL_SCALE = 1000.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class UpsamplerConfig:
-    """Settings of an upsampler; the paper's are 64 -> 256 (blur, cosine) and 256 -> 1024 (BSR, linear), Table 3.
-
-    Attributes:
-        image_size: side of the output in px.
-        input_size: side of the low-resolution input in px; divides ``image_size``.
-        crop_fraction: side of the training crop over ``image_size``; 1 trains on whole images.
-        degradation: how the low-resolution image is corrupted in training.
-        degradation_probability: fraction of the samples that are corrupted; the others are only shrunk. The paper
-            names none; Ho et al. 2022 (cascaded diffusion) found one half best for blur.
-        enlarge_mode: interpolation of the low-resolution image to ``image_size``. GLIDE: bilinear. Karlo: bicubic, with
-            torch's antialias. Enlarging aliases nothing, but torch's antialiased kernel is another one: the cubic with
-            a = -1/2 (Keys; that of Pillow and MATLAB), renormalised at the border, where its plain bicubic has
-            a = -3/4 and repeats the border. Bilinear is the same with and without.
-        max_noise_level: noise-conditioning augmentation (Ho et al. 2022, section 4): in training, the low-resolution
-            image is mixed with noise of a level s drawn uniformly from [0, max_noise_level) for each sample, as
-            sqrt(1 - s^2) x + s noise, and the network is told s. 0, as in the paper, switches it off.
-        unet: the U-Net, without attention.
-        diffusion: the process; the paper's second upsampler uses the linear schedule.
-    """
-
-    image_size: int
-    input_size: int
-    crop_fraction: float = 0.25
-    degradation: Degradation = "blur"
-    degradation_probability: float = 1.0
-    enlarge_mode: Literal["bilinear", "bicubic"] = "bilinear"
-    max_noise_level: float = 0.0
-    unet: UNetConfig
-    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-
-    def __post_init__(self) -> None:
-        if self.input_size < 1 or self.image_size % self.input_size or self.image_size == self.input_size:
-            raise ValueError(
-                f"upsampler.image_size: {self.image_size} px must be a multiple, 2 or more, of input_size "
-                f"{self.input_size} px"
-            )
-        if self.unet.attention_resolutions:
-            raise ValueError("upsampler.unet.attention_resolutions: must be empty, or crops could not train it")
-        if self.degradation not in ("none", "blur", "bsr_light", "bsr"):
-            raise ValueError(f"upsampler.degradation: {self.degradation!r}; use none, blur, bsr_light or bsr")
-        if self.enlarge_mode not in ("bilinear", "bicubic"):
-            raise ValueError(f"upsampler.enlarge_mode: {self.enlarge_mode!r}; use bilinear or bicubic")
-        if not 0.0 <= self.max_noise_level < 1.0:
-            raise ValueError(
-                f"upsampler.max_noise_level: {self.max_noise_level}; use 0 (off) or more, below 1, where nothing but "
-                "noise is left"
-            )
-        if not 0.0 <= self.degradation_probability <= 1.0:
-            raise ValueError(f"upsampler.degradation_probability: {self.degradation_probability}; use 0 to 1")
-        self._check_crop()
-
-    def _check_crop(self) -> None:
-        if not 0.0 < self.crop_fraction <= 1.0:
-            raise ValueError(f"upsampler.crop_fraction: {self.crop_fraction}; it must be in (0, 1]")
-        multiple = self.unet.min_multiple_px
-        if self.crop_px % multiple or self.crop_px % self.factor or self.crop_px // self.factor < 2:
-            raise ValueError(
-                f"upsampler.crop_fraction: {self.crop_fraction} of {self.image_size} px is a crop of {self.crop_px} "
-                f"px; it must be a multiple of {multiple} (levels of the U-Net) and {self.factor} (enlargement), and "
-                "at least 2 low-resolution px wide"
-            )
-
-    @property
-    def factor(self) -> int:
-        """How many times larger the output is."""
-        return self.image_size // self.input_size
-
-    @property
-    def crop_px(self) -> int:
-        """Side of the training crop in px."""
-        return round(self.image_size * self.crop_fraction)
 
 
 def training_sample(config: UpsamplerConfig, image: NDArray[np.uint8], random: SampleRandom) -> dict[str, Tensor]:

@@ -34,10 +34,9 @@ from stages.open_shard import TrainingShard
 from stages.samples import Sample, selection_table, table_to_bytes, write_tar
 from tests.stages.training_data import put
 from unclip_models import degradation
-from unclip_models.degradation import Degradation
 from unclip_models.randomness import SampleRandom
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig, training_sample
+from unclip_models.settings import Degradation, UNetConfig, UpsamplerConfig
+from unclip_models.upsampler import Upsampler, training_sample
 
 KINDS: tuple[Degradation, ...] = ("none", "blur", "bsr_light", "bsr")
 CROP_PX, SMALL_PX, BATCH, SIDE_PX = 256, 64, 8, 1024

@@ -25,17 +25,16 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from stages.engine import Engine, EngineSettings, TorchEngine
+from stages.engine import Engine, TorchEngine
+from stages.engine_settings import EngineSettings
 from stages.example_batch import example_batch
 from stages.flops import flops_per_sample
 from stages.out_of_memory import is_out_of_memory
 from tests.resident import resident_mib
 from unclip_models.checkpoint import build, config_from_dict
-from unclip_models.decoder import DecoderConfig
 from unclip_models.efficiency import make_efficient
-from unclip_models.prior import DiffusionPriorConfig
 from unclip_models.randomness import SampleRandom
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import DecoderConfig, DiffusionPriorConfig, UpsamplerConfig
 
 CONFIG_TYPES: dict[str, type] = {
     "prior": DiffusionPriorConfig,

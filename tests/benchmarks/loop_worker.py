@@ -43,7 +43,8 @@ from tests.cluster.ranks import joined
 from unclip_models.clip import tokenize
 from unclip_models.diffusers_format import import_diffusers
 from unclip_models.randomness import SampleRandom
-from unclip_models.upsampler import UpsamplerConfig, training_sample
+from unclip_models.settings import UpsamplerConfig
+from unclip_models.upsampler import training_sample
 
 LEARNING_RATE, MAX_NORM, EMA_DECAY = 1e-5, 1.0, 0.9999
 _ENDLESS = 10**9

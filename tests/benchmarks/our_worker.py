@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from tests.benchmarks.model_sizes import Sizes, Task
 from tests.benchmarks.timed_worker import Inputs, Work, draw_inputs, serve
-from unclip_models.clip_text import ClipText, ClipTextConfig, ClipTextFeatures
-from unclip_models.decoder import Decoder, DecoderConfig
+from unclip_models.clip_text import ClipText, ClipTextFeatures
+from unclip_models.decoder import Decoder
 from unclip_models.diffusers_format import export_diffusers, import_diffusers
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.prior import DiffusionPrior
 from unclip_models.randomness import SampleRandom
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.settings import ClipTextConfig, DecoderConfig, DiffusionPriorConfig, UNetConfig, UpsamplerConfig
+from unclip_models.upsampler import Upsampler
 
 GUIDANCE_SCALE = 4.0
 

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.checkpoints import CheckpointFolder
-from stages.engine import Accept, Engine, EngineSettings, TorchEngine, files_to_load, is_finite
+from stages.engine import Accept, Engine, TorchEngine, files_to_load, is_finite
+from stages.engine_settings import EngineSettings
 from stages.sharded_state import rank_file
 from stages.stragglers import StragglerWatch
 from stages.training import TrainingStoppedError, model_loss, train

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.deepspeed_config import deepspeed_config
 from stages.deepspeed_keys import OWNED, REFUSED, TUNABLE, check_overrides
-from stages.engine import EngineSettings
+from stages.engine_settings import EngineSettings
 from stages.training_config import TrainingConfig, engine_settings
 from tests.stages.small_config import quickstart
 

@@ -10,7 +10,8 @@ import pytest
 
 from cluster.deepspeed_config import deepspeed_config
 from cluster.deepspeed_engine import DeepSpeedEngine
-from stages.engine import EngineSettings, TorchEngine
+from stages.engine import TorchEngine
+from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
 from stages.training import model_loss
 from tests.cluster.deepspeed_rank import WAYS, ZERO_STAGES, settings, steps

@@ -15,10 +15,10 @@ from stages.manifest import Manifest
 from tests.stages.small_store import EMBEDDING_DIM, publish_data
 from tests.unclip_models.small_stack import randomised, small_clip
 from unclip_models.checkpoint import load_model
-from unclip_models.clip_text import ClipTextConfig
 from unclip_models.diffusers_format import export_diffusers
 from unclip_models.karlo_format import export_karlo
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.prior import DiffusionPrior
+from unclip_models.settings import ClipTextConfig, DiffusionPriorConfig
 
 TINY = Path(__file__).parents[1] / "tiny.yaml"
 

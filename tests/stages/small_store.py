@@ -28,13 +28,16 @@ from stages.manifest import File, Manifest, ShardRecord, digest_of
 from stages.runner import run_stage
 from stages.samples import Sample, embedding_array, selection_table, table_to_bytes, write_tar
 from unclip_models.checkpoint import build, save_model
-from unclip_models.clip import ClipModel, ClipModelConfig
-from unclip_models.decoder import DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.clip import ClipModel
+from unclip_models.settings import (
+    ClipModelConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 
 EMBEDDING_DIM, CONTEXT_LENGTH, IMAGE_SIZE_PX = 16, 16, 32
 SHAPES = shapes.ShapesConfig(num_images=10_000, image_size_px=IMAGE_SIZE_PX, noise_levels=2.0)

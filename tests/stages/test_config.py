@@ -11,8 +11,7 @@ import yaml
 from stages.base import identity_of
 from stages.config import Config, load_ablation, load_config, load_file, settings, to_values, to_yaml
 from stages.errors import ConfigError
-from unclip_models.ar_prior import ARPriorConfig
-from unclip_models.clip_text import ClipTextConfig
+from unclip_models.settings import ARPriorConfig, ClipTextConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 QUICKSTART = CONFIGS / "quickstart.yaml"

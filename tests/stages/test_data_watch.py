@@ -16,7 +16,8 @@ import torch
 from stages.data_parts import PartTimes
 from stages.data_watch import DataWatch
 from stages.dataset import Batch, TrainingStream
-from stages.engine import EngineSettings, TorchEngine
+from stages.engine import TorchEngine
+from stages.engine_settings import EngineSettings
 from stages.errors import IntegrityError, StageError
 from stages.metrics import read_metrics
 from stages.open_shard import TrainingShard

@@ -23,8 +23,8 @@ from stages.open_shard import TrainingShard, decode_image
 from stages.samples import selection_table, table_to_bytes
 from tests.stages.training_data import DIM, put, unit_vector, write_dataset
 from unclip_models.randomness import SampleRandom
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig, training_sample
+from unclip_models.settings import UNetConfig, UpsamplerConfig
+from unclip_models.upsampler import Upsampler, training_sample
 
 SIZES = (7, 12, 5)
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stages.engine import EngineSettings, MicroBatch, TorchEngine, files_to_load, make_optimizer
+from stages.engine import MicroBatch, TorchEngine, files_to_load, make_optimizer
+from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError, IntegrityError
 from stages.sharded_state import Fragment, ShardedState, assemble, rank_file
 from stages.training import model_loss

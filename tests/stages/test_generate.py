@@ -19,7 +19,7 @@ from stages.generate import Generate, GenerateConfig, collect_weights, draw_rows
 from stages.manifest import Manifest
 from stages.samples import embeddings_of, kept_keys, read_tar, table_from_bytes
 from tests.stages.small_store import EMBEDDING_DIM, publish_data, publish_weights, run
-from unclip_models.generate import DecoderSampling, PriorSampling, UpsamplerSampling
+from unclip_models.sampling_settings import DecoderSampling, PriorSampling, UpsamplerSampling
 
 CONFIG = GenerateConfig(
     num_samples=5,

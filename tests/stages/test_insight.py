@@ -28,10 +28,9 @@ from stages.held_out import held_out_counts
 from stages.manifest import Manifest
 from stages.metrics import read_metrics
 from stages.runner import run_stage
-from stages.sample_grids import SamplesConfig
 from stages.training import TrainingStoppedError, model_loss
 from stages.training_config import TrainingConfig, learning_rate_at
-from stages.validation import ValidationConfig
+from stages.validation_config import SamplesConfig, ValidationConfig
 from tests.stages.test_train import TRAININGS, inputs, needed  # noqa: F401 - `inputs` is a fixture
 from unclip_models.ar_prior import ARPrior
 from unclip_models.checkpoint import build, load_model

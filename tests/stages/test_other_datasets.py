@@ -20,14 +20,11 @@ from stages.manifest import Manifest
 from stages.other_datasets import CuratedSet, OtherDataset
 from stages.runner import run_stage
 from stages.train import Decoder, Upsampler256
-from stages.validation import ValidationConfig
+from stages.validation_config import ValidationConfig
 from stages.weights import weights_of
 from tests.stages.training_data import DIM, manifests, put, write_dataset
 from unclip_models.checkpoint import load_model
-from unclip_models.decoder import DecoderConfig
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import DecoderConfig, TextEncoderConfig, UNetConfig, UpsamplerConfig
 
 COMMON: dict[str, Any] = {"num_steps": 3, "global_batch_size": 8, "num_streams": 4, "tensorboard": False}
 UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_res_blocks=1, norm_groups=4)

@@ -30,8 +30,8 @@ from stages.principal_axes import Solution, Sums, project, solve, spectrum_metri
 from stages.samples import embedding_array, embeddings_of, selection_table, table_to_bytes
 from tests.benchmarks.bench_pca import subspace_error
 from tests.stages.small_store import Given, run
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
+from unclip_models.ar_prior import ARPrior
+from unclip_models.settings import ARPriorConfig, TextEncoderConfig
 
 torch.set_num_threads(1)
 DIM = 12

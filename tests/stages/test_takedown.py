@@ -14,18 +14,17 @@ from stages.generator_config import DecoderTraining
 from stages.life import find_lives
 from stages.manifest import Manifest, digest_of
 from stages.registry import open_version, promote, register, rollback
-from stages.sample_grids import SamplesConfig
 from stages.samples import table_from_bytes
 from stages.takedown import find_affected, take_down
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
 from stages.train import Decoder
-from stages.validation import ValidationConfig
+from stages.validation_config import SamplesConfig, ValidationConfig
 from stages.withdrawn import read_withdrawn
 from tests.stages.data_run import Pictures, picture, run_data, serving, write_list
 from tests.stages.finished_run import publish_stage
 from tests.stages.small_store import EMBEDDING_DIM, TEXT, unet
 from tests.stages.small_store import run as run_tiny
-from unclip_models.decoder import DecoderConfig
+from unclip_models.settings import DecoderConfig
 
 NUM_ROWS = 20
 ROWS = range(NUM_ROWS)

@@ -23,16 +23,21 @@ from stages.metrics import read_metrics
 from stages.runner import run_stage
 from stages.train import Decoder, Prior, Upsampler256, Upsampler1024
 from tests.stages.training_data import DIM, manifests, put, write_dataset
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
+from unclip_models.ar_prior import ARPrior
 from unclip_models.checkpoint import load_model
-from unclip_models.clip import ClipModel, ClipModelConfig
-from unclip_models.clip_text import ClipTextConfig
-from unclip_models.decoder import DecoderConfig
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.clip import ClipModel
+from unclip_models.prior import DiffusionPrior
 from unclip_models.randomness import SampleRandom
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import (
+    ARPriorConfig,
+    ClipModelConfig,
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 
 COMMON: dict[str, Any] = {"num_steps": 3, "global_batch_size": 8, "num_streams": 4, "tensorboard": False}
 TEXT = TextEncoderConfig(context_length=8, width=16, layers=1, heads=2)

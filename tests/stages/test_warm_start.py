@@ -30,8 +30,8 @@ from stages.weights import weights_of
 from tests.stages.test_other_datasets import ATTENDING, DECODER, publish
 from tests.stages.training_data import DIM, TinyModel, VectorStream
 from unclip_models.checkpoint import load_model
-from unclip_models.prior import DiffusionPriorConfig
 from unclip_models.randomness import SampleRandom
+from unclip_models.settings import DiffusionPriorConfig
 
 PRIOR = PriorTraining(
     model=DiffusionPriorConfig(embedding_dim=DIM, text=DECODER.model.text, width=16, layers=1, heads=2),

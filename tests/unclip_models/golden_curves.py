@@ -14,16 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
+from unclip_models.ar_prior import ARPrior
 from unclip_models.checkpoint import build
-from unclip_models.clip_text import ClipText, ClipTextConfig
-from unclip_models.decoder import DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.clip_text import ClipText
+from unclip_models.prior import DiffusionPrior
 from unclip_models.randomness import SampleRandom
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import (
+    ARPriorConfig,
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 
 GOLDEN = Path(__file__).parent / "golden_curves.json"
 NUM_STEPS, BATCH, DIM = 20, 8, 16

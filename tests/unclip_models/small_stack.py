@@ -2,15 +2,22 @@
 
 import torch
 
-from unclip_models.clip import ClipModel, ClipModelConfig
-from unclip_models.clip_text import ClipTextConfig
-from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.generate import DecoderSampling, PriorSampling, SamplingConfig, UnCLIP, UpsamplerSampling
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.clip import ClipModel
+from unclip_models.decoder import Decoder
+from unclip_models.generate import UnCLIP
+from unclip_models.prior import DiffusionPrior
+from unclip_models.sampling_settings import DecoderSampling, PriorSampling, SamplingConfig, UpsamplerSampling
+from unclip_models.settings import (
+    ClipModelConfig,
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from unclip_models.upsampler import Upsampler
 
 TEXT = TextEncoderConfig(context_length=8, width=16, layers=1, heads=2)
 CLIP_TEXT = ClipTextConfig(context_length=16, width=32)

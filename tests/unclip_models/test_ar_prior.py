@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_models.ar_prior import ARPrior, ARPriorConfig, inverse_transform
+from unclip_models.ar_prior import ARPrior, inverse_transform
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import seeded_generators
-from unclip_models.text_encoder import TextEncoderConfig
+from unclip_models.settings import ARPriorConfig, TextEncoderConfig
 
 DIM, CODES, BUCKETS, DOTS, CONTEXT = 8, 4, 32, 6, 5
 CONFIG = ARPriorConfig(

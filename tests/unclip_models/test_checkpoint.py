@@ -9,14 +9,16 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unclip_models.ar_prior import ARPriorConfig
 from unclip_models.checkpoint import build, config_from_dict, load_model, read_metadata, read_weights, save_model
-from unclip_models.decoder import DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import UpsamplerConfig
+from unclip_models.settings import (
+    ARPriorConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
 
 TEXT = TextEncoderConfig(context_length=5, width=16, layers=1, heads=2, vocab_size=30)
 UNET = UNetConfig(model_channels=8, channel_mult=(1, 2), num_res_blocks=1)

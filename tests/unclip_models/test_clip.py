@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from unclip_models.clip import ClipModel, ClipModelConfig, contrastive_loss, golden_embeddings
+from unclip_models.clip import ClipModel, contrastive_loss, golden_embeddings
 from unclip_models.clip_input import ClipPreprocess, preprocess_images, resize_and_crop, tokenize
 from unclip_models.randomness import SampleRandom
+from unclip_models.settings import ClipModelConfig
 
 torch.set_num_threads(1)
 CONFIG = ClipModelConfig(

@@ -3,15 +3,9 @@
 import pytest
 import torch
 
-from unclip_models.clip_text import (
-    ClipText,
-    ClipTextConfig,
-    ClipTextFeatures,
-    build_text,
-    encode_captions,
-    features_of,
-)
-from unclip_models.text_encoder import TextEncoder, TextEncoderConfig
+from unclip_models.clip_text import ClipText, ClipTextFeatures, build_text, encode_captions, features_of
+from unclip_models.settings import ClipTextConfig, TextEncoderConfig
+from unclip_models.text_encoder import TextEncoder
 
 CONFIG = ClipTextConfig(context_length=5, width=4)
 TOKENS = torch.tensor([[7, 8, 9, 0, 0], [7, 9, 0, 0, 0]])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_models.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion, spaced_timesteps
+from unclip_models.diffusion import Denoiser, GaussianDiffusion, spaced_timesteps
 from unclip_models.sampling import (
     analytic_sample,
     analytic_variance,
@@ -26,6 +26,7 @@ from unclip_models.sampling import (
     draw_noise,
     seeded_generators,
 )
+from unclip_models.settings import DiffusionConfig
 
 torch.set_num_threads(1)
 # A correlated target: eigenvalues of very different size in a rotated basis. All are below 1, as for data in [-1, 1].

@@ -3,13 +3,11 @@
 import pytest
 import torch
 
-from unclip_models.clip_text import ClipTextConfig, ClipTextFeatures
-from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
+from unclip_models.clip_text import ClipTextFeatures
+from unclip_models.decoder import Decoder
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import combine_guidance, seeded_generators
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
+from unclip_models.settings import ClipTextConfig, DecoderConfig, DiffusionConfig, TextEncoderConfig, UNetConfig
 
 torch.set_num_threads(1)
 

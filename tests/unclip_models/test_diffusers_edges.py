@@ -25,7 +25,8 @@ from tests.unclip_models.test_diffusers_format import (
     _upsampler,
 )
 from unclip_models.diffusers_format import export_diffusers, import_diffusers
-from unclip_models.diffusion import DiffusionConfig, spaced_timesteps
+from unclip_models.diffusion import spaced_timesteps
+from unclip_models.settings import DiffusionConfig
 from unclip_models.upsampler import Upsampler
 
 torch.set_num_threads(1)

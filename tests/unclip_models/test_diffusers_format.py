@@ -15,16 +15,24 @@ from diffusers.schedulers.scheduling_unclip import UnCLIPScheduler
 from torch import Tensor, nn
 
 from tests.unclip_models.small_stack import randomised
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.clip_text import ClipTextConfig, ClipTextFeatures
-from unclip_models.decoder import Decoder, DecoderConfig
+from unclip_models.ar_prior import ARPrior
+from unclip_models.clip_text import ClipTextFeatures
+from unclip_models.decoder import Decoder
 from unclip_models.diffusers_format import export_diffusers, import_diffusers
-from unclip_models.diffusion import DiffusionConfig, spaced_timesteps
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
+from unclip_models.diffusion import spaced_timesteps
+from unclip_models.prior import DiffusionPrior
 from unclip_models.sampling import ddim_sample
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.settings import (
+    ARPriorConfig,
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from unclip_models.upsampler import Upsampler
 
 torch.set_num_threads(1)
 DIM, CONTEXT = 20, 7

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unclip_models.diffusion import (
-    DiffusionConfig,
     GaussianDiffusion,
     beta_schedule,
     discretized_log_likelihood,
@@ -17,6 +16,7 @@ from unclip_models.diffusion import (
     spaced_timesteps,
     timestep_embedding,
 )
+from unclip_models.settings import DiffusionConfig
 
 FAST27 = [
     997, 800, 799, 600, 599, 500, 400, 399, 377, 355, 333, 311, 288, 266,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from tests.unclip_models.small_stack import randomised
 from unclip_models.efficiency import make_efficient
+from unclip_models.settings import UNetConfig
 from unclip_models.transformer import Transformer
-from unclip_models.unet import UNet, UNetConfig
+from unclip_models.unet import UNet
 
 torch.set_num_threads(1)
 CONFIG = UNetConfig(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from unclip_models.embedding_scaling import SCALINGS, EmbeddingScaler, scale_factor
+from unclip_models.embedding_scaling import EmbeddingScaler, scale_factor
+from unclip_models.settings import SCALINGS
 
 
 def test_the_papers_factor_keeps_its_standard_deviation_in_other_dimensions() -> None:

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from tests.unclip_models.small_stack import FAST, TEXT, UNET, small_stack
-from unclip_models.ar_prior import ARPrior, ARPriorConfig
-from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.generate import SamplingConfig, UnCLIP, to_uint8
+from unclip_models.ar_prior import ARPrior
+from unclip_models.decoder import Decoder
+from unclip_models.generate import UnCLIP, to_uint8
+from unclip_models.sampling_settings import SamplingConfig
+from unclip_models.settings import ARPriorConfig, DecoderConfig
 
 torch.set_num_threads(1)
 

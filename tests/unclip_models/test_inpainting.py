@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_models.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion, spaced_timesteps
+from unclip_models.diffusion import Denoiser, GaussianDiffusion, spaced_timesteps
 from unclip_models.inpainting import inpaint_sample
 from unclip_models.sampling import ddpm_sample, draw_noise, seeded_generators
+from unclip_models.settings import DiffusionConfig
 
 torch.set_num_threads(1)
 # Pairs (known, unknown): strongly correlated, so that a painted part that ignores the known one is far off.

@@ -7,14 +7,20 @@ import torch
 from torch import Tensor, nn
 
 from tests.unclip_models.small_stack import randomised
-from unclip_models.clip_text import ClipTextConfig
-from unclip_models.decoder import Decoder, DecoderConfig
-from unclip_models.diffusion import DiffusionConfig
+from unclip_models.decoder import Decoder
 from unclip_models.karlo_format import ImportOptions, export_karlo, import_karlo, infer_unet, read_checkpoint
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig
-from unclip_models.text_encoder import TextEncoderConfig
-from unclip_models.unet import UNet, UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig
+from unclip_models.prior import DiffusionPrior
+from unclip_models.settings import (
+    ClipTextConfig,
+    DecoderConfig,
+    DiffusionConfig,
+    DiffusionPriorConfig,
+    TextEncoderConfig,
+    UNetConfig,
+    UpsamplerConfig,
+)
+from unclip_models.unet import UNet
+from unclip_models.upsampler import Upsampler
 
 torch.set_num_threads(1)
 UNETS = {

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from unclip_models.diffusion import DiffusionConfig, GaussianDiffusion, discretized_log_likelihood
-from unclip_models.unet import UNet, UNetConfig
+from unclip_models.diffusion import GaussianDiffusion, discretized_log_likelihood
+from unclip_models.settings import DiffusionConfig, UNetConfig
+from unclip_models.unet import UNet
 
 torch.set_num_threads(1)
 SIDE, BATCH = 8, 2

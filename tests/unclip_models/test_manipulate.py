@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.unclip_models.small_stack import FAST, small_stack
-from unclip_models.generate import SamplingConfig, UnCLIP
+from unclip_models.generate import UnCLIP
 from unclip_models.manipulate import (
     PrincipalAxes,
     decode_latents,
@@ -26,6 +26,7 @@ from unclip_models.manipulate import (
     to_decoder_side,
     vary,
 )
+from unclip_models.sampling_settings import SamplingConfig
 
 torch.set_num_threads(1)
 

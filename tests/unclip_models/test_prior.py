@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip_models.clip_text import ClipTextConfig
-from unclip_models.diffusion import DiffusionConfig
-from unclip_models.prior import DiffusionPrior, DiffusionPriorConfig, PriorSampler, best_candidate
+from unclip_models.prior import DiffusionPrior, best_candidate
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import seeded_generators
-from unclip_models.text_encoder import TextEncoderConfig
+from unclip_models.sampling_settings import PriorSampler
+from unclip_models.settings import ClipTextConfig, DiffusionConfig, DiffusionPriorConfig, TextEncoderConfig
 
 DIM, CONTEXT = 8, 5
 CONFIG = DiffusionPriorConfig(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from unclip_models.diffusion import Denoiser, DiffusionConfig, GaussianDiffusion, spaced_timesteps
+from unclip_models.diffusion import Denoiser, GaussianDiffusion, spaced_timesteps
 from unclip_models.sampling import (
     analytic_sample,
     analytic_variance,
@@ -23,6 +23,7 @@ from unclip_models.sampling import (
     measure_gamma,
     seeded_generators,
 )
+from unclip_models.settings import DiffusionConfig
 
 MEAN, STD = 0.4, 0.5
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from unclip_models.text_encoder import TextEncoder, TextEncoderConfig, caption_mask
+from unclip_models.settings import TextEncoderConfig
+from unclip_models.text_encoder import TextEncoder, caption_mask
 
 CONFIG = TextEncoderConfig(context_length=6, width=16, layers=2, heads=2, vocab_size=50)
 TOKENS = torch.tensor([[48, 5, 7, 49, 0, 0], [48, 3, 49, 0, 0, 0]])

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from unclip_models.unet import AttentionBlock, GroupNorm, ResBlock, UNet, UNetConfig, num_norm_groups
+from unclip_models.settings import UNetConfig
+from unclip_models.unet import AttentionBlock, GroupNorm, ResBlock, UNet, num_norm_groups
 
 TINY = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), head_channels=8)
 

@@ -9,12 +9,12 @@ from PIL import Image
 from torch import nn
 
 from unclip_models.degradation import degrade
-from unclip_models.diffusion import DiffusionConfig
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import seeded_generators
+from unclip_models.settings import DiffusionConfig, UNetConfig, UpsamplerConfig
 from unclip_models.tiling import Tiling
-from unclip_models.unet import AttentionBlock, GroupNorm, UNetConfig
-from unclip_models.upsampler import Upsampler, UpsamplerConfig, add_noise, training_sample
+from unclip_models.unet import AttentionBlock, GroupNorm
+from unclip_models.upsampler import Upsampler, add_noise, training_sample
 
 torch.set_num_threads(1)
 
