@@ -45,10 +45,20 @@ def takedown(args: argparse.Namespace) -> int:
     else:
         affected = find_affected(root, asked)
     if args.json:
-        print_json({"applied": args.apply, **affected.to_json()})
-    else:
-        _show(open_console(sys.stdout), affected, read_production(root).number, applied=args.apply)
+        print_json({"applied": args.apply, "unknown": _unknown(asked, affected), **affected.to_json()})
+        return 0
+    console = open_console(sys.stdout)
+    for name in _unknown(asked, affected):
+        fate = "if a list brings it, it will be refused" if args.apply else "misspelt, or taken down before?"
+        console.print(f"unknown {name}  no image here has this name; {fate}", soft_wrap=True, **PLAIN)
+    _show(console, affected, read_production(root).number, applied=args.apply)
     return 0
+
+
+def _unknown(asked: Tombstones, affected: Affected) -> list[str]:
+    """Return what was asked for and is in no sample."""
+    known = {sample[name] for sample in affected.samples for name in ("key", "url", "sha256")}
+    return sorted((asked.urls | asked.keys | asked.sha256) - known)
 
 
 def _from_file(path: Path) -> Tombstones:

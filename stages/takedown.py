@@ -41,7 +41,7 @@ class Affected:
     """What a takedown touches.
 
     Attributes:
-        samples: rows of the download's tables: key, url, shard.
+        samples: rows of the download's tables: key, url, sha256 of the image, shard.
         shards: records of the download shards that hold them.
         derived: paths of what was made from those shards, records and manifests included.
         exposed: what has learned from them or shows them: models, versions of these, pictures.
@@ -75,7 +75,12 @@ def find_affected(root: str, tombstones: Tombstones) -> Affected:
         derived += [name for name in _REPORT if storage.exists(storage.join(root, name))]
     return Affected(
         samples=[
-            {"key": row["key"], "url": row["url"] or "", "shard": record.files["images"].path}
+            {
+                "key": row["key"],
+                "url": row["url"] or "",
+                "sha256": row["sha256"] or "",
+                "shard": record.files["images"].path,
+            }
             for record, rows in found
             for row in rows
         ],

@@ -26,7 +26,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import img2dataset
 import pyarrow.parquet as pq
 
 from stages.download import Download, DownloadConfig
@@ -72,6 +71,8 @@ def measure_ours(job: dict[str, Any], folder: Path) -> tuple[float, int]:
 
 def measure_bare(job: dict[str, Any], folder: Path) -> tuple[float, int]:
     """Return the seconds of the shard and its images, as img2dataset notes them."""
+    import img2dataset  # here, where the environment keeps it from asking the network for updates
+
     pq.write_table(rows_of(job["urls"]), folder / "urls.parquet")
     img2dataset.download(
         url_list=str(folder / "urls.parquet"),

@@ -14,6 +14,7 @@ import pytest
 from flows.cli import main
 from flows.project import open_project
 from stages.executor import LocalExecutor
+from stages.life import find_lives
 from stages.manifest import Manifest
 from stages.runner import run_stage
 from tests.conftest import free_port
@@ -92,6 +93,25 @@ def test_damage_is_found_repaired_and_made_again(config: str, capsys: pytest.Cap
     assert {name: m.digest for name, m in after.items()} == {name: m.digest for name, m in before.items()}
     assert {p: p.stat().st_mtime_ns for p in kept} == kept
     assert main(["verify", config]) == 0
+
+
+def test_a_takedown_names_what_it_does_not_know(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (life, *_) = find_lives(open_project(config, []).manifests, "shapes:0")
+    assert main(["takedown", config, "--url", life.url, "--url", life.url + "?", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["unknown"] == [life.url + "?"] and not said["applied"]
+    (sample,) = said["samples"]
+    assert (sample["key"], sample["url"]) == (life.key, life.url)
+    for name in (sample["sha256"], life.key):
+        assert main(["takedown", config, f"--{'key' if name == life.key else 'sha256'}", name]) == 0
+        said = capsys.readouterr().out
+        assert "unknown" not in said and life.url in said
+    assert main(["takedown", config, "--key", "0" * 16]) == 0
+    assert f"unknown {'0' * 16}  no image here has this name; misspelt" in capsys.readouterr().out
+    assert main(["takedown", config, "--key", life.key, "--apply"]) == 0
+    assert "unknown" not in capsys.readouterr().out
+    assert main(["takedown", config, "--key", life.key]) == 0
+    assert f"unknown {life.key}  no image here" in capsys.readouterr().out
 
 
 def test_gc_shows_then_deletes(config: str, capsys: pytest.CaptureFixture[str]) -> None:
