@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from flows.prefect_server import ServerError, refuse_unreachable, user_api_url
+from flows.prefect_server import ServerError, prefect_api, user_api_url
 from flows.run_notes import rules_table
 
 if TYPE_CHECKING:
@@ -16,14 +16,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+FLOW_NAME = "unclip-production"
 KEY = "promotion"
 _NUM_CHANGES = 10
 
 
 def publish_note(root: str, said: str, decision: Decision | None) -> None:
-    """Create the artifact: what was decided and why, and the last changes of production.
-
-    It belongs to the flow run in which this is called, if any.
+    """Create the artifact of the flow run in which this is called: what was decided and why, and the last changes.
 
     Args:
         root: the store with the registry.
@@ -36,21 +35,26 @@ def publish_note(root: str, said: str, decision: Decision | None) -> None:
 
 
 def tell_server(root: str, said: str, decision: Decision | None) -> None:
-    """Create the artifact on the user's Prefect server, if there is one; a server that is down is a warning.
+    """Create the artifact in a flow run of its own on the user's server, if any; one that is down is a warning.
 
     Args:
         root: the store with the registry.
         said: how the decision ended, in a line.
         decision: what the gate said; None where it was not asked.
     """
-    if not (url := user_api_url()):
+    if not user_api_url():
         return
+    from prefect import flow
+
+    @flow(name=FLOW_NAME, flow_run_name=lambda: said, persist_result=False)
+    def decided() -> None:
+        publish_note(root, said, decision)
+
     try:
-        refuse_unreachable(url)
+        with prefect_api(None):
+            decided()
     except ServerError as error:
         logger.warning("%s; the decision stands, but is not shown there", error)
-        return
-    publish_note(root, said, decision)
 
 
 def note(root: str, said: str, decision: Decision | None) -> str:
