@@ -285,7 +285,13 @@ def prefect_api(server: PrivateServer | None) -> Iterator[Api]:
     Raises:
         ServerError: if the user's own server does not answer, or the private one cannot be started.
     """
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, get_current_settings, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        get_current_settings,
+        temporary_settings,
+    )
 
     if server is None:
         api = Api(url=get_current_settings().api.url or "")
@@ -294,7 +300,13 @@ def prefect_api(server: PrivateServer | None) -> Iterator[Api]:
             yield api
         return
     api = server.wait()
-    with temporary_settings({PREFECT_API_URL: api.url, PREFECT_API_AUTH_STRING: api.auth}), _flushing():
+    settings = {
+        PREFECT_API_URL: api.url,
+        PREFECT_API_AUTH_STRING: api.auth,
+        # Nobody watches the pulse there, and its thread holds a run's end up by a second.
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,
+    }
+    with temporary_settings(settings), _flushing():
         if server.take_launched():
             _close_stale_runs()
         yield api

@@ -1,7 +1,7 @@
 """A progress bar per running stage on the pages of Prefect.
 
-One thread sends what is new every few seconds: the stages never wait for the server, and a server that does not answer
-costs a bar and nothing else.
+One thread sends what is new every few seconds, and when a stage ends: the stages never wait for the server, and a
+server that does not answer costs a bar and nothing else.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ class ProgressArtifacts:
         self._every_s = every_s
         self._bars: dict[str, _Bar] = {}
         self._lock = threading.Lock()
-        self._ended = threading.Event()
+        self._due = threading.Event()
+        self._ended = False
 
     def update(self, progress: StageProgress) -> None:
         """See ``Display``."""
@@ -70,17 +71,21 @@ class ProgressArtifacts:
             bar = self._bar(outcome.stage)
             percent = 100.0 if outcome.status == "done" else bar.percent
             self._show(bar, percent, f"{outcome.status}: {describe(outcome)}")
+        self._due.set()
 
     def send_until_ended(self) -> None:
         """Send what is new, now and then, and once more at the end; the body of the sending thread."""
         with get_client(sync_client=True) as client:
-            while not self._ended.wait(self._every_s):
+            while not self._ended:
+                self._due.wait(self._every_s)
+                self._due.clear()
                 self._send(client)
             self._send(client)
 
     def stop(self) -> None:
         """Let the sending thread end."""
-        self._ended.set()
+        self._ended = True
+        self._due.set()
 
     def _bar(self, stage: str) -> _Bar:
         if stage not in self._bars:

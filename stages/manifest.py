@@ -18,6 +18,7 @@ import hashlib
 import io
 import itertools
 import json
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -260,8 +261,15 @@ class Manifest:
 
     @classmethod
     def read_uri(cls, root: str, uri: str) -> Manifest:
-        """Read the manifest at ``uri`` of the store ``root``."""
+        """Read the manifest at ``uri`` of the store ``root``.
+
+        What this process has read before and somebody still holds is not read again while its header is the same: a
+        run asks for the manifests of a finished pipeline several times, and each may have 100,000 records.
+        """
         header = storage.read_json(uri)
+        name = (root, uri, digest_of(header))
+        if (held := _HELD.get(name)) is not None:
+            return held
         if header.get("format_version") != FORMAT_VERSION:
             raise IntegrityError(f"{uri}: format version {header.get('format_version')} is not {FORMAT_VERSION}")
         table = storage.read_bytes(uri.removesuffix(MANIFEST_NAME) + TABLE_NAME)
@@ -273,7 +281,12 @@ class Manifest:
         manifest = cls(root=root, records=records_from_table(table_from_bytes(table)), **fields)
         if manifest.digest != header["digest"]:
             raise IntegrityError(f"{uri}: its contents do not match its digest; run the stage again with --force")
+        _HELD[name] = manifest
         return manifest
+
+
+# The header holds the checksum of the table: equal headers are of equal manifests.
+_HELD: weakref.WeakValueDictionary[tuple[str, str, str], Manifest] = weakref.WeakValueDictionary()
 
 
 def _write_all(objects: Mapping[str, bytes]) -> None:

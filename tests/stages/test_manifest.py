@@ -85,6 +85,18 @@ def test_damage_is_noticed(tmp_path: Path) -> None:
         Manifest.read(str(tmp_path), "s", "f" * 16)
 
 
+def test_what_is_held_is_read_once_and_what_changed_anew(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    uri = manifest(root, record("a"), record("b")).write()
+    held = Manifest.read_uri(root, uri)
+    assert Manifest.read_uri(root, uri) is held
+    manifest(root, record("a")).write()
+    assert [one.shard_id for one in Manifest.read_uri(root, uri).records] == ["a"]
+    storage.write_bytes(uri.replace("manifest.json", "shards.parquet"), b"")
+    with pytest.raises(IntegrityError, match="shard table beside it is damaged"):
+        Manifest.read_uri(root, uri)  # nobody holds that one
+
+
 def test_an_edited_manifest_is_noticed(tmp_path: Path) -> None:
     uri = manifest(str(tmp_path), record()).write()
     text = storage.read_bytes(uri).replace(b"2" * 64, b"4" * 64)
