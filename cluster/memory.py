@@ -22,11 +22,11 @@ from stages.example_batch import example_batch
 from stages.generator_config import GeneratorTraining
 from stages.training import model_loss
 from stages.training_config import engine_settings
+from stages.units import GIB
 from stages.warm_start import frozen_names
 from unclip_models.ar_prior import ARPrior
 from unclip_models.checkpoint import build
 
-_GIB = float(1 << 30)
 _F32 = 4  # bytes
 _PERSISTENT = 100_000  # elements: smaller parameters stay whole in stage 3 (DeepSpeed's default)
 _LIVE = 1_000_000_000  # elements of weights that stage 3 gathers ahead, and between two uses of one (likewise)
@@ -234,7 +234,7 @@ def check_fits(config: GeneratorTraining, limit_gib: float, place: str) -> RankM
         ConfigError: with the smallest change that fits; none of them changes the result.
     """
     found = rank_memory(config)
-    limit = limit_gib * _GIB
+    limit = limit_gib * GIB
     if found.on_device <= limit:
         return found
     changes: list[str] = []
@@ -243,12 +243,12 @@ def check_fits(config: GeneratorTraining, limit_gib: float, place: str) -> RankM
         smaller = rank_memory(changed)
         if smaller.on_device <= limit:
             options = " ".join(f"-s {place}.{change}" for change in changes)
-            remedy = f"the smallest change that fits: {options} ({smaller.on_device / _GIB:.1f} GiB)"
+            remedy = f"the smallest change that fits: {options} ({smaller.on_device / GIB:.1f} GiB)"
             break
     else:
         remedy = "nor does it in micro batches of 1 under ZeRO 3 with all offloaded; take more ranks or larger GPUs"
     raise ConfigError(
-        f"{place}: a rank takes {found.on_device / _GIB:.1f} GiB of GPU memory, more than the {limit_gib:g} GiB of "
+        f"{place}: a rank takes {found.on_device / GIB:.1f} GiB of GPU memory, more than the {limit_gib:g} GiB of "
         f"gpu_memory_gib; {remedy}"
     )
 

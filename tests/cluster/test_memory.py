@@ -15,6 +15,7 @@ import pytest
 from cluster.memory import RankMemory, check_fits, rank_memory, states_and_passing
 from stages.activation_memory import ActivationMemory
 from stages.errors import ConfigError
+from stages.units import GIB
 from tests.stages.small_config import quickstart
 
 WORLD_SIZE = 8
@@ -92,8 +93,8 @@ def test_the_estimate_is_within_a_tenth_of_what_is_held(tmp_path: Path) -> None:
 def test_what_does_not_fit_is_refused_with_the_smallest_change() -> None:
     config = quickstart(MODELS["prior"]).prior
     config = dataclasses.replace(config, gpus_per_rank=1, num_ranks=2, zero_stage=1, global_batch_size=64)
-    needed = rank_memory(config).on_device / 2**30
-    assert check_fits(config, needed * 1.01, "prior").on_device / 2**30 == needed
+    needed = rank_memory(config).on_device / GIB
+    assert check_fits(config, needed * 1.01, "prior").on_device / GIB == needed
     with pytest.raises(ConfigError, match=r"^prior: a rank takes .* the smallest change that fits: -s prior\.micro"):
         check_fits(config, needed * 0.99, "prior")
     with pytest.raises(ConfigError, match="take more ranks or larger GPUs"):
