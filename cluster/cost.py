@@ -20,9 +20,9 @@ from stages.config import Config
 from stages.errors import ConfigError
 from stages.runner import StageState
 from stages.training_config import TrainingConfig
+from stages.units import GIB
 
 _HOUR_S = 3600.0
-_GIB = float(1 << 30)
 # Whose samples a stage takes in.
 _FED_BY = {
     "download": "source",
@@ -168,7 +168,7 @@ def storage_price(estimates: list[StageEstimate], machines: PriceTable | None) -
     sizes = [item.num_bytes for item in estimates]
     if machines is None or machines.storage_per_gib_month is None or None in sizes:
         return None
-    return sum(size for size in sizes if size is not None) / _GIB * machines.storage_per_gib_month
+    return sum(size for size in sizes if size is not None) / GIB * machines.storage_per_gib_month
 
 
 # ---- one stage ----------------------------------------------------------------------------------------------------

@@ -6,9 +6,12 @@ The sums follow what DeepSpeed 0.19 allocates: flat float32 buffers, and buckets
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,13 +22,15 @@ from stages.example_batch import example_batch
 from stages.generator_config import GeneratorTraining
 from stages.training import model_loss
 from stages.training_config import engine_settings
+from stages.units import GIB
 from stages.warm_start import frozen_names
+from unclip_models.ar_prior import ARPrior
 from unclip_models.checkpoint import build
 
-_GIB = float(1 << 30)
 _F32 = 4  # bytes
 _PERSISTENT = 100_000  # elements: smaller parameters stay whole in stage 3 (DeepSpeed's default)
-_LIVE = 1_000_000_000  # elements of weights that stage 3 lets be whole at once (likewise)
+_LIVE = 1_000_000_000  # elements of weights that stage 3 gathers ahead, and between two uses of one (likewise)
+_PREFETCH = 50_000_000  # elements of weights that stage 3 gathers ahead of their use (likewise)
 _DENSE_BUCKET = 500_000_000  # elements that stage 0 reduces at once (likewise)
 
 
@@ -69,6 +74,8 @@ def rank_memory(config: GeneratorTraining, world_size: int | None = None) -> Ran
     """
     with torch.device("meta"):
         model = build(config.model)  # type: ignore[attr-defined]
+    if isinstance(model, ARPrior):
+        model.assume_pca()
     frozen = set(frozen_names([name for name, _ in model.named_parameters()], config.frozen, "frozen"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
@@ -108,25 +115,23 @@ def states_and_passing(
             weights=whole + fixed, optimizer=2 * whole, averages=whole, gradients=whole, passing=activations.peak
         )
     zero = deepspeed_config(settings, sum(sizes))["zero_optimization"]
-    bucket = _F32 * zero["reduce_bucket_size"] * (2 if zero.get("overlap_comm") else 1)
-    kept = whole + activations.peak if accumulates else activations.peak_with_gradients
     if settings.zero_stage == 0:
+        kept = activations.peak_beside(lambda done: whole if accumulates else done)
         passing = max(kept, whole + min(whole, _F32 * _DENSE_BUCKET))
         return RankMemory(weights=whole + fixed, optimizer=2 * whole, averages=whole, gradients=0, passing=passing)
+    bucket = _F32 * zero["reduce_bucket_size"]
+    buffers = bucket * (2 if zero.get("overlap_comm") else 1)
     offloaded = 3 * part + part if settings.offload_optimizer == "cpu" else 0
-    if settings.zero_stage == 1:
-        passing = max(kept + bucket, whole + 2 * part)
-    elif settings.zero_stage == 2:
-        # A second micro batch meets the first one's part; a bucket's copy may outlive its reduction.
-        sums = 2 * part + max(activations.peak, min(whole, bucket)) if accumulates else max(activations.peak, 2 * part)
-        passing = bucket + sums
     gradients, weights = 0, whole
-    if settings.zero_stage == 3:
+    if settings.zero_stage == 1:
+        passing = _passing_of_stage_1(sizes, world_size, activations, buffers, accumulates)
+    elif settings.zero_stage == 2:
+        passing = _passing_of_stage_2(sizes, world_size, activations, bucket, buffers, accumulates)
+    else:
         threshold = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
         small = _F32 * sum(size for size in sizes if size < threshold)
         gradients, weights = part + bucket, part + small
-        gathered = min(whole, _F32 * zero.get("stage3_max_live_parameters", _LIVE))
-        passing = gathered + max(activations.peak, min(whole, bucket) + _F32 * max(sizes))
+        passing = _passing_of_stage_3(sizes, whole - small, activations, bucket, zero)
     if settings.offload_optimizer == "cpu":
         # The gradient's part, a staging copy of the weights (stages 1 and 2), and a parameter's gradient on its way.
         staging = part + 2 * _F32 * max(sizes) if settings.zero_stage < 3 else 0
@@ -140,6 +145,78 @@ def states_and_passing(
         passing=passing,
         offloaded=offloaded,
     )
+
+
+def _passing_of_stage_1(
+    sizes: Sequence[int], world_size: int, activations: ActivationMemory, buffers: int, accumulates: bool
+) -> int:
+    """Gradients stay whole until all are there; then they move into the bucket, of which a copy is reduced."""
+    whole = _F32 * sum(sizes)
+    kept = activations.peak_beside(lambda done: (whole if accumulates else done) + (buffers if done else 0))
+    return max(kept, whole + 2 * -(-whole // world_size))
+
+
+def _passing_of_stage_2(
+    sizes: Sequence[int], world_size: int, activations: ActivationMemory, bucket: int, buffers: int, accumulates: bool
+) -> int:
+    """A full bucket is reduced in the midst of the backward pass; of the result a rank keeps its part."""
+    own = _F32 * _most_of_a_part(sizes, world_size)
+    earlier = own if accumulates else 0  # the sum of the micro batches before
+    reductions = _reductions(activations, bucket)
+    first = min(reductions)
+
+    def during(done: int) -> int:
+        return (buffers if done else 0) + (own if done > first else 0)
+
+    return earlier + max(activations.peak_beside(during, lambda done: reductions.get(done, 0)), 2 * own)
+
+
+def _passing_of_stage_3(
+    sizes: Sequence[int], large: int, activations: ActivationMemory, bucket: int, zero: Mapping[str, Any]
+) -> int:
+    """Weights are gathered ahead of their use, and stay until the backward pass has used them, as far as they may."""
+    largest = min(large, _F32 * max(sizes))
+    live: int = zero.get("stage3_max_live_parameters", _LIVE)
+    # Of what stays, those of which the next use is near do so beside the others: all weights behind lie between, twice.
+    reuse: int = zero.get("stage3_max_reuse_distance", _LIVE)
+    most = min(large, _F32 * (live + reuse // 2))
+    # What is gathered at once comes as one, is copied from there, and goes when all of it was needed.
+    prefetch: int = zero.get("stage3_prefetch_bucket_size", _PREFETCH)
+    ahead = min(large, _F32 * prefetch)
+    reductions = _reductions(activations, bucket)
+
+    def during(done: int) -> int:
+        return most if done == 0 else max(largest, min(most, large - done))
+
+    return max(
+        activations.forward_peak + most + ahead,
+        activations.peak_beside(during, lambda done: reductions.get(done, 0)),
+    )
+
+
+def _reductions(activations: ActivationMemory, bucket: int) -> dict[int, int]:
+    """Find when full buckets are reduced: bytes of gradients done -> those of a copy, and of a gradient that waits."""
+    found: dict[int, int] = {}
+    filled = before = 0
+    for done, _, _ in activations.stretches[1:]:
+        size, before = done - before, done
+        if filled and filled + size > bucket:
+            found[done] = filled + size
+            filled = 0
+        filled += size
+    found[before] = max(filled, found.get(before, 0))
+    return found
+
+
+def _most_of_a_part(sizes: Sequence[int], world_size: int) -> int:
+    """Return the elements of the parameters of which the rank that has most of them keeps some."""
+    part = -(-sum(sizes) // world_size)
+    most = 0
+    starts = [0, *itertools.accumulate(sizes)]
+    for rank in range(world_size):
+        low, high = bisect.bisect_right(starts, rank * part) - 1, bisect.bisect_left(starts, (rank + 1) * part)
+        most = max(most, starts[high] - starts[low] if high < len(starts) else starts[-1] - starts[low])
+    return most
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
@@ -157,7 +234,7 @@ def check_fits(config: GeneratorTraining, limit_gib: float, place: str) -> RankM
         ConfigError: with the smallest change that fits; none of them changes the result.
     """
     found = rank_memory(config)
-    limit = limit_gib * _GIB
+    limit = limit_gib * GIB
     if found.on_device <= limit:
         return found
     changes: list[str] = []
@@ -166,12 +243,12 @@ def check_fits(config: GeneratorTraining, limit_gib: float, place: str) -> RankM
         smaller = rank_memory(changed)
         if smaller.on_device <= limit:
             options = " ".join(f"-s {place}.{change}" for change in changes)
-            remedy = f"the smallest change that fits: {options} ({smaller.on_device / _GIB:.1f} GiB)"
+            remedy = f"the smallest change that fits: {options} ({smaller.on_device / GIB:.1f} GiB)"
             break
     else:
         remedy = "nor does it in micro batches of 1 under ZeRO 3 with all offloaded; take more ranks or larger GPUs"
     raise ConfigError(
-        f"{place}: a rank takes {found.on_device / _GIB:.1f} GiB of GPU memory, more than the {limit_gib:g} GiB of "
+        f"{place}: a rank takes {found.on_device / GIB:.1f} GiB of GPU memory, more than the {limit_gib:g} GiB of "
         f"gpu_memory_gib; {remedy}"
     )
 

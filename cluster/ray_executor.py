@@ -27,6 +27,7 @@ from stages.base import Progress, Result, Shard, Stage
 from stages.errors import ConfigError, ShardError, StageError, UnclipError, first_line
 from stages.executor import ClusterConfig, ShardFailure, failure_of, stay
 from stages.manifest import Manifest, ShardRecord
+from stages.units import GIB
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,6 @@ _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
 _STOP_S = 30.0  # likewise, when that one training is to end
 _MAX_STARTS = 3
-_GIB = 1 << 30
 _QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 # Quiet, private, and patient: a training group may wait for its turn. A thread that still asks a closed executor's
 # cluster for something must fail: by itself Ray would start another cluster to answer it.
@@ -84,7 +84,7 @@ def _start(cluster: ClusterConfig) -> None:
                 address="local",
                 num_cpus=cluster.num_cpus,
                 num_gpus=cluster.num_gpus,
-                object_store_memory=int(cluster.object_store_gib * _GIB),
+                object_store_memory=int(cluster.object_store_gib * GIB),
                 include_dashboard=False,
                 **_QUIET,
             )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.console import open_console, print_json
 from stages.errors import ConfigError
+from stages.units import GIB
 
 if TYPE_CHECKING:
     from stages.audit import Verified
@@ -168,7 +169,7 @@ def _show_findings(verified: Verified) -> None:
         print(finding)
     if len(verified.findings) > _MAX_SHOWN:
         print(f"... and {len(verified.findings) - _MAX_SHOWN} more; --json lists all")
-    what = f"{verified.num_results} results, {verified.num_files} files, {verified.num_bytes / 2**30:.3g} GiB"
+    what = f"{verified.num_results} results, {verified.num_files} files, {verified.num_bytes / GIB:.3g} GiB"
     wrong = len(verified.findings)
     print(f"{what}: {f'{wrong} wrong; `unclip repair` says what to do' if wrong else 'all as their manifests say'}")
 
@@ -185,7 +186,7 @@ def _show_garbage(garbage: Sequence[Garbage]) -> None:
     for name in ("stage", "files", "GiB", "why"):
         table.add_column(name, justify="right" if name in ("files", "GiB") else "left")
     for (stage, reason), (count, num_bytes) in totals.items():
-        table.add_row(stage, f"{count:,}", f"{num_bytes / 2**30:,.3f}", reason)
+        table.add_row(stage, f"{count:,}", f"{num_bytes / GIB:,.3f}", reason)
     total_bytes = sum(item.num_bytes for item in garbage)
-    table.add_row("all", f"{len(garbage):,}", f"{total_bytes / 2**30:,.3f}", "" if garbage else "nothing to collect")
+    table.add_row("all", f"{len(garbage):,}", f"{total_bytes / GIB:,.3f}", "" if garbage else "nothing to collect")
     open_console(sys.stdout).print(table)

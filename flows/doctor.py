@@ -26,11 +26,11 @@ from stages import storage
 from stages.config import Config
 from stages.errors import UnclipError
 from stages.executor import ClusterConfig
+from stages.units import GIB
 
 Level = Literal["ok", "advice", "problem"]
 
 _DISTRIBUTION = "unclip-pipeline"
-_GIB = 2**30
 _MIN_MEMORY_GIB, _MIN_DISK_GIB, _MIN_SHM_GIB = 6.0, 5.0, 1.0
 _COLOURS = {"ok": "green", "advice": "yellow", "problem": "red"}
 
@@ -200,8 +200,8 @@ def check_hardware(config: Config | None) -> Iterator[Finding]:
 
 
 def _size(what: str, free: float, total: float, wanted_gib: float, remedy: str, level: Level = "problem") -> Finding:
-    found = f"{free / _GIB:.1f} of {total / _GIB:.1f} GiB free"
-    if free >= wanted_gib * _GIB:
+    found = f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if free >= wanted_gib * GIB:
         return Finding(level="ok", what=what, found=found)
     return Finding(level=level, what=what, found=found, remedy=f"{wanted_gib:g} GiB are needed: {remedy}")
 

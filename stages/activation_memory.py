@@ -7,8 +7,9 @@ models of any size.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,18 +24,35 @@ from stages.flops import LossOfModel
 from unclip_models.randomness import SampleRandom
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ActivationMemory:
-    """Peaks beside the weights, bytes.
+    """Activations, gradients of activations and the gradient of the weight at work, over a micro batch.
 
     Attributes:
-        peak: activations, gradients of activations and the gradient of the weight at work; those that are done are
-            not counted.
-        peak_with_gradients: the same, with the gradients of all weights so far.
+        stretches: one from each gradient of a weight that is done to the next, in the order of the pass, the first
+            from its beginning: bytes of the gradients done so far; bytes of all else at its start; their peak in it.
+        forward_peak: the peak until the forward pass comes to the last module with weights, in bytes.
     """
 
-    peak: int
-    peak_with_gradients: int
+    stretches: Sequence[tuple[int, int, int]]
+    forward_peak: int
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment; gradients that are done are not counted."""
+        return self.peak_beside(lambda done: 0)
+
+    def peak_beside(self, during: Callable[[int], int], at_gradients: Callable[[int], int] = lambda done: 0) -> int:
+        """Return the bytes at the worst moment of all this and what is held beside it.
+
+        Args:
+            during: bytes of gradients done -> bytes held until the next one is.
+            at_gradients: the same -> further bytes, held for the moment in which a gradient is done.
+        """
+        return max(
+            max(peak + during(done), start + during(done) + (at_gradients(done) if done else 0))
+            for done, start, peak in self.stretches
+        )
 
 
 def activation_memory(
@@ -62,7 +80,10 @@ def _rehearse(
     model: nn.Module, loss: LossOfModel, batch: Mapping[str, Tensor], num_samples: int, precision: str
 ) -> ActivationMemory:
     state: dict[str, Any] = {}
-    with _Storages() as storages:
+    with _Storages() as storages, contextlib.ExitStack() as hooks:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.callback(module.register_forward_pre_hook(storages.use_weights).remove)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             state[f"model.{name}"] = fake.requires_grad_(tensor.requires_grad)
@@ -73,10 +94,11 @@ def _rehearse(
             for name, tensor in batch.items()
         }
         before = storages.live
-        storages.forget_peaks()
+        storages.begin()
         random = SampleRandom(0, 0, range(num_samples), "cpu")
         functional_call(_Pass(model, loss, precision), state, (inputs, random))
-    return ActivationMemory(peak=storages.peak - before, peak_with_gradients=storages.peak_with_gradients - before)
+    stretches = [(done, start - before, peak - before) for done, start, peak in storages.stretches]
+    return ActivationMemory(stretches, storages.forward_peak - before)
 
 
 class _Pass(nn.Module):
@@ -100,7 +122,8 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = self.peak_with_gradients = self._gradients = 0
+        self.live = self.forward_peak = 0
+        self.stretches: list[tuple[int, int, int]] = []  # see ActivationMemory
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -114,12 +137,19 @@ class _Storages(TorchDispatchMode):
     def take_gradient(self, parameter: Tensor) -> None:
         """Count a gradient that is done, and let it go."""
         assert parameter.grad is not None
-        self._gradients += parameter.grad.nbytes
+        done = self.stretches[-1][0] + parameter.grad.nbytes
         parameter.grad = None
+        self.stretches.append((done, self.live, self.live))
 
-    def forget_peaks(self) -> None:
-        """Begin anew from what is alive."""
-        self.peak = self.peak_with_gradients = self.live
+    def begin(self) -> None:
+        """Begin from what is alive."""
+        self.stretches = [(0, self.live, self.live)]
+        self.forward_peak = self.live
+
+    def use_weights(self, *unused: Any) -> None:
+        """Note that a module begins which has weights; see ``register_forward_pre_hook``."""
+        if len(self.stretches) == 1:  # not when a backward pass recomputes
+            self.forward_peak = self.stretches[-1][2]
 
     def _see(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
@@ -128,8 +158,9 @@ class _Storages(TorchDispatchMode):
         self._known.add(key)
         num_bytes = storage.nbytes()
         self.live += num_bytes
-        self.peak = max(self.peak, self.live)
-        self.peak_with_gradients = max(self.peak_with_gradients, self.live + self._gradients)
+        if self.stretches:
+            done, start, peak = self.stretches[-1]
+            self.stretches[-1] = done, start, max(peak, self.live)
         weakref.finalize(storage, self._drop, key, num_bytes)
 
     def _drop(self, key: int, num_bytes: int) -> None:

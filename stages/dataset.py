@@ -32,6 +32,7 @@ from stages.disk_cache import DiskCache
 from stages.errors import IntegrityError
 from stages.open_shard import BadSampleError, OpenShard, TrainingShard
 from stages.sample_order import Draw, Place, SampleOrder
+from stages.units import GIB
 from unclip_models.randomness import SampleRandom
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,6 @@ T = TypeVar("T")
 # (image uint8 (S, S, 3), the sample's randomness of the step) -> the sample's tensors, by name
 PrepareSample = Callable[[np.ndarray, SampleRandom], Mapping[str, Tensor]]
 
-_GIB = 1 << 30
 _MEMO_CAPTIONS = 100_000
 _NUM_OPENERS = 2
 _POLL_S = 0.1
@@ -156,7 +156,7 @@ class TrainingStream:
         self._embeddings = embeddings
         self._num_decode_threads = num_decode_threads
         self._prefetch_batches = prefetch_batches
-        self._cache_bytes = int(cache_gib * _GIB)
+        self._cache_bytes = int(cache_gib * GIB)
         self._disk_cache = disk_cache
         self._known_bad: set[Place] = set()
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from stages import storage
 from stages.errors import IntegrityError
 from stages.manifest import File
+from stages.units import GIB
 
-_GIB = 1 << 30
 _PART = ".part"
 _LOCK_NAME = "lock"
 
@@ -119,7 +119,7 @@ class DiskCache:
 
 def disk_cache(folder: str | None, max_gib: float) -> DiskCache | None:
     """Make the cache that the settings ask for; None without a folder."""
-    return None if folder is None else DiskCache(folder, int(max_gib * _GIB))
+    return None if folder is None else DiskCache(folder, int(max_gib * GIB))
 
 
 def _opened(path: Path, flags: int, stack: contextlib.ExitStack) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-_GIB = 1 << 30
+from stages.units import GIB
+
 # Name of the device, whole -> dense peak in TFLOP/s: bf16 on tensor cores with float32 sums, and float32 (TF32 where
 # there is such a thing). From the data sheets, without sparsity. Cards that are not here have no known peak: parts of
 # a GPU, laptop versions and special editions share names with others and not their speed.
@@ -46,9 +47,9 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 def memory_gib(device: torch.device) -> float:
     """Return the most memory torch has allocated on a GPU so far, or what this process holds now on a CPU; GiB."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB
+        return torch.cuda.max_memory_allocated(device) / GIB
     status = Path("/proc/self/status")
     if not status.exists():
         return float("nan")
     (kib,) = re.findall(r"^VmRSS:\s+(\d+) kB$", status.read_text(), re.MULTILINE)
-    return int(kib) * 1024 / _GIB
+    return int(kib) * 1024 / GIB

@@ -99,6 +99,10 @@ class ARPrior(Float32Buffers):
             self.get_buffer(name).copy_(value)
         self._has_pca = True
 
+    def assume_pca(self) -> None:
+        """Take the PCA's buffers for filled: for rehearsals in which tensors have shapes and no numbers."""
+        self._has_pca = True
+
     def encode(self, image_embedding: Tensor) -> Tensor:
         """Quantise embeddings ``(B, D)`` to codes, int64 ``(B, k)`` in [0, num_buckets); outliers take the end buckets.
 

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from stages.hardware import peak_tflops
+from stages.units import GIB
 from tests.benchmarks.gpu_step import (
     CONFIG_TYPES,
     Found,
@@ -74,7 +75,7 @@ def card() -> Card:
     name = torch.cuda.get_device_name(device)
     return Card(
         name=name,
-        memory_gib=torch.cuda.get_device_properties(device).total_memory / (1 << 30),
+        memory_gib=torch.cuda.get_device_properties(device).total_memory / GIB,
         measured_tflops=measured_peak_tflops(device, _PEAK_SIDE),
         published_tflops=peak_tflops(name, "bf16"),
         torch=torch.__version__,

@@ -30,6 +30,7 @@ from stages.engine_settings import EngineSettings
 from stages.example_batch import example_batch
 from stages.flops import flops_per_sample
 from stages.out_of_memory import is_out_of_memory
+from stages.units import GIB
 from tests.resident import resident_mib
 from unclip_models.checkpoint import build, config_from_dict
 from unclip_models.efficiency import make_efficient
@@ -42,7 +43,6 @@ CONFIG_TYPES: dict[str, type] = {
     "upsampler_256": UpsamplerConfig,
     "upsampler_1024": UpsamplerConfig,
 }
-_GIB = 1 << 30
 _TERA = 1e12
 _NUM_WARM_UP_STEPS = 3
 _NUM_SHOWN = 12
@@ -250,7 +250,7 @@ def _forget_peak(device: torch.device) -> None:
 def memory_of(device: torch.device) -> tuple[float, float]:
     """Return the peak of what was in use, and of what torch had taken, GiB."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _GIB, torch.cuda.max_memory_reserved(device) / _GIB
+        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
     peak_gib = resident_mib("VmHWM") / 1024
     return peak_gib, peak_gib
 

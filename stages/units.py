@@ -1,0 +1,3 @@
+"""Units of memory in bytes: what settings and messages count in."""
+
+GIB = 1 << 30
