@@ -1,11 +1,19 @@
-"""Commands in the documents: each one parses, those marked ``sh`` run, those marked ``console`` say they need more.
+"""Commands in the documents: every ``unclip`` and ``make`` command is executed by a test or by CI, or needs more.
 
-A command is a line of a fenced block that begins with ``unclip`` or ``make``. In ``docs/operations.md`` and
-``docs/kubernetes.md`` every block with commands bears one of the two marks.
+What stands in a fenced block says by the words behind its backticks how it is executed:
+
+* ``sh``: here, as it stands, from the top of the page to its end, at the desk of ``tests/docs_desk.py``, in which
+  CONFIG and the other words in capitals have a meaning. ``sh exit-3``: it ends with that code. A block ``text`` right
+  behind is what it says: every line of it is found in the output, ``...`` standing for anything.
+* ``sh elsewhere``: by the tests that ``ELSEWHERE`` names, or by ``.ci/run``.
+* ``console <need>``: not by us; it needs what ``NEEDS`` names.
+
+A command in the running text is executed if its subcommand and each of its options are, by one of the first two.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Iterator
@@ -14,91 +22,234 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli import build_parser, main
+from flows.cli import build_parser
+from tests.conftest import s3_environment
+from tests.docs_desk import Desk, Session, desk
 
 TOP = Path(__file__).parents[1]
 PAGES = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
-MARKED = ("operations.md", "kubernetes.md")
 TARGETS = set(re.findall(r"^([a-z-]+):", (TOP / "Makefile").read_text(), re.MULTILINE))
+CI = (TOP / ".ci" / "run").read_text()
+NEEDS = {
+    "cluster": "a Ray cluster of several machines, with a store that all of them see",
+    "kubernetes": "a Kubernetes cluster, and a registry of images",
+    "aws": "an account at Amazon",
+}
+# test -> the commands, and options of commands, that it executes; its file must name both.
+ELSEWHERE = {
+    "tests/cluster/test_jobs.py::test_the_orchestrator_dies_twice_and_machines_are_lost": ("cancel", "run --detach"),
+    "tests/flows/test_cli_exchange.py::test_a_karlo_checkpoint_comes_in_with_its_statistics_and_the_empty_caption": (
+        *("import", "import --kind", "import -o"),
+    ),
+    "tests/flows/test_cli_store.py::test_a_whole_store_passes": ("verify --all", "verify --json"),
+    "tests/flows/test_cli_store.py::test_damage_is_found_repaired_and_made_again": ("repair --dry-run",),
+    "tests/flows/test_cli_store.py::test_gc_of_stale_results_keeps_what_the_configs_reach": (
+        *("gc --apply", "gc --json", "gc --older-than", "gc --stale"),
+    ),
+    "tests/flows/test_config_reference.py::test_the_reference_is_current": ("config --reference",),
+    "tests/flows/test_deployments.py::test_a_kubernetes_pool": ("deploy -s",),
+    "tests/flows/test_deployments.py::test_a_scheduled_run_fails_is_tried_again_and_ends": ("deploy", "deploy --until"),
+    "tests/flows/test_deployments.py::test_notices_stand_on_the_server_as_the_config_says": ("deploy --no-promote",),
+    "tests/flows/test_deployments.py::test_retraining_by_the_clock_promotes_or_is_refused": ("deploy --retrain",),
+    "tests/flows/test_deployments.py::test_serve_deploys_and_takes_the_runs": ("serve",),
+    "tests/flows/test_retraining_drill.py::test_three_weeks": ("retrain --from-scratch",),
+    "tests/test_end_to_end.py::test_an_ablation_trains_its_variants_and_judges_the_claims": ("ablate",),
+}
+# Targets that CI leaves out, and why.
+NOT_IN_CI = {"bench-data": "an hour of an idle machine", "bench-train": "an hour of an idle machine"}
+_PROGRAMS = ("unclip", "make", "docker", "kubectl", "ray", "prefect")
 
 
 @dataclass(frozen=True)
-class Command:
-    """One command of a page: its page, the mark of its block, its line as written."""
+class Block:
+    """A fenced block of a page: the words behind its backticks, and its lines with continued ones joined."""
 
     page: str
-    mark: str
-    line: str
+    mark: tuple[str, ...]
+    body: str
+
+    @property
+    def lines(self) -> list[str]:
+        joined = re.sub(r" *\\\n *", " ", self.body)
+        return [line.strip() for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+
+    @property
+    def runs_here(self) -> bool:
+        return self.mark[:1] == ("sh",) and "elsewhere" not in self.mark
+
+    def commands(self, *programs: str) -> list[str]:
+        return [line for line in map(_without_variables, self.lines) if line.split(" ")[0] in programs]
 
 
-def commands() -> Iterator[Command]:
-    for page in PAGES:
-        for mark, body in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
-            for line in body.splitlines():
-                if line.startswith(("unclip ", "make ", "docker ", "kubectl ", "ray ")):
-                    yield Command(page.name, mark, line)
+def _without_variables(line: str) -> str:
+    return re.sub(r"^(?:[A-Z_0-9]+=\S+ )+", "", line)
 
 
-COMMANDS = list(commands())
+def blocks(page: Path) -> list[Block]:
+    found = re.findall(r"^```([^\n`]*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [Block(page.name, tuple(mark.split()), body) for mark, body in found]
 
 
-def variants(line: str) -> list[str]:
-    """Drop what follows two spaces or a ``#``, and write out ``unclip a | b | c REST``."""
-    text = re.split(r" {2,}| #", line)[0].rstrip()
-    match = re.match(r"unclip (\S+(?: \| \S+)+)(.*)", text)
-    return [f"unclip {name}{match[2]}" for name in match[1].split(" | ")] if match else [text]
+BLOCKS = {page.name: blocks(page) for page in PAGES}
+ALL = [block for page in BLOCKS.values() for block in page]
 
 
-def test_there_are_commands_of_both_marks() -> None:
-    assert {command.mark for command in COMMANDS if command.page in MARKED} == {"sh", "console"}
-    assert len(COMMANDS) > 40
+def mentioned(page: Path) -> Iterator[str]:
+    """Yield the commands outside fenced blocks: in backticks, and indented."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for code in re.findall(r"`([^`]+)`", text):
+        words = _without_variables(" ".join(code.split()))
+        if words.startswith(("unclip ", "make ")) and re.match(r"[a-z]", words.split()[1]):
+            yield words
+    for line in text.splitlines():
+        assert not re.match(r" {4,}(unclip|make) ", line), f"{page.name}: '{line.strip()}': put it into a fenced block"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.line.startswith("unclip ")], ids=lambda c: c.line[:50])
-def test_every_command_is_one_that_the_program_takes(command: Command) -> None:
-    parsed = variants(command.line)
-    # A list of commands that differ in what they take names them alone, and says where they are described.
-    name_only = len(parsed) > 1
-    for text in parsed:
-        words = shlex.split(text)[1:]
-        build_parser().parse_args(_with_least(words[0]) if name_only else words)
+def parts(command: str) -> list[str]:
+    """Return what has to be executed of a command: the subcommand, and it with each option in turn."""
+    words = [word.strip("[]") for word in shlex.split(command.replace("...", ""), comments=True)][1:]
+    name = words[0]
+    if name in ("models", "render") and len(words) > 1 and words[1] in ("list", "kubernetes", "aws"):
+        name = f"{name} {words[1]}"
+    return [name, *(f"{name} {re.sub(r'=.*', '', word)}" for word in words if re.match(r"-{1,2}[a-z]", word))]
 
 
-def _with_least(name: str) -> list[str]:
-    """Give a command its required arguments."""
-    least = {
-        "vary": ["CONFIG", "a.png", "-o", "b.png"],
-        "interpolate": ["CONFIG", "a.png", "b.png", "-o", "c.png"],
-        "edit": ["CONFIG", "a.png", "-o", "b.png"],
-        "invert": ["CONFIG", "a.png", "-o", "b.png"],
-        "probe": ["CONFIG", "a.png", "-o", "b.png"],
-    }
-    return [name, *least.get(name, ["CONFIG"])]
+def executed_here() -> set[str]:
+    here = [block for block in ALL if block.runs_here and len(block.mark) == 1]  # those that fail prove little
+    return {part for block in here for line in block.commands("unclip") for part in parts(line)}
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.line.startswith("make ")], ids=lambda c: c.line[:50])
-def test_every_make_target_exists(command: Command) -> None:
-    assert variants(command.line)[0].split()[1] in TARGETS
+EXECUTED = executed_here() | {part for parts in ELSEWHERE.values() for part in parts}
 
 
-def test_commands_of_other_programs_are_marked_as_needing_them() -> None:
-    for command in COMMANDS:
-        if command.line.startswith(("docker ", "kubectl ", "ray ")):
-            assert command.mark == "console", command
+def missing(command: str) -> list[str]:
+    """Return what of a command nothing executes."""
+    if command.startswith("make "):
+        targets = [word for word in shlex.split(command, comments=True)[1:] if "=" not in word]
+        left = [target for target in targets if target not in NOT_IN_CI]
+        return [target for target in left if not _does_ci(target)] + sorted(set(targets) - TARGETS)
+    return [part for part in parts(command) if part not in EXECUTED]
+
+
+def _does_ci(target: str) -> bool:
+    """Tell whether CI makes a target, by itself or as what the others need."""
+    return target == "setup" or re.search(rf"^make {target}\b", CI, re.MULTILINE) is not None
+
+
+def complaints(page: Path) -> Iterator[str]:
+    """Say what of a page nothing executes, and what bears no mark, or a wrong one."""
+    for block in blocks(page):
+        commands = block.commands(*_PROGRAMS)
+        if not commands:
+            continue
+        if block.mark[:1] == ("console",):
+            if len(block.mark) != 2 or block.mark[1] not in NEEDS:
+                yield f"{commands[0]}: mark its block console and one of {sorted(NEEDS)}"
+        elif block.mark[:1] != ("sh",):
+            yield f"{commands[0]}: mark its block sh, sh elsewhere, or console and its need"
+        elif others := block.commands("docker", "kubectl", "ray"):
+            yield f"{others[0]}: mark its block console and its need"
+        elif block.runs_here and (others := block.commands("make", "prefect")):
+            yield f"{others[0]}: mark its block sh elsewhere"
+        elif not block.runs_here:
+            for line in block.commands("unclip", "make"):
+                if what := missing(line):
+                    yield f"{line}: nothing executes {what}; mark its block sh, or add the test that does to ELSEWHERE"
+    for command in mentioned(page):
+        if what := missing(command):
+            yield f"`{command}`: nothing executes {what}; show it in a block sh, or add the test that does to ELSEWHERE"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_is_executed_or_says_what_it_needs(page: Path) -> None:
+    assert list(complaints(page)) == []
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.page in MARKED and c.mark == "sh"], ids=lambda c: c.line[:60]
+    ("text", "complaint"),
+    [
+        ("```\nunclip plan CONFIG\n```\n", "unclip plan CONFIG: mark its block sh"),
+        ("```console\nunclip plan CONFIG\n```\n", "unclip plan CONFIG: mark its block console and one of"),
+        ("```console nothing\nunclip plan CONFIG\n```\n", "unclip plan CONFIG: mark its block console and one of"),
+        ("```sh elsewhere\nunclip run CONFIG --unheard-of\n```\n", "nothing executes ['run --unheard-of']"),
+        ("```sh elsewhere\nunclip deploy CONFIG --from embed\n```\n", "nothing executes ['deploy --from']"),
+        ("```sh elsewhere\nmake nonsense\n```\n", "nothing executes ['nonsense'"),
+        ("```sh\nmake lint\n```\n", "make lint: mark its block sh elsewhere"),
+        ("```sh\nkubectl apply\n```\n", "kubectl apply: mark its block console and its need"),
+        ("as `unclip serve CONFIG --from embed` does\n", "nothing executes ['serve --from']"),
+        ("after `make format`\n", "nothing executes ['format']"),
+    ],
 )
-def test_commands_marked_sh_run_as_they_stand(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_nothing_executes_is_found(text: str, complaint: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(f"# Page\n\n{text}")
+    (found,) = complaints(page)
+    assert complaint in found
+
+
+def test_an_indented_command_is_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("text\n\n    unclip plan CONFIG\n")
+    with pytest.raises(AssertionError, match="put it into a fenced block"):
+        list(complaints(page))
+
+
+def test_what_is_executed_elsewhere_is() -> None:
+    for test, executed in ELSEWHERE.items():
+        file, _, name = test.partition("::")
+        source = (TOP / file).read_text()
+        defined = {node.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)}
+        assert name in defined, test
+        said = [word for part in executed for word in part.split() if f'"{word}"' not in source]
+        assert not said, f"{file} does not say {said}"
+
+
+@pytest.mark.parametrize(
+    "line",
+    sorted({line for block in ALL for line in block.commands("unclip")}),
+    ids=lambda line: line[:60],
+)
+def test_every_command_is_one_that_the_program_takes(line: str) -> None:
+    words = ["1" if word == "N" else word for word in shlex.split(line, comments=True)[1:]]
+    build_parser().parse_args(words)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, prefect_state: Path, s3_server: str) -> Iterator[Desk]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(prefect_state))
+        for name, value in s3_environment(s3_server).items():
+            patch.setenv(name, value)
+        with desk(tmp_path_factory.mktemp("desk")) as found:
+            yield found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [name for name in BLOCKS if any(b.mark[:1] == ("sh",) and "elsewhere" not in b.mark for b in BLOCKS[name])]
+)
+def test_a_page_is_done_from_top_to_end(
+    page: str, made: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "configs").symlink_to(TOP / "configs")
-    monkeypatch.chdir(tmp_path)
-    assert command.line.startswith("unclip ")
-    code = main(shlex.split(command.line)[1:])
-    captured = capsys.readouterr()
-    assert code == 0 and captured.out, captured.err
+    session = Session(made, tmp_path / "desk", monkeypatch)
+    said = ""
+    for block in BLOCKS[page]:
+        if block.mark == ("yaml",) and (named := re.match(r"# (\S+\.yaml)\n", block.body)):
+            Path(named[1]).write_text(block.body)
+        elif block.mark == ("text",) and said:
+            for line in block.lines:
+                pattern = ".*".join(re.escape(part) for part in line.split("..."))
+                assert re.search(pattern, said), f"{page}: '{line}' is not in\n{said}"
+        elif block.runs_here:
+            expected = int(block.mark[1].removeprefix("exit-")) if len(block.mark) > 1 else 0
+            said = ""
+            for line in block.lines:
+                code, output = session.run(line, capsys)
+                assert code == expected, f"{page}: {line}: {code}\n{output}"
+                said += output
+            continue
+        if block.mark != ("yaml",):
+            said = ""
 
 
 def test_the_runbook_quotes_messages_that_the_program_has() -> None:
@@ -107,8 +258,9 @@ def test_the_runbook_quotes_messages_that_the_program_has() -> None:
         for package in ("stages", "cluster", "flows")
         for path in sorted((TOP / package).glob("*.py"))
     )
-    table = (TOP / "docs" / "operations.md").read_text().partition("## When it stops")[2]
-    rows = [line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `")]
+    rows = [
+        line.split(" | ")[0] for line in (TOP / "docs" / "runbook.md").read_text().splitlines() if line[:3] == "| `"
+    ]
     quoted = [part.strip() for row in rows for text in re.findall(r"`([^`]+)`", row) for part in text.split("...")]
     missing = [part for part in quoted if part.strip(" ;:") and part.strip(" ;:") not in sources]
     assert len(rows) >= 12 and not missing, missing

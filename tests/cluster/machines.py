@@ -1,7 +1,7 @@
 """The machines of a cluster, on this one: each has a network, processes, a name and scratch folders of its own.
 
 They are namespaces of the kernel, joined by a bridge. Where this process may not make them (``isolated`` is False then)
-they are groups of processes that share the loopback address, which is what ``ray.cluster_utils`` offers too.
+they are groups of processes that share an address, which is what ``ray.cluster_utils`` offers too.
 
 A machine whose first process is killed loses all its processes in the same instant; one whose cable is pulled before
 falls silent: nobody hears that its connections have ended.
@@ -41,6 +41,13 @@ _ENVIRONMENT = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
 }
+
+
+def _own_address() -> str:
+    """Return what Ray calls this machine: it takes a name for loopback as a name for its network card."""
+    from ray.util import get_node_ip_address
+
+    return str(get_node_ip_address())
 
 
 def _run(*command: str) -> None:
@@ -176,7 +183,7 @@ class Machines:
     def _new(self, *options: str) -> Machine:
         number = next(self._numbers)
         name = f"machine{number}"
-        address = f"{self._subnet}.{number}" if self.isolated else "127.0.0.1"
+        address = f"{self._subnet}.{number}" if self.isolated else _own_address()
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block", f"--node-ip-address={address}"]
         command += ["--min-worker-port=0", "--max-worker-port=0", f"--object-store-memory={80 << 20}", *options]
         if self.isolated:

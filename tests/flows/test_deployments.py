@@ -6,6 +6,10 @@ import contextlib
 import io
 import json
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -17,16 +21,25 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
+from prefect.events.schemas.automations import EventTrigger
+from prefect.events.schemas.events import Resource
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
+from prefect.utilities.schema_tools.validation import validate
+from prefect.utilities.templating import apply_values
+from ray.job_submission import JobSubmissionClient
 
 from flows.cli import main
 from flows.logs import PACKAGES
+from stages.code_version import code_version
 from stages.lease import read_lease
+from tests.cluster.machines import machines
 from tests.conftest import free_port
 from tests.flows.prefect_setup import (
     TOP,
+    end,
+    environment,
     eventually,
     listening_webhook,
     marked,
@@ -87,6 +100,10 @@ class Place:
         """Return what a flow run has left to look at."""
         chosen = ArtifactFilter.model_validate({"flow_run_id": {"any_": [run.id]}})
         return list(self.client.read_artifacts(artifact_filter=chosen))
+
+    def said(self) -> str:
+        """Return the end of what the worker and the processes of runs have said."""
+        return (self.home / "worker.log").read_text(errors="replace")[-4000:]
 
     def until_over(self, run: Any, timeout_s: float = 90) -> str:
         """Wait for the end of a flow run; return how it ended."""
@@ -186,19 +203,85 @@ def test_cancelling_stops_ray_and_leaves_the_store_clean(place: Place, tmp_path:
     eventually(lambda: not of_runs(place), 10, "the end of Ray and of the run's process")
     took_s = time.monotonic() - asked_at
     assert place.until_over(run, 30) == "Cancelled"
-    done = committed(shards)
-    assert 2 <= len(done) < 12, "it was stopped in the middle"
-    (lease,) = (tmp_path / "store" / "source").glob("*/lease.json")
-    holding = read_lease(str(lease))
-    assert holding is not None and holding.is_free, holding
-    (record,) = [json.loads(path.read_text()) for path in (tmp_path / "store" / "runs").glob("*.json")]
-    assert record["status"] == "cancelled"
-    assert not list(lease.parent.glob("manifest.json"))
+    done = check_stopped_in_the_middle(tmp_path / "store")
     print(f"cancelled in {took_s:.1f} s")
     again = place.start(name)
     assert place.until_over(again, 120) == "Completed"
     after = committed(shards)
     assert len(after) == 12 and {path: after[path] for path in done} == done, "the finished shards were not done again"
+
+
+def test_cancelling_stops_the_ray_job_before_the_run_is_over(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run only follows: its work is on a cluster, in a job that would go on without it."""
+    monkeypatch.setenv("UNCLIP_TEST_MACHINES", "processes")  # with this network, where the server is
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    with machines() as cluster:
+        cluster.add(num_cpus=1)
+        monkeypatch.setenv("no_proxy", f"127.0.0.1,localhost,{cluster.head.address}")
+        given = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "no_proxy")}
+        jobs = JobSubmissionClient(cluster.dashboard)
+        config = written(
+            tmp_path,
+            "far",
+            cluster={"submit": cluster.dashboard},
+            source={"shapes": {"num_images": 300_000, "port": free_port()}, "rows_per_shard": 25_000},
+            prefect={"job_variables": {"env": given}},
+        )
+        name = place.deploy(config, "--until", "source")["name"]
+        run = place.start(name)
+        shards = tmp_path / "store" / "source" / "shards"
+
+        def at_work() -> list[psutil.Process]:
+            driver = [p for p in cluster.head.processes() if "flows.cli" in words_of(p)]
+            return driver + [worker for machine in cluster.others for worker in machine.find("ray::_Worker")]
+
+        def ended() -> bool:
+            state, busy = place.client.read_flow_run(run.id).state_name, at_work()
+            assert state != "Cancelled" or not busy, "the run counts as cancelled while its job works"
+            return not busy
+
+        eventually(lambda: len(committed(shards)) >= 2, 180, "two committed shards")
+        (job,) = jobs.list_jobs()
+        assert (len(at_work()) > 1, job.status) == (True, "RUNNING")
+        place.client.set_flow_run_state(run.id, Cancelling())
+        asked_at = time.monotonic()
+        eventually(ended, 10, "the end of the job's driver and workers")
+        took_s = time.monotonic() - asked_at
+        assert place.until_over(run, 30) == "Cancelled"
+        assert jobs.get_job_status(job.submission_id) == "STOPPED" and not at_work()
+        print(f"a Ray Job cancelled in {took_s:.1f} s")
+        done = check_stopped_in_the_middle(tmp_path / "store")
+        # The job shows its stages in a flow run of its own, which nobody will end any more.
+        (shown,) = [r for r in place.client.read_flow_runs() if r.deployment_id is None and str(tmp_path) in r.name]
+        assert place.until_over(shown, 30) in ("Cancelled", "Crashed")
+        again = place.start(name)
+        assert place.until_over(again, 180) == "Completed"
+        after = committed(shards)
+        assert len(after) == 12 and {path: after[path] for path in done} == done
+        assert [jobs.get_job_status(job.submission_id) for job in jobs.list_jobs()].count("SUCCEEDED") == 1
+
+
+def words_of(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def check_stopped_in_the_middle(store: Path) -> dict[str, int]:
+    """Hold a store to what a cancelled run of 12 source shards leaves; return the shards that are done."""
+    done = committed(store / "source" / "shards")
+    assert 2 <= len(done) < 12, "it was stopped in the middle"
+    (lease,) = (store / "source").glob("*/lease.json")
+    holding = read_lease(str(lease))
+    assert holding is not None and holding.is_free, holding
+    (record,) = [json.loads(path.read_text()) for path in (store / "runs").glob("*.json")]
+    assert record["status"] == "cancelled"
+    assert not list(lease.parent.glob("manifest.json"))
+    left = {path.name for path in (store / "source" / "shards").iterdir() if path.is_file()}
+    assert {name for name in left if name.partition(".")[0] not in {n.partition(".")[0] for n in done}} == set()
+    return done
 
 
 def committed(shards: Path) -> dict[str, int]:
@@ -246,6 +329,112 @@ def test_new_lists_start_a_run_and_its_end_is_told(place: Place, tmp_path: Path)
     assert len(manifests) == 2
 
 
+SHORT = {"num_steps": 2, "warmup_steps": 1, "checkpoint_every_steps": 2, "engine": "torch", "tensorboard": False}
+TRAININGS = ("prior", "decoder", "upsampler_256", "upsampler_1024")
+
+
+def test_retraining_by_the_clock_promotes_or_is_refused(place: Place, tmp_path: Path) -> None:
+    """What the gate decides is seen on the server: as the state of the run, as a notice, as an artifact."""
+    from prefect.blocks.webhook import Webhook
+
+    store = tmp_path / "store"
+    # Written out, since a section of a config takes the place of the one it extends only where it is of another kind.
+    sections: dict[str, Any] = {
+        **{name: {**SHORT, "init_from": {"version": "production"}} for name in TRAININGS},
+        "clip": SHORT,
+        "cluster": {"executor": "local"},
+        "source": {"shapes": {"num_images": 48, "port": free_port()}, "rows_per_shard": 24},
+        "generate": {"num_samples": 5, "until": "decoder"},
+        "gate": {"rules": {"num_generated": {"min": 5}}},
+    }
+    prefect: dict[str, Any] = {"interval_s": 20, "when_busy": "skip", "notify": ["webhook/drill-refused"]}
+    with listening_webhook() as (address, seen):
+        Webhook(method="POST", url=address).save("drill-refused", overwrite=True)
+        config = written(tmp_path, "weekly", prefect=prefect, **sections)
+        # A plain run, without a clock; deployed again, it is another one.
+        deployed = place.deploy(config, "--until", "source", "-s", "prefect.interval_s=null")
+        name = place.deploy(config, "--retrain")["name"]
+        assert name == deployed["name"] == "unclip/weekly"
+        deployment = place.client.read_deployment_by_name(name)
+        assert deployment.entrypoint == "flows.deployed.retrain" and deployment.parameters["promote"] is True
+        assert "until" not in deployment.parameters and deployment.version == code_version()
+
+        first = eventually(lambda: place.runs(name, "Completed", "Failed", "Crashed"), 240, "a run by the clock")[0]
+        place.client.pause_deployment(deployment.id)
+        assert first.state_name == "Completed", f"{first.state.message}\n{place.said()}"
+        assert first.state.message == "version 1 is in production"
+        shown = {artifact.key: artifact for artifact in place.artifacts(first)}
+        curves = {f"curve-{training.replace('_', '-')}" for training in TRAININGS}
+        assert {"funnel", "samples", "cost", "gate", "report", "promotion", *curves} <= set(shown)
+        assert "| source | 48 |" in shown["funnel"].data and "| prior |" in shown["cost"].data
+        assert all(shown[key].data.startswith("data:image/svg+xml;base64,") for key in curves)
+        assert shown["samples"].data.startswith("data:image/png;base64,")
+        assert "num_generated 5 is at least 5" in shown["promotion"].data
+        assert "promote 1 (before: nothing)" in shown["promotion"].data
+        before = (store / "registry" / "production.json").read_bytes()
+
+        # The same with other samples, and a bound that they do not meet.
+        sections["generate"]["num_samples"] = 4
+        written(tmp_path, "weekly", prefect=prefect | {"interval_s": None}, **sections)
+        assert place.deploy(config, "--retrain")["name"] == name
+        assert place.client.read_deployment_by_name(name).schedules == []
+        place.client.resume_deployment(deployment.id)
+        by_hand = place.start(name)
+        assert place.until_over(by_hand) == "Refused", place.said()
+        refused = place.client.read_flow_run(by_hand.id)
+        why = "num_generated 4 is below 5 (min)"
+        assert why in refused.state.message and refused.state.is_completed()
+        assert place.tasks(refused)["prior"] == "Cached"
+        (decided,) = [artifact for artifact in place.artifacts(refused) if artifact.key == "promotion"]
+        assert "**not met**" in decided.data and why in decided.data
+        assert (store / "registry" / "production.json").read_bytes() == before
+        eventually(lambda: seen, 30, "the notice")
+        assert seen[0]["state"] == "Refused" and why in seen[0]["message"]
+
+    # By hand: the commands tell the same server.
+    assert main(["promote", str(config), "--version", "2", "--force-reason", "seen by Ann"]) == 0
+    assert main(["rollback", str(config)]) == 0
+    chosen = ArtifactFilter.model_validate({"key": {"any_": ["promotion"]}})
+    of_no_deployment = FlowRunFilter.model_validate({"deployment_id": {"is_null_": True}})
+    runs = {run.id: run.name for run in place.client.read_flow_runs(flow_run_filter=of_no_deployment)}
+    found = [a for a in place.client.read_artifacts(artifact_filter=chosen) if a.flow_run_id in runs]
+    told = sorted(artifact.data.splitlines()[0] for artifact in found if str(store) in artifact.data)
+    assert told == [
+        f"**version 1 is in production again (before: version 2)** (`{store}`)",
+        f"**version 2 is in production (before: version 1), forced past the gate: seen by Ann** (`{store}`)",
+    ]
+
+
+def test_serve_deploys_and_takes_the_runs(place: Place, tmp_path: Path) -> None:
+    config = written(
+        tmp_path,
+        "served",
+        cluster={"executor": "local"},
+        source={"shapes": {"num_images": 8, "port": free_port()}, "rows_per_shard": 8},
+        prefect={"pool": "served"},
+    )
+    command = [sys.executable, "-m", "flows.cli", "serve", str(config), "--until", "source"]
+    given = environment(place.home, place.url)
+    with (tmp_path / "said").open("wb") as said:
+        server = subprocess.Popen(command, cwd=tmp_path, env=given, stdout=said, stderr=said, preexec_fn=_take_ctrl_c)
+    try:
+        name = "unclip/served"
+        eventually(lambda: f"deployed {name} (run, code" in (tmp_path / "said").read_text(), 60, "the deployment")
+        run = place.start(name)
+        assert place.until_over(run) == "Completed", (tmp_path / "said").read_text()
+        assert place.tasks(run) == {"source": "Completed", "report": "Completed"}
+        assert len(list((tmp_path / "store" / "source").glob("*/manifest.json"))) == 1
+        server.send_signal(signal.SIGINT)
+        server.wait(timeout=60)
+    finally:
+        end(server)
+
+
+def _take_ctrl_c() -> None:
+    """Let a child have it although the tests themselves may run where it is ignored, in the background of a shell."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_the_server_refuses_wrong_settings(place: Place, tmp_path: Path) -> None:
     from stages.config import load_config, to_values
 
@@ -262,18 +451,76 @@ def test_the_server_refuses_wrong_settings(place: Place, tmp_path: Path) -> None
 
 
 def test_a_kubernetes_pool(place: Place, tmp_path: Path) -> None:
+    """What stands on the server afterwards makes the pod that the config describes."""
     config = written(
         tmp_path,
         "pods",
-        kubernetes={"image": "registry.example/unclip:1", "namespace": "ml"},
+        kubernetes={
+            **{"image": "registry.example/unclip:1", "namespace": "ml", "service_account": "runner"},
+            **{"keep_finished_s": 600, "head": {"num_cpus": 3, "memory_gib": 5}},
+        },
         prefect={"pool": "pods", "pool_kind": "kubernetes", "job_variables": {"image_pull_policy": "Always"}},
     )
     name = place.deploy(config, "--until", "source")["name"]
-    deployment = place.client.read_deployment_by_name(name)
-    assert deployment.job_variables["image"] == "registry.example/unclip:1"
-    assert place.client.read_work_pool("pods").type == "kubernetes"
+    deployment, pool = place.client.read_deployment_by_name(name), place.client.read_work_pool("pods")
+    assert (pool.type, deployment.work_pool_name) == ("kubernetes", "pods")
+    assert deployment.version == code_version()
+    given, template = deployment.job_variables, pool.base_job_template
+    validate(given, template["variables"], raise_on_error=True, preprocess=False)
+    defaults = {name: known.get("default") for name, known in template["variables"]["properties"].items()}
+    job = apply_values(template["job_configuration"], defaults | given)
+    manifest = job["job_manifest"]
+    assert (manifest["kind"], manifest["metadata"]["namespace"], job["namespace"]) == ("Job", "ml", "ml")
+    assert manifest["spec"]["ttlSecondsAfterFinished"] == 600
+    pod = manifest["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["serviceAccountName"] == "runner"
+    assert (container["image"], container["imagePullPolicy"]) == ("registry.example/unclip:1", "Always")
+    assert container["resources"]["requests"] == {"cpu": "3", "memory": "5Gi"}
+    assert container["resources"]["limits"]["memory"] == "5Gi"
     assert "Sometimes" in place.refused(config, "prefect.job_variables.image_pull_policy=Sometimes")
     assert "'gpus' is no variable of the pool 'pods'" in place.refused(config, "prefect.job_variables.gpus=1")
     assert "is a process pool" in place.refused(config, "prefect.pool=drill")
     assert "webhook/nobody" in place.refused(config, "prefect.notify=[webhook/nobody]")
     assert "'nightly' is no time table" in place.refused(config, "prefect.cron=nightly")
+
+
+@pytest.mark.filterwarnings("ignore:'imghdr' is deprecated:DeprecationWarning")  # of what Prefect sends to Slack with
+def test_notices_stand_on_the_server_as_the_config_says(place: Place, tmp_path: Path) -> None:
+    from prefect.blocks.notifications import SlackWebhook
+    from prefect.blocks.webhook import Webhook
+
+    pager = Webhook(method="POST", url="http://127.0.0.1:9/").save("pager", overwrite=True)
+    team = SlackWebhook(url="https://hooks.slack.com/services/T00000000/B00000000/no").save("team", overwrite=True)
+    config = written(tmp_path, "told", prefect={"notify": ["webhook/pager", "slack-webhook/team"]})
+    deployed = place.deploy(config, "--retrain", "--no-promote")
+    (automation,) = place.client.read_automations_by_name("unclip/told: ends of runs")
+    assert deployed["automations"] == [automation.name] and automation.enabled
+    main_id = place.client.read_deployment_by_name(deployed["name"]).id
+    trigger = automation.trigger
+    assert isinstance(trigger, EventTrigger)
+    assert trigger.expect == {f"prefect.flow-run.{end}" for end in ("Failed", "Crashed", "TimedOut", "Refused")}
+    assert trigger.match_related.matches(
+        Resource({"prefect.resource.role": "deployment", "prefect.resource.id": f"prefect.deployment.{main_id}"})
+    )
+    assert [(action.type, action.block_document_id) for action in automation.actions] == [
+        ("call-webhook", pager),
+        ("send-notification", team),
+    ]
+    written(tmp_path, "told", prefect={"notify": []})
+    assert place.deploy(config, "--retrain")["automations"] == []
+    assert place.client.read_automations_by_name("unclip/told: ends of runs") == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--retrain", "--until", "curate"], "--retrain: does all stages"),
+        (["--no-promote"], "--no-promote: is of retraining"),
+    ],
+)
+def test_what_cannot_be_deployed(
+    place: Place, arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["deploy", str(TOP / "tests" / "tiny.yaml"), *arguments]) == 2
+    assert expected in capsys.readouterr().err
