@@ -1,8 +1,8 @@
 """The engine that trains with DeepSpeed ZeRO: optimizer states, gradients and weights partitioned over the ranks.
 
-The same code runs on CPUs (gloo) and GPUs (nccl). Weights are float32 and bf16 is autocast over them, exactly as in
-the plain-torch engine, so the two agree. Checkpoints are ours (``stages/sharded_state.py``), not DeepSpeed's: any world
-size and ZeRO stage reads them, and they hold no pickle.
+The same code runs on CPUs (gloo) and GPUs (nccl). Weights are float32 and half precision is autocast over them, exactly
+as in the plain-torch engine, so the two agree. Checkpoints are ours (``stages/sharded_state.py``), not DeepSpeed's: any
+world size and ZeRO stage reads them, and they hold no pickle. So is the loss scale of fp16, which they keep.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from stages.engine import (
     device_of,
     gather_from_ranks,
     is_finite,
+    loss_scale,
     mean_over_ranks,
     position,
     set_learning_rate,
@@ -89,7 +90,8 @@ class DeepSpeedEngine:
                 dist_init_required=False,
             )
         masters, fragments = _layout_of(self._engine, names, settings.zero_stage, self.rank)
-        self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay)
+        self._scale = loss_scale(settings)
+        self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay, self._scale)
 
     def step(
         self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
@@ -102,12 +104,13 @@ class DeepSpeedEngine:
         set_learning_rate(self._optimizer, learning_rate)
         losses: list[Tensor] = []
         terms: list[Mapping[str, Tensor]] = []
+        scale = self._set_scale()
         clock = ComputeClock(self.device)
         for batch, random in micro_batches:
             clock.start()
             loss, per_sample = self._engine(batch, random)
             clock.stop()
-            self._engine.backward(loss)
+            self._engine.backward(loss if self._settings.zero_stage else loss * scale)
             losses.append(loss.detach())
             terms.append(per_sample)
             if len(losses) < self._settings.num_micro_batches:
@@ -120,7 +123,18 @@ class DeepSpeedEngine:
         applied = self._optimizer.accepts(norm)
         if applied:
             self._state.update_average()
-        return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s())
+        overflowed = self._scale is not None and self._scale.take(loss_value, norm)
+        return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s(), overflowed, scale)
+
+    def _set_scale(self) -> float:
+        """Let the step's gradients be scaled, and scaled back before they are clipped."""
+        if self._scale is None:
+            return 1.0
+        if self._settings.zero_stage:
+            self._engine.optimizer.override_loss_scale(self._scale.value)
+        else:
+            self._optimizer.loss_scale = self._scale.value
+        return self._scale.value
 
     @contextlib.contextmanager
     def evaluating(self, *, averaged: bool, whole: bool = False) -> Iterator[nn.Module]:
@@ -211,6 +225,7 @@ class _WatchedAdamW(FlatAdamW):
         )
         self.accepts: Callable[[float], bool] = math.isfinite
         self.norm: float | None = None
+        self.loss_scale = 1.0  # of gradients that DeepSpeed does not scale back (stage 0)
         self._gradient_norm = gradient_norm
         self._max_norm = settings.gradient_clipping if settings.zero_stage == 0 else None
 
@@ -218,6 +233,8 @@ class _WatchedAdamW(FlatAdamW):
         """Update, unless loss or gradient norm are not accepted; called once per parameter group in stages 1 to 3."""
         gradients = [param.grad for group in self.param_groups for param in group["params"] if param.grad is not None]
         if self._max_norm is not None:
+            if self.loss_scale != 1.0:
+                torch._foreach_div_(gradients, self.loss_scale)
             self.norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
         norm = self._gradient_norm()
         if not self.accepts(norm):

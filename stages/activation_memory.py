@@ -20,6 +20,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from stages.engine import AUTOCAST
 from stages.flops import LossOfModel
 from unclip_models.randomness import SampleRandom
 
@@ -65,7 +66,7 @@ def activation_memory(
         loss: the loss function.
         batch: of one sample; only shapes and types matter.
         num_samples: in the micro batch.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
     """
     was_training = model.training
     model.train()
@@ -112,7 +113,8 @@ class _Pass(nn.Module):
 
     def forward(self, batch: Mapping[str, Tensor], random: SampleRandom) -> None:
         """Do both."""
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self._precision == "bf16"):
+        dtype = AUTOCAST.get(self._precision)
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
             value, _ = self._loss(self.model, batch, random)
         value.backward()
 

@@ -25,10 +25,13 @@ from stages.adamw import FlatAdamW
 from stages.compute_clock import ComputeClock
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
+from stages.loss_scale import LossScale
 from stages.sharded_state import RANK_FILE, Fragment, ShardedState, Snapshot, rank_file
 from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
+# What is computed in half precision, by the setting.
+AUTOCAST: Mapping[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MicroBatch = tuple[Mapping[str, Tensor], SampleRandom]
 # (loss, gradient norm), which are the same on every rank -> whether to take the step
 Accept = Callable[[float, float], bool]
@@ -55,6 +58,8 @@ class StepResult:
             weights alone.
         terms: per-sample terms of this rank's samples, detached.
         compute_s: what this rank computed before it waited for another one, seconds.
+        overflowed: the gradient was too large for its loss scale, which is smaller now; True only with fp16.
+        loss_scale: what the loss was multiplied with.
     """
 
     loss: float
@@ -62,6 +67,8 @@ class StepResult:
     applied: bool
     terms: Mapping[str, Tensor]
     compute_s: float = 0.0
+    overflowed: bool = False
+    loss_scale: float = 1.0
 
     @property
     def finite(self) -> bool:
@@ -181,7 +188,9 @@ class TorchEngine:
         self._params = trainable(self._model)
         self._weights, self._gradients = _flatten(self._params, self.device)
         optimizer = make_optimizer([self._weights], settings)
-        self._state = ShardedState([self._weights], _whole_fragments(self._params), optimizer, settings.ema_decay)
+        fragments = _whole_fragments(self._params)
+        self._scale = loss_scale(settings)
+        self._state = ShardedState([self._weights], fragments, optimizer, settings.ema_decay, self._scale)
         self._publish()
 
     def step(
@@ -190,17 +199,20 @@ class TorchEngine:
         """See ``Engine.step``."""
         self._gradients.zero_()
         losses, terms = [], []
+        scale = self._scale.value if self._scale else 1.0
         clock = ComputeClock(self.device)
         for batch, random in micro_batches:
             with autocast(self._settings):
                 loss, per_sample = self._loss(self._model, batch, random)
-            (loss / self._settings.num_micro_batches).backward()
+            (loss / self._settings.num_micro_batches * scale).backward()
             losses.append(loss.detach())
             terms.append(per_sample)
         clock.stop()
         if self.world_size > 1:
             dist.all_reduce(self._gradients)
             self._gradients /= self.world_size
+        if self._scale:
+            self._gradients /= scale
         loss_value = mean_over_ranks(losses, self.world_size)
         norm = float(torch.linalg.vector_norm(self._gradients))
         applied = is_finite(loss_value, norm) and accepts(loss_value, norm)
@@ -210,7 +222,8 @@ class TorchEngine:
             set_learning_rate(self._state.optimizer, learning_rate)
             self._state.optimizer.step()
             self._state.update_average()
-        return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s())
+        overflowed = self._scale is not None and self._scale.take(loss_value, norm)
+        return StepResult(loss_value, norm, applied, concatenate(terms), clock.elapsed_s(), overflowed, scale)
 
     @contextlib.contextmanager
     def evaluating(self, *, averaged: bool, whole: bool = False) -> Iterator[nn.Module]:
@@ -304,7 +317,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters to train, by name.
 
     Raises:
-        ConfigError: if there are none, or one is not float32 (bf16 is done by autocast over float32 weights).
+        ConfigError: if there are none, or one is not float32 (half precision is done by autocast over float32 weights).
     """
     params = {name: param for name, param in model.named_parameters() if param.requires_grad}
     if not params:
@@ -329,8 +342,14 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def autocast(settings: EngineSettings) -> torch.autocast:
-    """Return the context in which losses are computed: bfloat16 where it is safe, or nothing."""
-    return torch.autocast(settings.device, dtype=torch.bfloat16, enabled=settings.precision == "bf16")
+    """Return the context in which losses are computed: half precision where it is safe, or nothing."""
+    dtype = AUTOCAST.get(settings.precision)
+    return torch.autocast(settings.device, dtype=dtype, enabled=dtype is not None)
+
+
+def loss_scale(settings: EngineSettings) -> LossScale | None:
+    """Return the loss scale that the precision needs: the range of fp16 is too small for gradients as they are."""
+    return LossScale() if settings.precision == "fp16" else None
 
 
 def sum_over_ranks(values: Tensor, device: torch.device, world_size: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu"]
 
 
@@ -22,7 +22,7 @@ class EngineSettings:
         eps: Adam's epsilon.
         weight_decay: decoupled (AdamW).
         gradient_clipping: largest global gradient norm.
-        precision: ``fp32``, or ``bf16``: autocast over float32 weights.
+        precision: ``fp32``; ``bf16`` or ``fp16``: autocast over float32 weights, with a loss scale for ``fp16``.
         ema_decay: of the moving average of the weights, warmed up from the first step.
         zero_stage: which states DeepSpeed partitions over the ranks (0: none, 1: optimizer, 2: + gradients,
             3: + weights); ignored by the plain-torch engine.

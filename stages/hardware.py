@@ -33,14 +33,15 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
 
     Args:
         device_name: as the driver gives it, ``NVIDIA H100 80GB HBM3``.
-        precision: ``bf16``, or ``fp32`` (TF32 on cards that have it: convolutions use it by default).
+        precision: ``bf16`` or ``fp16``, which are equally fast, or ``fp32`` (TF32 on cards that have it: convolutions
+            use it by default).
 
     Returns:
         TFLOP/s; None where it is not known.
     """
     for pattern, bf16, fp32 in _PEAKS:
         if re.fullmatch(pattern, device_name):
-            return bf16 if precision == "bf16" else fp32
+            return fp32 if precision == "fp32" else bf16
     return None
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from stages.adamw import fresh_state
 from stages.errors import IntegrityError
+from stages.loss_scale import LossScale
 from unclip_models.ema import ema_update, warmed_up_decay
 
 # What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
@@ -63,15 +64,17 @@ class Snapshot:
         rank: whose.
         tensors: ``<kind>/<parameter>/<first element>`` -> float32 stretch.
         num_updates: of the moving average.
+        loss_scale: state of the loss scale, where there is one.
     """
 
     rank: int
     tensors: Mapping[str, Tensor]
     num_updates: int
+    loss_scale: Mapping[str, str]
 
     def write(self, folder: Path) -> None:
         """Write the rank's file into a local folder."""
-        metadata = {"num_updates": str(self.num_updates)}
+        metadata = {"num_updates": str(self.num_updates), **self.loss_scale}
         save_file(dict(self.tensors), folder / rank_file(self.rank), metadata=metadata)
 
 
@@ -83,6 +86,7 @@ class ShardedState:
         fragments: what lies where in them.
         optimizer: AdamW over ``masters``.
         ema_decay: of the moving average.
+        loss_scale: of fp16; None: there is none.
     """
 
     def __init__(
@@ -91,11 +95,13 @@ class ShardedState:
         fragments: Sequence[Fragment],
         optimizer: torch.optim.Optimizer,
         ema_decay: float,
+        loss_scale: LossScale | None = None,
     ) -> None:
         self.masters = list(masters)
         self.fragments = tuple(fragments)
         self.optimizer = optimizer
         self.ema_decay = ema_decay
+        self.loss_scale = loss_scale
         self.num_updates = 0
         self.averages = [master.detach().clone() for master in self.masters]
 
@@ -111,7 +117,7 @@ class ShardedState:
             copies = [self._flat(kind, i).to("cpu", copy=True).view(-1) for i in range(len(self.masters))]
             for f in self.fragments:
                 tensors[f"{kind}/{f.name}/{f.start}"] = copies[f.flat][f.offset : f.offset + f.length]
-        return Snapshot(rank, tensors, self.num_updates)
+        return Snapshot(rank, tensors, self.num_updates, self.loss_scale.to_metadata() if self.loss_scale else {})
 
     def exchange(self) -> None:
         """Swap weights and moving averages in place; to do so twice changes no bit."""
@@ -131,6 +137,8 @@ class ShardedState:
         for path in files:
             with _opened(path) as file:
                 self.num_updates = int(file.metadata()["num_updates"])
+                if self.loss_scale is not None:
+                    self.loss_scale.load(file.metadata())
                 for key in file.keys():  # noqa: SIM118 - not a dict
                     kind, name, start = split_key(key)
                     covered += sum(self._copy(file, key, kind, start, f) for f in targets.get(name, ()))

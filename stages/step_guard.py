@@ -54,6 +54,8 @@ class StepGuard:
 
     def add(self, step: int, result: StepResult) -> None:
         """Take in what became of a step."""
+        if result.overflowed:
+            return  # says something of the loss scale, nothing of the training
         if not result.applied:
             kind = "spike" if result.finite else "not finite"
             self.num_spikes += result.finite

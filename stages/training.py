@@ -227,6 +227,7 @@ class _Loop:
     report: Callable[[Progress], None]
     stop: _StopRequest
     saved_at: float = field(default_factory=time.monotonic)
+    loss_scale: float = 1.0
 
     def run(self, batches: Iterator[Batch], first_step: int) -> int | None:
         """Do the steps ``first_step .. num_steps - 1``, or fewer, with a checkpoint after the last.
@@ -250,6 +251,7 @@ class _Loop:
             learning_rate = learning_rate_at(config, step) * history.learning_rate_scale
             self.watchdog.enter("step", step)
             result = engine.step(self._micro_batches(batch), learning_rate, guard.accepts)
+            self.loss_scale = result.loss_scale
             self.window.add(result.loss, result.grad_norm, result.applied, result.terms, waited_s)
             guard.add(step, result)
             self.stragglers.add(result.compute_s, waited_s)
@@ -288,6 +290,8 @@ class _Loop:
                 "num_spikes": float(self.guard.num_spikes),
                 "num_rollbacks": float(len(self.history.rollbacks)),
             }
+            if self.config.precision == "fp16":
+                metrics["loss_scale"] = self.loss_scale
             if self.log is not None:
                 self.log.write(done, dict(sorted(metrics.items())))
         if saving:

@@ -37,7 +37,9 @@ class TrainingConfig:
     eps: float = setting(1e-8, "AdamW's epsilon")
     gradient_clipping: float = setting(1.0, "largest global gradient norm")
     ema_decay: float = setting(0.9999, "of the moving average of the weights, which is what is exported")
-    precision: Precision = setting("fp32", "`fp32`, or `bf16`: autocast over float32 weights")
+    precision: Precision = setting(
+        "fp32", "`fp32`; `bf16` or `fp16`: autocast over float32 weights, `fp16` with a dynamic loss scale"
+    )
     num_streams: int = setting(8, "canonical data streams; the number of ranks must divide it")
     spike_threshold: float | None = setting(
         None,

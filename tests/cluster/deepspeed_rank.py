@@ -150,6 +150,27 @@ def go_a_way(way: dict[str, Any], world_size: int, folder: Path) -> dict[str, An
     return found
 
 
+def steep_loss(model: Any, batch: Any, random: Any) -> Any:
+    """A loss whose gradients overflow under the first loss scale of fp16."""
+    loss, terms = model_loss(model, batch, random)
+    return loss * 16, terms
+
+
+def half(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Train in fp16, with overflows at first; save, train on, go back and repeat; do the same in plain torch."""
+    config = TrainingConfig(**{**vars(CONFIG), "precision": "fp16", "zero_stage": zero_stage})
+    engine = DeepSpeedEngine(TinyModel(), steep_loss, engine_settings(config, world_size))
+    found: dict[str, Any] = {"first": steps(engine, 0, 5)}
+    save(engine, folder)
+    found["on"] = steps(engine, 5, 8)
+    load(engine, folder, engine.layout)
+    found["again"] = steps(engine, 5, 8)
+    engine.close()
+    plain = TorchEngine(TinyModel(), steep_loss, engine_settings(config, world_size))
+    found["plain"] = steps(plain, 0, 8)
+    return found
+
+
 def train_and_resume(folder: Path, world_size: int) -> dict[str, Any]:
     """Train straight, and with a stop and another engine object in between; compare the weights bit for bit."""
 
@@ -233,6 +254,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         found["compiler"] = "torch._dynamo" in sys.modules
         found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
         found["ways"] = {name: go_a_way(way, world_size, folder / name) for name, way in WAYS.items()}
+        found["fp16"] = {str(stage): half(stage, world_size, folder / f"fp16-{stage}") for stage in ZERO_STAGES}
         dist.barrier()
         if rank == 0:
             (folder / "found.json").write_text(json.dumps(found))

@@ -59,6 +59,18 @@ def test_offload_and_other_buckets_change_no_number(
         assert row[:2] == pytest.approx(wanted[:2], **CLOSE)
 
 
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_fp16_scales_as_plain_torch_does_and_resumes_its_scale(found: dict[str, Any], stage: int) -> None:
+    rows = found["fp16"][str(stage)]
+    straight = [*rows["first"], *rows["on"]]
+    assert not straight[0][2] and not math.isfinite(straight[0][1]) and math.isfinite(straight[0][0])
+    assert [row[2] for row in straight] == [row[2] for row in rows["plain"]] and straight[-1][2]
+    for row, wanted in zip(straight, rows["plain"], strict=True):
+        assert row[0] == pytest.approx(wanted[0], rel=1e-2)
+        assert not row[2] or row[1] == pytest.approx(wanted[1], rel=1e-2)
+    assert rows["again"] == rows["on"]
+
+
 def test_a_save_that_fails_on_one_rank_counts_on_none(found: dict[str, Any]) -> None:
     assert found["lost"] == {"at_step_8": [[8]], "at_the_end": [12, 8]}
 

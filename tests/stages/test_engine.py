@@ -14,6 +14,7 @@ from stages.engine import MicroBatch, TorchEngine, files_to_load, make_optimizer
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError, IntegrityError
 from stages.sharded_state import Fragment, ShardedState, assemble, rank_file
+from stages.step_guard import StepGuard
 from stages.training import model_loss
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.ema import warmed_up_decay
@@ -102,6 +103,55 @@ def test_bf16_trains_in_float32_weights() -> None:
     for step in range(3):
         a, b = engine.step(micro_batches(step, 1), 1e-2), exact.step(micro_batches(step, 1), 1e-2)
         assert a.loss == pytest.approx(b.loss, rel=2e-2) and a.loss != b.loss
+
+
+FP16 = EngineSettings(micro_batch_size=8, precision="fp16", weight_decay=0.1)
+
+
+def test_fp16_trains_in_float32_weights_with_a_loss_scale() -> None:
+    engine = TorchEngine(TinyModel(), model_loss, FP16)
+    exact = TorchEngine(TinyModel(), model_loss, EngineSettings(micro_batch_size=8, weight_decay=0.1))
+    while engine.step(micro_batches(0, 1), 1e-2).overflowed:  # the first scale is more than this model bears
+        pass
+    exact.step(micro_batches(0, 1), 1e-2)
+    for step in range(1, 6):
+        a, b = engine.step(micro_batches(step, 1), 1e-2), exact.step(micro_batches(step, 1), 1e-2)
+        assert a.applied and 1 < a.loss_scale < 2.0**16
+        assert a.loss == pytest.approx(b.loss, rel=1e-2) and a.loss != b.loss
+        assert a.grad_norm == pytest.approx(b.grad_norm, rel=2e-2)
+
+
+def test_an_overflow_halves_the_scale_and_is_no_bad_step(tmp_path: Path) -> None:
+    engine, guard = TorchEngine(TinyModel(), model_loss, FP16), StepGuard(None, 10)
+    before = weights_of(engine, tmp_path / "before")
+    result = engine.step(micro_batches(0, 1), 1e-2, guard.accepts)
+    assert math.isfinite(result.loss) and not math.isfinite(result.grad_norm) and result.loss_scale == 2.0**16
+    assert result.overflowed and not result.applied
+    guard.add(0, result)
+    assert guard.bad_steps == [] and guard.num_spikes == 0
+    after = weights_of(engine, tmp_path / "after")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert engine.step(micro_batches(0, 1), 1e-2).loss_scale == 2.0**15
+
+
+def test_a_loss_that_is_not_finite_is_a_bad_step_in_fp16_too() -> None:
+    engine, guard = TorchEngine(TinyModel(), model_loss, FP16), StepGuard(None, 10)
+    result = engine.step(micro_batches(0, 1, poisoned=True), 1e-2)
+    guard.add(0, result)
+    assert not result.overflowed and len(guard.bad_steps) == 1
+    assert engine.step(micro_batches(1, 1), 1e-2).loss_scale == 2.0**16
+
+
+def test_the_loss_scale_is_in_the_checkpoint(tmp_path: Path) -> None:
+    straight = TorchEngine(TinyModel(), model_loss, FP16)
+    assert [straight.step(micro_batches(step, 1), 1e-2).overflowed for step in range(4)] == [True, False, False, False]
+    write(straight, tmp_path)
+    resumed = TorchEngine(TinyModel(seed=7), model_loss, FP16)
+    resumed.load([tmp_path / rank_file(0)])
+    for step in range(4, 7):
+        a, b = straight.step(micro_batches(step, 1), 1e-2), resumed.step(micro_batches(step, 1), 1e-2)
+        assert (a.loss, a.grad_norm, a.loss_scale) == (b.loss, b.grad_norm, b.loss_scale) and a.loss_scale < 2.0**16
+    TorchEngine(TinyModel(), model_loss, SETTINGS).load([tmp_path / rank_file(0)])  # another precision reads it
 
 
 def test_half_precision_weights_and_frozen_models_are_refused() -> None:
