@@ -229,8 +229,11 @@ class LogDisplay:
             if progress.stage in self._started:
                 return
             self._started.add(progress.stage)
-        before = f", {progress.num_done} of them done before" if progress.num_done else ""
-        logger.info("started: %d shards%s", progress.num_shards, before, extra={"stage": progress.stage})
+        before = f", {progress.num_done:,} of them done before" if progress.num_done else ""
+        plural = "s" if progress.num_shards != 1 else ""
+        logger.info(
+            "started: %s shard%s%s", f"{progress.num_shards:,}", plural, before, extra={"stage": progress.stage}
+        )
 
     def end(self, outcome: Outcome) -> None:
         """See ``Display``."""

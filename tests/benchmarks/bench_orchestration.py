@@ -11,7 +11,7 @@ Every number is the wall time of a process of its own, from its start to its end
     finished       the flow once more over a finished pipeline whose two stages have so many shards each
     answered       the same without Prefect, which is what ``unclip run`` does when nothing is to do
 
-``over_plain`` is what Prefect adds: of a process that needs its stages' libraries, torch among them, in any case.
+``over_plain`` is what Prefect adds. Blank stages need no torch, so none of these processes loads it.
 """
 
 from __future__ import annotations

@@ -209,7 +209,7 @@ def test_run_and_run_again(tmp_path: Path, prefect_state: Path) -> None:
     assert Path(said["report"]).is_file()
     # A quiet log: two lines of ours, then this test's own.
     lines = err.splitlines()
-    assert len(lines) == 3 and "INFO stage=source started: 1 shards" in lines[0] and "done in" in lines[1], err
+    assert len(lines) == 3 and "INFO stage=source started: 1 shard" in lines[0] and "done in" in lines[1], err
     second = start(prefect_state, line)
     out, err = second.communicate(timeout=120)
     assert second.returncode == 0, err
