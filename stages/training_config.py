@@ -53,8 +53,8 @@ class TrainingConfig:
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "states DeepSpeed partitions over the ranks", affects="nothing")
     offload_optimizer: Offload = setting(
         "none",
-        "`cpu`: masters, moments and averages in the CPU's memory, AdamW on the CPU; with ZeRO 1 to 3. NVMe is refused: "
-        "checkpoints could not read what is swapped out",
+        "`cpu`: masters, moments and averages in the CPU's memory, AdamW on the CPU; with ZeRO 1 to 3. NVMe is "
+        "refused: checkpoints could not read what is swapped out",
         affects="nothing",
     )
     offload_parameters: Offload = setting(
