@@ -26,6 +26,7 @@ _QUICK = {
     "PREFECT_WORKER_QUERY_SECONDS": "1",
     "PREFECT_WORKER_PREFETCH_SECONDS": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_DATABASE_TIMEOUT": "60",  # ten seconds are not enough where trainings take every core
     "PREFECT_LOGGING_LEVEL": "WARNING",
 }
 
