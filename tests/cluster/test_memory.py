@@ -68,7 +68,7 @@ def jobs() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_the_estimate_is_within_a_tenth_of_what_is_held(tmp_path: Path) -> None:
     (tmp_path / "jobs.pickle").write_bytes(pickle.dumps(jobs()))
