@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from flows.console import PLAIN, open_console, print_json
-from flows.production_note import tell_server
+from flows.production_note import in_words, refusal, tell_server
 from flows.project import open_project
 from stages.errors import ConfigError, InputError
 from stages.redaction import hide_secrets
@@ -69,11 +69,10 @@ def promote(args: argparse.Namespace) -> int:
         number = register(config.root, _finished_run(args), config.gate).number
     outcome = promote_version(config.root, number, config.gate, force_reason=reason)
     forced = f", forced past the gate: {reason}" if outcome.decision and not outcome.decision.passed and reason else ""
-    was = f"version {outcome.before}" if outcome.before else "nothing"
     said = {
-        "refused": f"version {number} is registered, not promoted; in production is still {was}",
+        "refused": refusal(number, outcome.before),
         "unchanged": f"version {number} is in production already; nothing to do",
-    }.get(outcome.status, f"version {number} is in production (before: {was}){forced}")
+    }.get(outcome.status, f"version {number} is in production (before: {in_words(outcome.before)}){forced}")
     if outcome.decision is not None:
         tell_server(config.root, said, outcome.decision)
     if args.json:

@@ -55,7 +55,7 @@ def retrain(args: argparse.Namespace, bring_to_end: BringToEnd) -> int:
 
     found = retrain_models(look, run, promote=not args.no_promote, from_scratch=args.from_scratch)
     if found.decision is not None:
-        tell_server(look().config.root, found.said, found.decision)
+        tell_server(found.root, found.said, found.decision)
     code = REFUSED if found.status == "refused" else found.run_code
     if args.json:
         print_json(

@@ -116,7 +116,7 @@ def retrain(
 
     found = retrain_models(look, bring_to_end, promote=promote, from_scratch=from_scratch)
     logger.info("%s", found.said)
-    publish_note(look().config.root, found.said, found.decision)
+    publish_note(found.root, found.said, found.decision)
     if found.status == "refused":
         assert found.decision is not None
         return Completed(name="Refused", message=f"{found.said}: {'; '.join(found.decision.failures)}")

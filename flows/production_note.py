@@ -21,6 +21,16 @@ KEY = "promotion"
 _NUM_CHANGES = 10
 
 
+def in_words(number: int | None) -> str:
+    """Name what is in production."""
+    return f"version {number}" if number else "nothing"
+
+
+def refusal(number: int, production: int | None) -> str:
+    """Say that the gate has refused a version, and what is in production."""
+    return f"version {number} is registered, not promoted; in production is still {in_words(production)}"
+
+
 def publish_note(root: str, said: str, decision: Decision | None) -> None:
     """Create the artifact of the flow run in which this is called: what was decided and why, and the last changes.
 

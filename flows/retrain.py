@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
+from flows.production_note import in_words, refusal
 from flows.project import Project
 from flows.selection import Selection
 from stages.errors import ConfigError, ConflictError, StageError
@@ -28,6 +29,7 @@ class Retrained:
     """How a retraining ended.
 
     Attributes:
+        root: the store.
         status: ``promoted``; ``refused`` by the gate; ``held``: it was asked not to promote; ``taken back``: this very
             version has been in production and was rolled back, which only a person undoes; ``unchanged``: it is in
             production already; ``failed``: the run did not come to its end.
@@ -38,6 +40,7 @@ class Retrained:
         decision: what the gate said; None if it was not asked.
     """
 
+    root: str
     status: Status
     run_code: int = 0
     has_run: bool
@@ -48,15 +51,16 @@ class Retrained:
     @property
     def said(self) -> str:
         """How it ended, in one line."""
-        production = f"version {self.production}" if self.production else "nothing"
+        production = in_words(self.production)
         if self.version is None:
             return f"not finished, the same command goes on; in production is {production}"
         number = self.version.number
         return {
-            "refused": f"version {number} is registered, not promoted; in production is still {production}",
-            "held": f"version {number} is registered; `unclip promote --version {number}` puts it into production",
+            "refused": refusal(number, self.production),
+            "held": f"version {number} is registered; "
+            f"`unclip promote CONFIG --version {number}` puts it into production",
             "taken back": f"version {number} was taken back from production, which holds {production}; "
-            f"`unclip promote --version {number}` puts it there again",
+            f"`unclip promote CONFIG --version {number}` puts it there again",
         }.get(self.status, f"version {number} is in production")
 
 
@@ -91,7 +95,7 @@ def retrain(
         code = bring_to_end(project, Selection(tuple(project.stages)))
         if code:
             number = read_production(root).number
-            return Retrained(status="failed", run_code=code, has_run=True, production=number)
+            return Retrained(root=root, status="failed", run_code=code, has_run=True, production=number)
         # What this run made, by its own names: lists that have appeared meanwhile are for the next one.
         project = replace(project, states=inspect_all(dict(project.stages), project.fingerprints))
     if missing := [name for name in project.stages if name not in project.manifests]:
@@ -99,13 +103,13 @@ def retrain(
     version = register(root, project.manifests, gate)
     production = read_production(root)
     if production.number == version.number:
-        return Retrained(status="unchanged", has_run=has_run, version=version, production=version.number)
+        return Retrained(root=root, status="unchanged", has_run=has_run, version=version, production=version.number)
     if any(change.number == version.number for change in production.history):
-        return Retrained(status="taken back", has_run=has_run, version=version, production=production.number)
+        return Retrained(root=root, status="taken back", has_run=has_run, version=version, production=production.number)
     if not promote:
         decision = ask_gate(root, gate, version.metrics)
         return Retrained(
-            status="held", has_run=has_run, version=version, production=production.number, decision=decision
+            root=root, status="held", has_run=has_run, version=version, production=production.number, decision=decision
         )
     return _promote(project, version, has_run)
 
@@ -122,6 +126,7 @@ def _promote(project: Project, version: Version, has_run: bool) -> Retrained:
             if attempt == _ATTEMPTS - 1:
                 raise
     return Retrained(
+        root=project.config.root,
         status=outcome.status,
         has_run=has_run,
         version=version,

@@ -44,6 +44,17 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def refuse_below(config: Any, least: float, *names: str) -> None:
+    """Refuse settings that are below the least value they may have.
+
+    Raises:
+        ValueError: names the setting, its value and the remedy.
+    """
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{name}: {getattr(config, name)} is below {least}; write {least} or more")
+
+
 def identity_of(config: Any, scopes: Sequence[Affects]) -> Any:
     """Return the settings that affect one of ``scopes``, as plain JSON values; nested configs inherit their field's."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -151,7 +162,7 @@ class Stage(ABC, Generic[C]):
         counts: the upstream stage whose kept samples are exactly the ones that come in; none if it is not so simple.
             The runner holds every run to it (``stages/balance.py``).
         uses_seed: whether the config's global seed changes the output.
-        gang: whether all ranks of a training group process one shard together (see ``stages/generator_training.py``).
+        gang: whether all ranks of a training group process one shard together (see ``stages/gang.py``).
         report: called by ``process`` with live ``Progress``; set by the executor on the worker.
         fence: raises if another run has taken the stage over; set by the runner, asked by work that takes long.
     """

@@ -10,18 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from stages import storage
-from stages.base import Affects, Resources, Result, Shard, Stage, record_uri, setting
+from stages.base import Affects, Resources, Result, Shard, setting
 from stages.disk_cache import disk_cache
 from stages.errors import ConfigError, InputError
+from stages.gang import GangStage
 from stages.golden import METADATA_KEY, golden_metadata
-from stages.lease import fenced
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.training_config import TrainingConfig, gang_resources
@@ -78,11 +77,10 @@ class ClipConfig(TrainingConfig):
             )
 
 
-class Clip(Stage[ClipConfig]):
+class Clip(GangStage[ClipConfig]):
     """Publish one frozen CLIP; a training is one shard that a gang of ranks processes together."""
 
     name = "clip"
-    gang = True
 
     @property
     def uses_seed(self) -> bool:  # type: ignore[override]
@@ -144,31 +142,21 @@ class Clip(Stage[ClipConfig]):
             files |= {f"images#{i}": record.inputs["images"], f"selection#{i}": record.files["selection"]}
         return [self.shard(0, inputs=files, num_kept=num_kept)]
 
-    def process(
+    def work_on_rank(
         self,
         shard: Shard,
         output: str,
-        make_engine: EngineFactory | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> ShardRecord:
-        """Train or take over the weights, and commit them; every rank of a group calls this.
+        make_engine: EngineFactory,
+        should_stop: Callable[[], bool],
+        started_at: float,
+    ) -> None:
+        """Train or take over the weights; see ``GangStage``."""
+        from stages.engine import position
 
-        Args:
-            shard: the work.
-            output: URI of the folder of the stage's shards; checkpoints go to ``<output>/<shard id>/``.
-            make_engine: builds the engine on this rank; None for the plain-torch one.
-            should_stop: see ``stages.training.train``.
-        """
-        from stages.engine import TorchEngine, gather_from_ranks, position
-
-        started_at = time.monotonic()
-        rank, world_size = position()
         if self._trains:
-            self._train(shard, output, make_engine or TorchEngine, should_stop, started_at)
-        elif rank == 0:
+            self._train(shard, output, make_engine, should_stop, started_at)
+        elif position()[0] == 0:
             self._publish(shard, output, self._pretrained(), {}, {}, started_at)
-        gather_from_ranks(None, world_size)  # the record is there for every rank
-        return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
         """Describe the model in the manifest."""
@@ -195,7 +183,7 @@ class Clip(Stage[ClipConfig]):
             place=self.name,
             loss=contrastive,
             report=self.report,
-            should_stop=fenced(should_stop, self.fence),
+            should_stop=should_stop,
         )
         if trained.weights is not None:  # on the first rank
             model = self._fresh()

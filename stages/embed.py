@@ -21,7 +21,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages import storage
-from stages.base import Progress, Resources, Result, Shard, Stage, setting
+from stages.base import Progress, Resources, Result, Shard, Stage, refuse_below, setting
 from stages.clip_encoder import ClipEncoder, threads_of
 from stages.errors import ConfigError, InputError, IntegrityError, ShardError
 from stages.manifest import File, Manifest, ShardRecord
@@ -53,9 +53,7 @@ class EmbedConfig:
     num_gpus: float = setting(0.0, "GPUs per worker; a fraction shares one", affects="nothing")
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "num_decode_threads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is below 1; write 1 or more")
+        refuse_below(self, 1, "batch_size", "num_decode_threads")
         if self.num_workers is not None and self.num_workers < 1:
             raise ValueError(f"num_workers: {self.num_workers} is below 1; write 1 or more, or null")
         if self.num_cpus <= 0 or self.num_gpus < 0:

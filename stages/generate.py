@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from stages import storage
-from stages.base import Progress, Resources, Shard, Stage, setting
+from stages.base import Progress, Resources, Shard, Stage, refuse_below, setting
 from stages.errors import ConfigError, InputError, NotFoundError
 from stages.manifest import File, Manifest, ShardRecord
 from stages.pictures import encode_png
@@ -72,9 +72,7 @@ class GenerateConfig:
     num_gpus: float = setting(0.0, "GPUs per worker; fractions share one", affects="nothing")
 
     def __post_init__(self) -> None:
-        for name in ("num_samples", "images_per_caption", "samples_per_shard", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: {getattr(self, name)} is below 1; write 1 or more")
+        refuse_below(self, 1, "num_samples", "images_per_caption", "samples_per_shard", "batch_size")
         if self.prior.num_candidates < 1:
             raise ValueError(f"prior.num_candidates: {self.prior.num_candidates} is below 1; write 1 or more")
         for name in ("prior", "decoder", *UPSAMPLERS):

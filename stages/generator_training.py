@@ -1,14 +1,13 @@
 """What the trainings of the four generators have in common: one shard that a gang of ranks processes together.
 
-The loop, the data order, checkpoints and resuming are those of ``stages/training.py``. A plain call trains on one rank
-in this process, ``cluster/training.py`` calls the same ``process`` on every rank of a Ray Train group.
+The loop, the data order, checkpoints and resuming are those of ``stages/training.py``; how ranks meet is in
+``stages/gang.py``.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -16,12 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from stages import storage
-from stages.base import Affects, Resources, Shard, Stage, record_uri
+from stages.base import Affects, Resources, Shard
 from stages.disk_cache import disk_cache
 from stages.errors import ConfigError, InputError
+from stages.gang import GangStage
 from stages.generator_config import TrainingC
-from stages.lease import fenced
-from stages.manifest import File, Manifest, ShardRecord, digest_of
+from stages.manifest import File, Manifest, digest_of
 from stages.open_shard import TrainingShard
 from stages.other_datasets import CuratedSets, OtherDatasets
 from stages.starting_point import StartingPoint, find_starting_point, keep_starting_point
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-class Training(Stage[TrainingC]):
+class Training(GangStage[TrainingC]):
     """What the four have in common.
 
     Attributes:
@@ -55,7 +54,6 @@ class Training(Stage[TrainingC]):
     """
 
     uses_seed: ClassVar[bool] = True
-    gang: ClassVar[bool] = True
     needs_images: ClassVar[bool]
     needs_embeddings: ClassVar[bool]
     start: StartingPoint | None = None
@@ -225,27 +223,19 @@ class Training(Stage[TrainingC]):
         """Return further input files, by role: the CLIP, where its text is read."""
         return {"clip": weights_of(inputs["clip"])} if self.reads_clip_text else {}
 
-    def process(
+    def work_on_rank(
         self,
         shard: Shard,
         output: str,
-        make_engine: EngineFactory | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> ShardRecord:
-        """Train, export the averaged weights, and commit them; every rank of a group calls this.
-
-        Args:
-            shard: the training.
-            output: URI of the folder of the stage's shards; checkpoints go to ``<output>/<shard id>/``.
-            make_engine: builds the engine on this rank; None for the plain-torch one.
-            should_stop: see ``stages.training.train``.
-        """
+        make_engine: EngineFactory,
+        should_stop: Callable[[], bool],
+        started_at: float,
+    ) -> None:
+        """Train, and export the averaged weights; see ``GangStage``."""
         from stages.clip_text_batches import LossWithClipText
-        from stages.engine import TorchEngine, gather_from_ranks, position
         from stages.training import model_loss, train
         from unclip_models.efficiency import make_efficient
 
-        started_at = time.monotonic()
         clip = self._clip(shard)
         model = self.build_model(shard, clip)
         freeze(model, self.config.frozen, f"{self.name}.frozen")
@@ -256,7 +246,7 @@ class Training(Stage[TrainingC]):
             model,
             self._stream(shard, clip),
             self.config,
-            make_engine=make_engine or TorchEngine,
+            make_engine=make_engine,
             seed=self.seed,
             folder=storage.join(output, shard.id),
             place=self.name,
@@ -264,13 +254,10 @@ class Training(Stage[TrainingC]):
             num_timesteps=self._num_timesteps(),
             watch=watch,
             report=self.report,
-            should_stop=fenced(should_stop, self.fence),
+            should_stop=should_stop,
         )
-        rank, world_size = position()
-        if rank == 0:
+        if trained.weights is not None:  # on the first rank
             self._export(shard, output, trained, clip, started_at)
-        gather_from_ranks(None, world_size)  # the record is there for every rank
-        return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
 
     def build_model(self, shard: Shard, clip: ClipModel | None = None) -> nn.Module:
         """Build the model as the training begins, the same on every rank: with fresh weights, or those to start from.

@@ -22,7 +22,7 @@ from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
 from stages import storage
-from stages.base import Result, Shard, Stage, setting
+from stages.base import Result, Shard, Stage, refuse_below, setting
 from stages.errors import InputError, IntegrityError
 from stages.manifest import Manifest, ShardRecord
 from stages.principal_axes import Solution, Sums, Vectors, project, solve, spectrum_metrics, sums_of
@@ -79,9 +79,7 @@ class PcaConfig:
             raise ValueError(f"variance_target: {self.variance_target} is not above 0 and at most 1; write 0.99")
         if self.solver == "partial" and self.num_components is None:
             raise ValueError("solver: `partial` needs to know how many; give num_components, or write `full`")
-        for name in ("num_buckets", "num_dot_buckets", "num_edge_samples"):
-            if getattr(self, name) < 2:
-                raise ValueError(f"{name}: {getattr(self, name)} is below 2; write 2 or more")
+        refuse_below(self, 2, "num_buckets", "num_dot_buckets", "num_edge_samples")
 
 
 class Pca(Stage[PcaConfig]):

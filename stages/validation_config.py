@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stages.base import setting
+from stages.base import refuse_below, setting
 from stages.other_datasets import CuratedSet
 
 LOSS = "validation_loss"
@@ -36,9 +36,8 @@ class ValidationConfig:
     early_stop_min_delta: float = setting(0.0, "by how much the loss must fall to count as an improvement")
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 0), ("every_steps", 0), ("timesteps_per_sample", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is below {least}; write {least} or more")
+        refuse_below(self, 0, "num_samples", "every_steps")
+        refuse_below(self, 1, "timesteps_per_sample")
         if self.dataset is not None and not self.num_samples:
             raise ValueError("dataset: num_samples is 0, none of it is looked at; say how many, or write null")
         if self.early_stop_min_delta < 0:
@@ -75,6 +74,5 @@ class SamplesConfig:
     guidance_scale: float = setting(1.0, "classifier-free guidance of prior and decoder; 1: none")
 
     def __post_init__(self) -> None:
-        for name, least in (("every_steps", 0), ("num_samples", 1), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: {getattr(self, name)} is below {least}; write {least} or more")
+        refuse_below(self, 0, "every_steps")
+        refuse_below(self, 1, "num_samples", "steps")
