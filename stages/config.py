@@ -339,6 +339,9 @@ def _explain(error: ValidationError, values: Any, kind: type[Any]) -> list[str]:
         else:
             shown = "" if isinstance(item["input"], dict) else f"{json.dumps(item['input'])}: "
             line = f"{dotted}: {shown}{item['msg'][:1].lower()}{item['msg'][1:]}"
+            # A choice that is not offered may have its reason, and the help is where the reasons are.
+            if item["type"] == "literal_error" and (said := _help_of(dotted, kind)):
+                line += f" ({said})"
         if line not in lines:
             lines.append(line)
     return lines
@@ -388,6 +391,12 @@ def _clean_path(location: Sequence[int | str], values: Any) -> list[str]:
         elif is_last and str(part).isidentifier() and not str(part)[:1].isupper():
             path.append(str(part))
     return path
+
+
+def _help_of(dotted: str, kind: type[Any]) -> str:
+    """Return the help of a setting; empty where several classes of a union have one."""
+    found = {info.help for info in settings(kind) if info.path == dotted}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _did_you_mean(path: Sequence[str], kind: type[Any]) -> str:
