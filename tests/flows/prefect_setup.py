@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -39,21 +42,51 @@ def environment(home: Path, url: str) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running_server(home: Path, *, ui: bool = False) -> Iterator[str]:
+def running_server(home: Path, *, ui: bool = False, **variables: str) -> Iterator[str]:
     """Run a server; yield the address of its API."""
     port = free_port()
     url = f"http://127.0.0.1:{port}/api"
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     log = (home / "server.log").open("wb")
-    process = subprocess.Popen(
-        command if ui else [*command, "--no-ui"], env=environment(home, url), stdout=log, stderr=log
-    )
+    given = environment(home, url) | variables
+    process = subprocess.Popen(command if ui else [*command, "--no-ui"], env=given, stdout=log, stderr=log)
     try:
         eventually(lambda: answers(url), 90, f"the server of {home}")
         yield url
     finally:
         end(process)
         log.close()
+
+
+@contextlib.contextmanager
+def running_database() -> Iterator[dict[str, str]]:
+    """Run a PostgreSQL if one is installed; yield the variables that point Prefect's server at it.
+
+    A server with deployments should have one: on SQLite it now and then locks itself out of its database for minutes.
+    """
+    binaries = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    if not binaries:
+        yield {}
+        return
+    # It refuses to run as root, and a folder of pytest's is closed to everybody else.
+    user = "postgres" if os.geteuid() == 0 else None
+    with tempfile.TemporaryDirectory(prefix="unclip-postgres-") as folder, open(os.devnull, "wb") as log:
+        if user is not None:
+            shutil.chown(folder, user)
+        data, port = f"{folder}/data", free_port()
+        given: dict[str, Any] = {"cwd": folder, "user": user, "stdout": log, "stderr": log}
+        make = ["initdb", "--pgdata", data, "--username", "prefect", "--auth", "trust", "--no-sync"]
+        subprocess.run([str(binaries[-1] / make[0]), *make[1:]], check=True, **given)
+        serve = ["postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off"]
+        process = subprocess.Popen([str(binaries[-1] / serve[0]), *serve[1:]], **given)
+        try:
+            ready = [str(binaries[-1] / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            eventually(lambda: subprocess.run(ready).returncode == 0, 60, "PostgreSQL")
+            address = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
+            yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": address}
+        finally:
+            process.send_signal(signal.SIGINT)  # "fast": clients that are left do not keep it
+            process.wait(timeout=60)
 
 
 @contextlib.contextmanager
