@@ -231,6 +231,7 @@ def test_cancelling_stops_the_ray_job_before_the_run_is_over(
     """The run only follows: its work is on a cluster, in a job that would go on without it."""
     monkeypatch.setenv("UNCLIP_TEST_MACHINES", "processes")  # with this network, where the server is
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # the server, the worker and the run are on these cores, too
     with machines() as cluster:
         cluster.add(num_cpus=1)
         monkeypatch.setenv("no_proxy", f"127.0.0.1,localhost,{cluster.head.address}")
