@@ -10,6 +10,7 @@ import contextlib
 import logging
 import math
 import os
+import socket
 import threading
 import time
 import uuid
@@ -36,6 +37,7 @@ _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
 _STOP_S = 30.0  # likewise, when that one training is to end
 _MAX_STARTS = 3
+_ANSWER_TIMEOUT_S = 10.0
 _QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 # Quiet, private, and patient: a training group may wait for its turn. A thread that still asks a closed executor's
 # cluster for something must fail: by itself Ray would start another cluster to answer it.
@@ -103,6 +105,7 @@ def _join(cluster: ClusterConfig) -> None:
     import ray
 
     try:
+        _refuse_dead(cluster.address)
         # A driver that is itself a Ray Job has its code and environment from there, and its workers inherit them.
         runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env()
         ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
@@ -111,6 +114,17 @@ def _join(cluster: ClusterConfig) -> None:
             f"cluster.address: '{cluster.address}': {first_line(error)}; start that cluster, correct the address, or "
             "write `local`"
         ) from error
+
+
+def _refuse_dead(address: str) -> None:
+    """Make sure that somebody listens at an address: Ray would ask for more than a minute before it says so.
+
+    Raises:
+        OSError: if nobody does.
+    """
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():  # `auto` is Ray's to look for
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_TIMEOUT_S).close()
 
 
 def _runtime_env() -> dict[str, Any]:

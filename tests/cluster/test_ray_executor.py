@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 from cluster.board import Board
-from cluster.ray_executor import RayExecutor, _pool_size
+from cluster.ray_executor import RayExecutor, _pool_size, connect
 from stages.base import Progress, Resources, Result, Shard, Stage
-from stages.errors import InputError, StageError
-from stages.executor import Executor, LocalExecutor, ShardFailure
+from stages.errors import ConfigError, InputError, StageError
+from stages.executor import ClusterConfig, Executor, LocalExecutor, ShardFailure
 from stages.manifest import Manifest, ShardRecord
 from stages.runner import run_stage
 from tests.cluster.conftest import CLUSTER
+from tests.conftest import free_port
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
 
 pytestmark = pytest.mark.slow
@@ -159,3 +160,10 @@ def test_the_board_keeps_the_latest_and_passes_on_the_wish_to_stop() -> None:
     assert board.take("a") is None and board.take("b") is None
     board.stop()
     assert board.report("a", None)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nobody_listens_is_refused(address: str) -> None:
+    wrong = address.format(free_port())
+    with pytest.raises(ConfigError, match=rf"cluster.address: '{wrong}': .*refused.*; start that cluster, correct"):
+        connect(ClusterConfig(address=wrong))
