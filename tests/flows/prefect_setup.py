@@ -73,14 +73,15 @@ def running_database() -> Iterator[dict[str, str]]:
     with tempfile.TemporaryDirectory(prefix="unclip-postgres-") as folder, open(os.devnull, "wb") as log:
         if user is not None:
             shutil.chown(folder, user)
-        data, port = f"{folder}/data", free_port()
+        data, port = f"{folder}/data", str(free_port())
+        tools = binaries[-1]
         given: dict[str, Any] = {"cwd": folder, "user": user, "stdout": log, "stderr": log}
-        make = ["initdb", "--pgdata", data, "--username", "prefect", "--auth", "trust", "--no-sync"]
-        subprocess.run([str(binaries[-1] / make[0]), *make[1:]], check=True, **given)
-        serve = ["postgres", "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", "", "-c", "fsync=off"]
-        process = subprocess.Popen([str(binaries[-1] / serve[0]), *serve[1:]], **given)
+        make = [tools / "initdb", "--pgdata", data, "--username", "prefect", "--auth", "trust", "--no-sync"]
+        subprocess.run(make, check=True, **given)
+        serve = [tools / "postgres", "-D", data, "-h", "127.0.0.1", "-p", port, "-k", "", "-c", "fsync=off"]
+        process = subprocess.Popen(serve, **given)
         try:
-            ready = [str(binaries[-1] / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            ready = [tools / "pg_isready", "-q", "-h", "127.0.0.1", "-p", port]
             eventually(lambda: subprocess.run(ready).returncode == 0, 60, "PostgreSQL")
             address = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/postgres"
             yield {"PREFECT_SERVER_DATABASE_CONNECTION_URL": address}
