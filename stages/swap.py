@@ -170,8 +170,8 @@ def _same_or(uri: str, data: bytes, version: str | None) -> str | None:
 
 
 def _write(uri: str, data: bytes, settle: bool) -> str | None:
-    """Write, wait, and see whether it stands."""
-    storage.write_bytes(uri, data)
+    """Write, wait, and see whether it stands; not sooner: such a server may lose a name that two write at once."""
+    storage.put_object(uri, data)
     time.sleep(SETTLE_S if settle else 0.0)
     found = read(uri)
     return found.version if found is not None and found.data == data else None

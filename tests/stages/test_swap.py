@@ -131,13 +131,18 @@ def test_a_server_that_ignores_conditions_is_found_out(
     uri = storage.join(s3_root, "x")
     assert not swap.is_atomic(uri)
     assert "ignores conditional writes" in caplog.text
-    with ThreadPoolExecutor(4) as pool:
-        versions = list(pool.map(lambda i: swap.create(uri, b"%d" % i), range(4)))
-    assert sum(version is not None for version in versions) == 1
+    uris = [uri, *(storage.join(s3_root, f"x{number}") for number in range(7))]
+    with ThreadPoolExecutor(4 * len(uris)) as pool:
+        answers = {one: [pool.submit(swap.create, one, b"%d" % writer) for writer in range(4)] for one in uris}
+    for one, of_writers in answers.items():
+        versions = [answer.result() for answer in of_writers]
+        found = swap.read(one)
+        assert found is not None
+        assert [writer for writer in range(4) if versions[writer] is not None] == [int(found.data)]
+        assert versions[int(found.data)] == found.version
     found = swap.read(uri)
     assert found is not None
-    assert found == swap.Versioned(b"%d" % versions.index(found.version), found.version)
     assert swap.create(uri, b"late") is None
     assert swap.replace(uri, b"new", "other") is None
     assert swap.replace(uri, b"new", found.version, settle=False) is not None
-    assert list(storage.list_entries(s3_root, temporary=True)) == ["x"]
+    assert sorted(storage.list_entries(s3_root, temporary=True)) == sorted(one.rpartition("/")[2] for one in uris)
