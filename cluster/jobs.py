@@ -34,7 +34,9 @@ _JOB_ENVIRONMENT = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S), "RAY_TRAIN_MET
 _PACKAGES = ("flows", "cluster", "stages", "unclip_models")
 _PREFIX = "unclip"
 _POLL_S = 1.0
+_ANSWER_S = 30.0
 _LOST_CONTACT_S = 120.0
+_NO_AGENT = "No available agent"  # the head's, which starts jobs: it comes up later than the dashboard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +70,9 @@ class JobCluster:
     """
 
     def __init__(self, address: str) -> None:
-        from ray.job_submission import JobSubmissionClient
-
         self._address = address
         try:
-            self._client = JobSubmissionClient(address)
+            self._client = _client(address)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"cluster.submit: '{address}': {first_line(error)}; give the address of the cluster's dashboard, such "
@@ -103,7 +103,7 @@ class JobCluster:
             The job's name, and whether it was begun just now.
 
         Raises:
-            StageError: if the cluster refuses it.
+            StageError: if the cluster refuses it, or does not answer for two minutes.
         """
         jobs = list(self._jobs(what))
         for name, state in jobs:
@@ -111,21 +111,13 @@ class JobCluster:
                 return name, False
         name = f"{_PREFIX}-{what}-{1 + max((_number(name) for name, _ in jobs), default=0)}"
         with _package(config, with_code=with_code) as folder:
-            try:
-                self._client.submit_job(
-                    entrypoint=shlex.join(["python", "-m", "flows.cli", *arguments]),
-                    submission_id=name,
-                    runtime_env={
-                        "working_dir": str(folder),
-                        "env_vars": {**environment, **_JOB_ENVIRONMENT},
-                    },
-                    metadata=dict(labels or {}),
-                )
-            except RuntimeError as error:
-                if self._find(name) is not None:
-                    return name, False  # somebody else was faster
-                raise StageError(f"cluster.submit: {self._address} refuses the job: {first_line(error)}") from error
-        return name, True
+            is_new = self._submit(
+                name,
+                entrypoint=shlex.join(["python", "-m", "flows.cli", *arguments]),
+                runtime_env={"working_dir": str(folder), "env_vars": {**environment, **_JOB_ENVIRONMENT}},
+                metadata=dict(labels or {}),
+            )
+        return name, is_new
 
     def state(self, name: str) -> JobState:
         """Ask how a job stands.
@@ -178,6 +170,30 @@ class JobCluster:
                 return states
             time.sleep(_POLL_S / 4)
 
+    def _submit(self, name: str, **job: Any) -> bool:
+        """Hand a job in, again if no answer comes: the cluster takes a name once. False: somebody else was faster."""
+        deadline = time.monotonic() + _LOST_CONTACT_S
+        is_unanswered = False
+        while True:
+            try:
+                self._client.submit_job(submission_id=name, **job)
+                return True
+            except (RuntimeError, OSError) as error:
+                passes = isinstance(error, OSError) or _NO_AGENT in str(error)
+                is_unanswered |= passes
+                with contextlib.suppress(OSError):
+                    if self._find(name) is not None:
+                        return is_unanswered
+                if not passes:
+                    raise StageError(f"cluster.submit: {self._address} refuses the job: {first_line(error)}") from error
+                if time.monotonic() > deadline:
+                    raise StageError(
+                        f"cluster.submit: {self._address} takes no job ({first_line(error)}); see that Ray's dashboard "
+                        "and its agent are up on the head, and run again: a job that was begun is attached to"
+                    ) from error
+                logger.warning("job %s: its submission was not answered (%s); it is repeated", name, first_line(error))
+            time.sleep(_POLL_S)
+
     def _jobs(self, what: str) -> Iterator[tuple[str, JobState]]:
         for job in self._client.list_jobs():
             name = job.submission_id or ""
@@ -191,6 +207,17 @@ class JobCluster:
             if "does not exist" in str(error):
                 return None
             raise ConnectionError(first_line(error)) from error
+
+
+def _client(address: str) -> Any:
+    """Make Ray's client of a dashboard, which by itself waits for an answer for ever."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, *args: Any, **kwargs: Any) -> Any:
+            return super()._do_request(*args, timeout=_ANSWER_S, **kwargs)
+
+    return Client(address)
 
 
 class _Log:

@@ -190,6 +190,8 @@ class Machines:
             command = ["unshare", *_NAMESPACES, "sh", "-c", _BOOT, name, *command]
         else:
             command += [f"--temp-dir={tempfile.mkdtemp(dir=self._scratch)}"]
+            # Of agents that want the same port, all but one take no jobs.
+            command += [f"--dashboard-agent-listen-port={free_port()}"]
         with (self._scratch / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment, cwd=TOP
