@@ -195,7 +195,11 @@ class JobCluster:
             time.sleep(_POLL_S)
 
     def _jobs(self, what: str) -> Iterator[tuple[str, JobState]]:
-        for job in self._client.list_jobs():
+        try:
+            found = self._client.list_jobs()
+        except (RuntimeError, OSError) as error:
+            raise StageError(f"cluster.submit: {self._address} does not list its jobs: {first_line(error)}") from error
+        for job in found:
             name = job.submission_id or ""
             if name.startswith(f"{_PREFIX}-{what}-"):
                 yield name, _state_of(job)

@@ -55,8 +55,8 @@ def mute_proxy(dashboard: str, faults: deque[str], *, method: str = "POST") -> I
             over.set()
 
 
-def submitted(address: str, what: str) -> tuple[str, bool]:
-    return JobCluster(address).submit(what, ["--help"], config="{}\n", environment={}, with_code=False)
+def submitted(cluster: JobCluster, what: str) -> tuple[str, bool]:
+    return cluster.submit(what, ["--help"], config="{}\n", environment={}, with_code=False)
 
 
 def names(dashboard: str, what: str) -> list[str | None]:
@@ -71,20 +71,21 @@ def test_a_submission_without_an_answer_is_repeated_and_begins_one_job(
     monkeypatch.setattr(jobs, "_ANSWER_S", 8.0)
     faults = deque([fault])
     with mute_proxy(dashboard, faults) as address:
-        name, is_new = submitted(address, f"lost{fault}")
+        name, is_new = submitted(JobCluster(address), f"lost{fault}")
     assert not faults and is_new
     assert names(dashboard, f"lost{fault}") == [name]
     assert ("its submission was not answered" in caplog.text) == (fault == "before")
 
 
 def test_a_cluster_that_never_answers_a_submission_is_an_error(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "_ANSWER_S", 1.0)
-    monkeypatch.setattr(jobs, "_LOST_CONTACT_S", 3.0)
-    with (
-        mute_proxy(dashboard, deque(["before"] * 100)) as address,
-        pytest.raises(StageError, match=rf"cluster.submit: {address} takes no job \(.*timed out.*its agent are up"),
-    ):
-        submitted(address, "never")
+    with mute_proxy(dashboard, deque(["before"] * 100)) as address:
+        cluster = JobCluster(address)
+        monkeypatch.setattr(jobs, "_ANSWER_S", 3.0)
+        monkeypatch.setattr(jobs, "_LOST_CONTACT_S", 4.0)
+        with pytest.raises(
+            StageError, match=rf"cluster.submit: {address} takes no job \(.*timed out.*its agent are up"
+        ):
+            submitted(cluster, "never")
     assert names(dashboard, "never") == []
 
 
@@ -95,3 +96,15 @@ def test_a_dashboard_that_is_mute_is_named(dashboard: str, monkeypatch: pytest.M
         pytest.raises(ConfigError, match=rf"cluster.submit: '{address}': .*timed out.*see that it is up"),
     ):
         JobCluster(address)
+
+
+def test_a_dashboard_that_falls_mute_is_named(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults: deque[str] = deque()
+    with mute_proxy(dashboard, faults, method="GET") as address:
+        cluster = JobCluster(address)
+        monkeypatch.setattr(jobs, "_ANSWER_S", 1.0)
+        faults.extend(["before"] * 2)
+        for ask in (cluster.stop_all, lambda what: cluster.submit(what, [], config="", environment={})):
+            with pytest.raises(StageError, match=rf"cluster.submit: {address} does not list its jobs: .*timed out"):
+                ask("mute")
+    assert not faults
