@@ -1,4 +1,4 @@
-"""What the reverse proxies of the tests share: requests go on to a real S3 server, answers come back."""
+"""What the reverse proxies of the tests share: requests go on to a real server, answers come back."""
 
 from __future__ import annotations
 
