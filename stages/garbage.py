@@ -171,7 +171,7 @@ def _named(
         output = storage.join(root, result.stage, "shards")
         listing = {n.removeprefix("shards/"): e for n, e in listings[result.stage].items() if n.startswith("shards/")}
         # `finish` may have put another record into the manifest than the one beside the shard.
-        stored = read_records(output, listing, [record.shard_id for record in manifest.records])
+        stored = read_records(output, listing, ((record.shard_id, record.inputs) for record in manifest.records))
         _add_manifest(manifest, stored.records.values(), names)
     for pipeline, own in zip(pipelines, fingerprints, strict=True):
         _add_plans(pipeline, own, manifests, names)

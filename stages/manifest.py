@@ -19,7 +19,7 @@ import io
 import itertools
 import json
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,12 +28,15 @@ import pyarrow.parquet as pq
 
 from stages import storage
 from stages.errors import IntegrityError
-from stages.samples import table_from_bytes
+from stages.samples import batches_from_bytes
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 TABLE_NAME = "shards.parquet"
 LOG_ROLES = frozenset({"metrics"})  # files that tell how the work went, timings included, and not what came out
+# Mappings are stored as JSON text: their keys differ from stage to stage.
+_MAPPINGS = ("files", "inputs", "dropped", "metrics")
+_NOTHING: Mapping[str, Any] = {}  # one for all: 100,000 records have many empty mappings
 
 
 def digest_of(value: Any) -> str:
@@ -149,6 +152,8 @@ class ShardRecord:
             fields = dict(value)
             for name in ("files", "inputs"):
                 fields[name] = {role: File(**file) for role, file in fields[name].items()}
+            for name in _MAPPINGS:
+                fields[name] = fields[name] or _NOTHING
             return cls(**fields)
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise IntegrityError(f"not a shard record: {error}") from error
@@ -278,7 +283,7 @@ class Manifest:
         names = {f.name for f in dataclasses.fields(cls)}
         fields = {name: value for name, value in header.items() if name in names}
         fields["files"] = {role: File(**file) for role, file in header["files"].items()}
-        manifest = cls(root=root, records=records_from_table(table_from_bytes(table)), **fields)
+        manifest = cls(root=root, records=tuple(records_from_parquet(table)), **fields)
         if manifest.digest != header["digest"]:
             raise IntegrityError(f"{uri}: its contents do not match its digest; run the stage again with --force")
         _HELD[name] = manifest
@@ -299,8 +304,6 @@ def manifest_uri(root: str, stage: str, fingerprint: str) -> str:
     return storage.join(root, stage, fingerprint, MANIFEST_NAME)
 
 
-# Mappings are stored as JSON text: their keys differ from stage to stage.
-_MAPPINGS = ("files", "inputs", "dropped", "metrics")
 _SCHEMA = pa.schema(
     [
         ("shard_id", pa.string()),
@@ -313,7 +316,7 @@ _SCHEMA = pa.schema(
         ("wall_time_s", pa.float64()),
     ]
 )
-_BATCH_ROWS = 4096  # bounds what a table's rows take as text and as plain dicts beside the records themselves
+BATCH_ROWS = 4096  # bounds what a table's rows take as text and as plain dicts beside the records themselves
 
 
 def records_to_table(records: Iterable[ShardRecord]) -> pa.Table:
@@ -326,27 +329,28 @@ def records_to_table(records: Iterable[ShardRecord]) -> pa.Table:
     return pa.table(columns, schema=_SCHEMA)
 
 
-def records_from_table(table: pa.Table, *, chosen: Sequence[bool] = ()) -> tuple[ShardRecord, ...]:
-    """Rebuild the records of ``records_to_table``.
+def records_from_parquet(data: bytes) -> Iterator[ShardRecord]:
+    """Rebuild the records of ``records_to_table`` from the file of that table, one by one."""
+    for batch in batches_from_bytes(data, BATCH_ROWS):
+        yield from records_from_batch(batch)
+
+
+def records_from_batch(batch: pa.RecordBatch, *, chosen: Sequence[bool] = ()) -> Iterator[ShardRecord]:
+    """Rebuild the records of a part of ``records_to_table``, one by one.
 
     Args:
-        table: its columns, and ``version`` if the versions of the records' JSON objects are known.
+        batch: the columns of that table, and ``version`` if the versions of the records' JSON objects are known.
         chosen: which rows are wanted; all if not given.
     """
-    names = [name for name in ("version", *_SCHEMA.names) if name in table.column_names]
-    records: list[ShardRecord] = []
-    position = 0
-    for batch in table.select(names).to_batches(_BATCH_ROWS):
-        columns: dict[str, list[Any]] = batch.to_pydict()
-        for name in _MAPPINGS:
-            # One parse for the whole column: equal keys become one text.
-            columns[name] = json.loads(f"[{','.join(columns[name])}]")
-        rows = zip(*columns.values(), strict=True)
-        if chosen:
-            rows = itertools.compress(rows, chosen[position : position + batch.num_rows])  # type: ignore[assignment]
-        records.extend(ShardRecord.from_json(dict(zip(columns, row, strict=True))) for row in rows)
-        position += batch.num_rows
-    return tuple(records)
+    names = [name for name in ("version", *_SCHEMA.names) if name in batch.schema.names]
+    columns: dict[str, list[Any]] = batch.select(names).to_pydict()
+    for name in _MAPPINGS:
+        # One parse for the whole column: equal keys become one text.
+        columns[name] = json.loads(f"[{','.join(columns[name])}]")
+    rows = zip(*columns.values(), strict=True)
+    if chosen:
+        rows = itertools.compress(rows, chosen)  # type: ignore[assignment]
+    return (ShardRecord.from_json(dict(zip(columns, row, strict=True))) for row in rows)
 
 
 def table_to_parquet(table: pa.Table) -> bytes:

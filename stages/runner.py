@@ -130,7 +130,7 @@ def committed_records(stage: Stage[Any], shards: Sequence[Shard]) -> dict[str, S
 def _find_committed(stage: Stage[Any], shards: Sequence[Shard]) -> StoredRecords:
     output = output_uri(stage)
     listing = storage.list_entries(output)
-    stored = read_records(output, listing, [shard.id for shard in shards])
+    stored = read_records(output, listing, ((shard.id, shard.inputs) for shard in shards))
     prefix = output.removeprefix(stage.root).lstrip("/") + "/"
     whole = {i: record for i, record in stored.records.items() if _is_whole(record, prefix, listing)}
     single = [record for record in stored.single if record.shard_id in whole]

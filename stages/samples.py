@@ -130,6 +130,12 @@ def table_from_bytes(data: bytes, columns: Sequence[str] | None = None) -> pa.Ta
         return file.read(list(columns) if columns else None, use_threads=False)
 
 
+def batches_from_bytes(data: bytes, num_rows: int) -> Iterator[pa.RecordBatch]:
+    """Read a Parquet file ``num_rows`` at a time: a table of which only the rows are kept is never whole in memory."""
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False) as file:
+        yield from file.iter_batches(num_rows, use_threads=False)
+
+
 def selection_table(
     keys: Sequence[str], reasons: Sequence[str | None], scores: Mapping[str, Sequence[Any] | pa.Array] | None = None
 ) -> pa.Table:

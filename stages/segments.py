@@ -12,11 +12,13 @@ the same file. Losing every segment loses nothing but time.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -24,8 +26,8 @@ import pyarrow as pa
 
 from stages import storage
 from stages.errors import IntegrityError, NotFoundError, StorageError
-from stages.manifest import ShardRecord, records_from_table, records_to_table, table_to_parquet
-from stages.samples import table_from_bytes
+from stages.manifest import BATCH_ROWS, File, ShardRecord, records_from_batch, records_to_table, table_to_parquet
+from stages.samples import batches_from_bytes, table_from_bytes
 from stages.storage import Entry
 
 logger = logging.getLogger(__name__)
@@ -56,20 +58,26 @@ class Segments:
         self._names = [name for name in listing if _NAME.fullmatch(name)]
         self._useless: list[str] = []
 
-    def read(self, wanted: Collection[str]) -> dict[str, ShardRecord]:
+    def read(self, wanted: Mapping[str, Mapping[str, File]]) -> dict[str, ShardRecord]:
         """Return the records of the shards ``wanted`` that segments hold and that still count, by shard id.
 
         A damaged segment is passed over with a warning.
+
+        Args:
+            wanted: shard id -> what that shard is made from.
         """
         found: dict[str, ShardRecord] = {}
-        for name, table in self._tables(self._names):
-            current = self._current(table)
-            if not any(current):
+        for name, content in self._contents(self._names):
+            useful = False
+            for batch in batches_from_bytes(content, BATCH_ROWS):
+                current = self._current(batch)
+                useful |= any(current)
+                ids = batch["shard_id"].to_pylist()
+                chosen = [ok and i in wanted and i not in found for i, ok in zip(ids, current, strict=True)]
+                for record in records_from_batch(batch, chosen=chosen):
+                    found[record.shard_id] = _sharing(record, wanted[record.shard_id])
+            if not useful:
                 self._useless.append(name)
-                continue
-            ids = table["shard_id"].to_pylist()
-            chosen = [ok and i in wanted and i not in found for i, ok in zip(ids, current, strict=True)]
-            found |= {record.shard_id: record for record in records_from_table(table, chosen=chosen)}
         return found
 
     def tidy(self) -> None:
@@ -86,36 +94,40 @@ class Segments:
             self._merge(small)
 
     def _merge(self, names: Sequence[str]) -> None:
-        parts: list[pa.Table] = []
+        whole: pa.Table | None = None
         seen: set[str] = set()
-        for _, table in self._tables(names):
+        written: set[str] = set()
+        for _, content in self._contents(names):
+            table = table_from_bytes(content)
             ids = table["shard_id"].to_pylist()
             fresh = [ok and i not in seen for i, ok in zip(ids, self._current(table), strict=True)]
-            parts.append(table.filter(pa.array(fresh, pa.bool_())))
-            seen.update(parts[-1]["shard_id"].to_pylist())
-        written: set[str] = set()
-        if seen:
-            whole = pa.concat_tables(parts)
-            written = {_write(self._output, whole.slice(i, _FULL_ROWS)) for i in range(0, whole.num_rows, _FULL_ROWS)}
+            seen.update(itertools.compress(ids, fresh))
+            table = table.filter(pa.array(fresh, pa.bool_()))
+            whole = pa.concat_tables([whole, table]) if whole is not None else table
+            if whole.num_rows >= _FULL_ROWS:
+                written.add(_write(self._output, whole.slice(0, _FULL_ROWS)))
+                whole = whole.slice(_FULL_ROWS)
+        if whole is not None and whole.num_rows:
+            written.add(_write(self._output, whole))
         for name in set(names) - written:
             storage.delete(storage.join(self._output, name))
 
-    def _current(self, table: pa.Table) -> list[bool]:
+    def _current(self, rows: pa.Table | pa.RecordBatch) -> list[bool]:
         """Tell of every row whether its record is still the one that the listing shows."""
-        entries = (self._listing.get(f"{shard_id}.json") for shard_id in table["shard_id"].to_pylist())
-        versions = table["version"].to_pylist()
+        entries = (self._listing.get(f"{shard_id}.json") for shard_id in rows["shard_id"].to_pylist())
+        versions = rows["version"].to_pylist()
         return [e is not None and e.version == version for e, version in zip(entries, versions, strict=True)]
 
-    def _tables(self, names: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+    def _contents(self, names: Sequence[str]) -> Iterator[tuple[str, bytes]]:
         """Read segments, a few ahead; damaged ones are left out."""
         with ThreadPoolExecutor(_READ_THREADS) as pool:
             for start in range(0, len(names), _READ_THREADS):
                 part = names[start : start + _READ_THREADS]
-                for name, table in zip(part, pool.map(self._read, part), strict=True):
-                    if table is not None:
-                        yield name, table
+                for name, content in zip(part, pool.map(self._read, part), strict=True):
+                    if content is not None:
+                        yield name, content
 
-    def _read(self, name: str) -> pa.Table | None:
+    def _read(self, name: str) -> bytes | None:
         uri = storage.join(self._output, name)
         try:
             content = storage.read_bytes(uri)
@@ -128,7 +140,7 @@ class Segments:
             logger.warning("%s is damaged; the records it holds are read one by one", uri)
             self._useless.append(name)
             return None
-        return table_from_bytes(content)
+        return content
 
 
 @dataclass(frozen=True)
@@ -146,15 +158,18 @@ class StoredRecords:
     segments: Segments
 
 
-def read_records(output: str, listing: Mapping[str, Entry], shard_ids: Iterable[str]) -> StoredRecords:
+def read_records(
+    output: str, listing: Mapping[str, Entry], shards: Iterable[tuple[str, Mapping[str, File]]]
+) -> StoredRecords:
     """Read records of shards: from segments, and one by one where no segment holds them.
 
     Args:
         output: URI of the folder of the stage's shards.
         listing: all objects in it.
-        shard_ids: the shards; those without a record are left out, and with a warning those whose record is damaged.
+        shards: ids of the shards and what each is made from; those without a record are left out, and with a warning
+            those whose record is damaged.
     """
-    wanted = dict.fromkeys(shard_id for shard_id in shard_ids if f"{shard_id}.json" in listing)
+    wanted = {shard_id: inputs for shard_id, inputs in shards if f"{shard_id}.json" in listing}
     segments = Segments(output, listing)
     records = segments.read(wanted)
     missing = [shard_id for shard_id in wanted if shard_id not in records]
@@ -164,7 +179,8 @@ def read_records(output: str, listing: Mapping[str, Entry], shard_ids: Iterable[
         try:
             value = json.loads(storage.read_bytes(uri))
             # The listing is older than this read: at worst it names a version that is gone, never one yet to come.
-            return ShardRecord.from_json({**value, "version": listing[f"{shard_id}.json"].version})
+            record = ShardRecord.from_json({**value, "version": listing[f"{shard_id}.json"].version})
+            return _sharing(record, wanted[shard_id])
         except NotFoundError:
             return None
         except (ValueError, TypeError, IntegrityError) as error:
@@ -178,6 +194,11 @@ def read_records(output: str, listing: Mapping[str, Entry], shard_ids: Iterable[
             single += (record for record in found if record is not None)
     records |= {record.shard_id: record for record in single}
     return StoredRecords(records, single, segments)
+
+
+def _sharing(record: ShardRecord, inputs: Mapping[str, File]) -> ShardRecord:
+    """Let a record share the plan's ``inputs``: a driver that holds 100,000 shards would hold each input twice."""
+    return dataclasses.replace(record, inputs=inputs) if record.inputs == inputs else record
 
 
 class SegmentWriter:

@@ -18,7 +18,7 @@ from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import Manifest, ShardRecord
 from stages.runner import committed_records, forget, output_uri, run_stage
 from stages.segments import SEGMENTS_FOLDER
-from tests.stages.toy_stages import Numbers, NumbersConfig
+from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
 
 NUM_SHARDS = 9
 
@@ -173,7 +173,7 @@ def test_two_drivers_are_harmless(root: str) -> None:
     manifest = run(root)
     stage = numbers(root)
     listing = storage.list_entries(output_uri(stage))
-    wanted = {record.shard_id for record in manifest.records}
+    wanted = {record.shard_id: record.inputs for record in manifest.records}
     first, second = (segments.Segments(output_uri(stage), listing) for _ in range(2))
     assert len(first.read(wanted)) == NUM_SHARDS
     first._merge(segments_of(root))
@@ -181,6 +181,19 @@ def test_two_drivers_are_harmless(root: str) -> None:
     assert second.read(wanted) == {}
     second._merge([name for name in listing if name.startswith(SEGMENTS_FOLDER)])
     assert found(root)[0] == {record.shard_id: record for record in manifest.records}
+
+
+def test_a_resumed_driver_holds_each_input_once(root: str) -> None:
+    numbers = {"numbers": run(root)}
+    stage = Squares(SquaresConfig(), root=root)
+    run_stage(stage, "f" * 16, numbers, LocalExecutor(), ClusterConfig())
+    for through in ("segments", "records"):
+        if through == "records":
+            storage.delete_tree(f"{root}/squares/shards/{SEGMENTS_FOLDER}")
+        shards = stage.plan(numbers)
+        records = committed_records(stage, shards)
+        assert len(records) == len(shards)
+        assert all(records[shard.id].inputs is shard.inputs for shard in shards)
 
 
 def test_few_records_are_not_worth_a_file(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
