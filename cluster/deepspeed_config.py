@@ -46,7 +46,8 @@ def _zero(settings: EngineSettings, num_parameters: int) -> dict[str, Any]:
             zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_max_live_parameters": bucket}
     pinned = settings.device != "cpu"
     if settings.offload_optimizer != "none":
-        zero["offload_optimizer"] = {"device": settings.offload_optimizer, "pin_memory": pinned}
+        # For DeepSpeed the CPU in any case: what lies in files is ours, and a tensor of the CPU to everybody.
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     if settings.offload_parameters != "none":
         zero["offload_param"] = {"device": settings.offload_parameters, "pin_memory": pinned}
     return zero

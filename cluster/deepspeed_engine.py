@@ -43,6 +43,7 @@ from stages.engine import (
 )
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
+from stages.mapped_memory import zeros_in_files
 from stages.sharded_state import Fragment, ShardedState, Snapshot
 from unclip_models.randomness import SampleRandom
 
@@ -62,6 +63,7 @@ class DeepSpeedEngine:
 
     Raises:
         ConfigError: if there is no process group, no GPU where one is asked for, or DeepSpeed refuses its settings.
+        StorageError: if ``offload_dir`` has no room.
     """
 
     def __init__(self, model: nn.Module, loss: LossFunction, settings: EngineSettings) -> None:
@@ -79,7 +81,10 @@ class DeepSpeedEngine:
         module = _LossModule(model.to(self.device).train(), loss, settings)
         names = {id(param): name for name, param in trainable(model).items()}
         config = deepspeed_config(settings, sum(param.numel() for param in trainable(model).values()))
-        self._optimizer = _WatchedAdamW(trainable(model).values(), settings, self._gradient_norm)
+        in_files = zeros_in_files(settings.offload_dir) if settings.offload_dir else None
+        self._optimizer = _WatchedAdamW(
+            trainable(model).values(), settings, self._gradient_norm, in_files or torch.zeros_like
+        )
         self._linear = torch.nn.functional.linear
         with _no_compiler():
             _check_config(deepspeed, config)
@@ -91,7 +96,7 @@ class DeepSpeedEngine:
             )
         masters, fragments = _layout_of(self._engine, names, settings.zero_stage, self.rank)
         self._scale = loss_scale(settings)
-        self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay, self._scale)
+        self._state = ShardedState(masters, fragments, self._optimizer, settings.ema_decay, self._scale, in_files)
 
     def step(
         self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
@@ -219,9 +224,19 @@ class _LossModule(nn.Module):
 class _WatchedAdamW(FlatAdamW):
     """AdamW that asks before it touches the weights, and that clips where DeepSpeed does not (stage 0)."""
 
-    def __init__(self, params: Iterable[Tensor], settings: EngineSettings, gradient_norm: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        settings: EngineSettings,
+        gradient_norm: Callable[[], float],
+        zeros_like: Callable[[Tensor], Tensor],
+    ) -> None:
         super().__init__(
-            params, betas=(settings.beta1, settings.beta2), eps=settings.eps, weight_decay=settings.weight_decay
+            params,
+            betas=(settings.beta1, settings.beta2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            zeros_like=zeros_like,
         )
         self.accepts: Callable[[float], bool] = math.isfinite
         self.norm: float | None = None

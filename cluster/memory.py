@@ -45,6 +45,7 @@ class RankMemory:
         gradients: kept from step to step.
         passing: activations, gradients and buckets, at the worst moment of a step.
         offloaded: of all these, what lies in the CPU's memory when training on a GPU.
+        on_disk: and what lies in files of ``offload_dir``; a save takes as much again and the masters' part beside it.
     """
 
     weights: int
@@ -53,6 +54,7 @@ class RankMemory:
     gradients: int
     passing: int
     offloaded: int = 0
+    on_disk: int = 0
 
     @property
     def total(self) -> int:
@@ -62,7 +64,7 @@ class RankMemory:
     @property
     def on_device(self) -> int:
         """What lies where the forward pass runs."""
-        return self.total - self.offloaded
+        return self.total - self.offloaded - self.on_disk
 
 
 def rank_memory(config: GeneratorTraining, world_size: int | None = None) -> RankMemory:
@@ -121,7 +123,8 @@ def states_and_passing(
         return RankMemory(weights=whole + fixed, optimizer=2 * whole, averages=whole, gradients=0, passing=passing)
     bucket = _F32 * zero["reduce_bucket_size"]
     buffers = bucket * (2 if zero.get("overlap_comm") else 1)
-    offloaded = 3 * part + part if settings.offload_optimizer == "cpu" else 0
+    offloaded = {"none": 0, "cpu": 4 * part, "nvme": part}[settings.offload_optimizer]
+    on_disk = 3 * part if settings.offload_optimizer == "nvme" else 0
     gradients, weights = 0, whole
     if settings.zero_stage == 1:
         passing = _passing_of_stage_1(sizes, world_size, activations, buffers, accumulates)
@@ -132,7 +135,7 @@ def states_and_passing(
         small = _F32 * sum(size for size in sizes if size < threshold)
         gradients, weights = part + bucket, part + small
         passing = _passing_of_stage_3(sizes, whole - small, activations, bucket, zero)
-    if settings.offload_optimizer == "cpu":
+    if settings.offload_optimizer != "none":
         # The gradient's part, a staging copy of the weights (stages 1 and 2), and a parameter's gradient on its way.
         staging = part + 2 * _F32 * max(sizes) if settings.zero_stage < 3 else 0
         gradients += part + staging
@@ -144,6 +147,7 @@ def states_and_passing(
         gradients=gradients,
         passing=passing,
         offloaded=offloaded,
+        on_disk=on_disk,
     )
 
 

@@ -74,7 +74,8 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
     _print(estimates, machines)
     for name, rank in memory.items():
         offloaded = f", and {_bytes(rank.offloaded)} of the CPU's" if rank.offloaded else ""
-        print(f"{name}: a rank takes {_bytes(rank.on_device)} of memory beside data and libraries{offloaded}")
+        on_disk = f", and {_bytes(rank.on_disk)} in offload_dir" if rank.on_disk else ""
+        print(f"{name}: a rank takes {_bytes(rank.on_device)} of memory beside data and libraries{offloaded}{on_disk}")
     currency = machines.currency if machines else ""
     print(f"work: {hours:,.3g} worker hours{_but(unknown_hours)}")
     priced = unknown_prices < sum(item.status == "pending" for item in estimates)

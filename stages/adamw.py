@@ -7,7 +7,7 @@ The update is torch's own (``torch.optim.adamw.adamw``, fused). Only the shell a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -27,11 +27,19 @@ class FlatAdamW(torch.optim.Optimizer):
         betas: decays of the two moments.
         eps: added to the root of the second moment.
         weight_decay: decoupled, scaled by the learning rate.
+        zeros_like: makes the moments.
     """
 
     def __init__(
-        self, params: Iterable[Tensor], *, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        params: Iterable[Tensor],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        zeros_like: Callable[[Tensor], Tensor] = torch.zeros_like,
     ) -> None:
+        self._zeros_like = zeros_like
         # The learning rate is set at every step; 0 until then.
         super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -72,14 +80,12 @@ class FlatAdamW(torch.optim.Optimizer):
     def _state_of(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            self.state[param] = state = fresh_state(param, 0)
+            state.update({name: self._zeros_like(param) for name in ("exp_avg", "exp_avg_sq")})
+            state["step"] = torch.zeros((), device=param.device)
         return state
 
-
-def fresh_state(param: Tensor, num_steps: int) -> dict[str, Tensor]:
-    """Make the state of a tensor: the count of steps, beside it on its device, and two moments of zero."""
-    return {
-        "step": torch.tensor(float(num_steps), device=param.device),
-        "exp_avg": torch.zeros_like(param),
-        "exp_avg_sq": torch.zeros_like(param),
-    }
+    @torch.no_grad()
+    def reset(self, param: Tensor) -> None:
+        """Set moments and count of steps of a tensor to zero, where they lie."""
+        for values in self._state_of(param).values():
+            values.zero_()

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Offload = Literal["none", "cpu"]
+OptimizerOffload = Literal["none", "cpu", "nvme"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +27,9 @@ class EngineSettings:
         ema_decay: of the moving average of the weights, warmed up from the first step.
         zero_stage: which states DeepSpeed partitions over the ranks (0: none, 1: optimizer, 2: + gradients,
             3: + weights); ignored by the plain-torch engine.
-        offload_optimizer: where DeepSpeed keeps master weights, moments and averages: with the weights, or in the
-            CPU's memory, where AdamW then runs.
+        offload_optimizer: where master weights, moments and averages are kept: with the weights, or in the CPU's
+            memory, where AdamW then runs; with ``nvme``, all of it but the masters in files.
+        offload_dir: the folder of these files.
         offload_parameters: the same for the weights of stage 3.
         deepspeed: further settings of DeepSpeed (``stages/deepspeed_keys.py``).
         device: ``cpu`` or ``cuda``.
@@ -43,7 +45,8 @@ class EngineSettings:
     precision: Precision = "fp32"
     ema_decay: float = 0.9999
     zero_stage: int = 1
-    offload_optimizer: Offload = "none"
+    offload_optimizer: OptimizerOffload = "none"
+    offload_dir: str | None = None
     offload_parameters: Offload = "none"
     deepspeed: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"

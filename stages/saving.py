@@ -29,12 +29,16 @@ logger = logging.getLogger(__name__)
 class _Upload:
     """Files of one rank on their way into the store."""
 
-    def __init__(self, folder: str, snapshot: Snapshot | None, extra: Mapping[str, bytes]) -> None:
+    def __init__(self, folder: str, engine: Engine, extra: Mapping[str, bytes]) -> None:
         self.files: dict[str, Written] = {}
         self.error: Exception | None = None
         self._folder = folder
-        self._snapshot = snapshot
+        self._snapshot: Snapshot | None = None
         self._extra = extra
+        try:
+            self._snapshot = engine.snapshot()
+        except StorageError as error:  # of a copy in a file; the other ranks learn of it when the save is finished
+            self.error = error
         self._thread = threading.Thread(target=self._work, name="unclip-checkpoint", daemon=True)
         self._thread.start()
 
@@ -48,6 +52,8 @@ class _Upload:
         self._thread.join()
 
     def _work(self) -> None:
+        if self.error is not None:
+            return
         try:
             with tempfile.TemporaryDirectory(prefix="unclip-checkpoint-") as scratch:
                 self._put_together(Path(scratch))
@@ -130,7 +136,7 @@ class Saver:
         if problem is not None:
             self._note_failure(step, problem, may_fail=not wait)
         else:
-            self._under_way = step, _Upload(self._checkpoints.uri_of(step), self._engine.snapshot(), extra)
+            self._under_way = step, _Upload(self._checkpoints.uri_of(step), self._engine, extra)
             if wait or not self._in_background:
                 self.finish(may_fail=not wait)
 

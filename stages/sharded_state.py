@@ -21,9 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages.adamw import fresh_state
+from stages.adamw import FlatAdamW
 from stages.errors import IntegrityError
 from stages.loss_scale import LossScale
+from stages.mapped_memory import Allocate
 from unclip_models.ema import ema_update, warmed_up_decay
 
 # What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
@@ -87,23 +88,27 @@ class ShardedState:
         optimizer: AdamW over ``masters``.
         ema_decay: of the moving average.
         loss_scale: of fp16; None: there is none.
+        zeros_elsewhere: makes the moving averages and the copies of snapshots elsewhere than in memory; None: they are
+            beside the masters, and in the CPU's memory.
     """
 
     def __init__(
         self,
         masters: Sequence[Tensor],
         fragments: Sequence[Fragment],
-        optimizer: torch.optim.Optimizer,
+        optimizer: FlatAdamW,
         ema_decay: float,
         loss_scale: LossScale | None = None,
+        zeros_elsewhere: Allocate | None = None,
     ) -> None:
         self.masters = list(masters)
         self.fragments = tuple(fragments)
         self.optimizer = optimizer
         self.ema_decay = ema_decay
         self.loss_scale = loss_scale
+        self._zeros_elsewhere = zeros_elsewhere
         self.num_updates = 0
-        self.averages = [master.detach().clone() for master in self.masters]
+        self.averages = [self._clone(master.detach()) for master in self.masters]
 
     def update_average(self) -> None:
         """Take the present weights into the moving average; called once after every applied step."""
@@ -111,10 +116,14 @@ class ShardedState:
         self.num_updates += 1
 
     def snapshot(self, rank: int) -> Snapshot:
-        """Copy every fragment of every kind to the CPU; whole tensors at a time, which is as fast as memory allows."""
+        """Copy every fragment of every kind to the CPU; whole tensors at a time, which is as fast as memory allows.
+
+        Raises:
+            StorageError: if copies lie on a disk, and it is full.
+        """
         tensors: dict[str, Tensor] = {}
         for kind in KINDS:
-            copies = [self._flat(kind, i).to("cpu", copy=True).view(-1) for i in range(len(self.masters))]
+            copies = [self._cpu_copy(self._flat(kind, i)).view(-1) for i in range(len(self.masters))]
             for f in self.fragments:
                 tensors[f"{kind}/{f.name}/{f.start}"] = copies[f.flat][f.offset : f.offset + f.length]
         return Snapshot(rank, tensors, self.num_updates, self.loss_scale.to_metadata() if self.loss_scale else {})
@@ -131,7 +140,8 @@ class ShardedState:
     def load(self, files: Sequence[Path]) -> None:
         """Fill every fragment from the files; see ``Engine.load``."""
         targets = {name: [f for f in self.fragments if f.name == name] for name in {f.name for f in self.fragments}}
-        self._reset_moments()
+        for master in self.masters:
+            self.optimizer.reset(master)
         wanted = sum(f.length for f in self.fragments) * len(KINDS)
         covered = 0
         for path in files:
@@ -147,7 +157,8 @@ class ShardedState:
                 f"checkpoint files {[path.name for path in files]} hold {covered} of the {wanted} numbers that this "
                 "model needs; they belong to another model"
             )
-        self._set_step_count()
+        for master in self.masters:
+            self.optimizer.state[master]["step"].fill_(float(self.num_updates))
 
     def _copy(self, file: Any, key: str, kind: str, start: int, target: Fragment) -> int:
         """Copy where a stored stretch and a fragment overlap; return how many elements that were."""
@@ -175,13 +186,11 @@ class ShardedState:
         moments = self.optimizer.state.get(master) or {}
         return moments[kind] if kind in moments else torch.zeros_like(master)
 
-    def _reset_moments(self) -> None:
-        for master in self.masters:
-            self.optimizer.state[master] = fresh_state(master, 0)
+    def _clone(self, values: Tensor) -> Tensor:
+        return values.clone() if self._zeros_elsewhere is None else self._zeros_elsewhere(values).copy_(values)
 
-    def _set_step_count(self) -> None:
-        for master in self.masters:
-            self.optimizer.state[master]["step"].fill_(float(self.num_updates))
+    def _cpu_copy(self, values: Tensor) -> Tensor:
+        return values.to("cpu", copy=True) if self._zeros_elsewhere is None else self._clone(values)
 
 
 def split_key(key: str) -> tuple[str, str, int]:

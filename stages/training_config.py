@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from stages.base import Placement, Resources, setting
 from stages.deepspeed_keys import check_overrides
-from stages.engine_settings import EngineSettings, Offload, Precision
+from stages.engine_settings import EngineSettings, Offload, OptimizerOffload, Precision
 from stages.errors import ConfigError
 from stages.validation_config import SamplesConfig, ValidationConfig
 from stages.wandb_log import WandbConfig
@@ -51,11 +51,14 @@ class TrainingConfig:
     compile: bool = setting(False, "compile the network with torch.compile; needs a C++ compiler", affects="nothing")
     channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with bf16", affects="nothing")
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "states DeepSpeed partitions over the ranks", affects="nothing")
-    offload_optimizer: Offload = setting(
+    offload_optimizer: OptimizerOffload = setting(
         "none",
-        "`cpu`: masters, moments and averages in the CPU's memory, AdamW on the CPU; with ZeRO 1 to 3. NVMe is "
-        "refused: checkpoints could not read what is swapped out",
+        "`cpu`: masters, moments and averages in the CPU's memory, AdamW on the CPU; `nvme`: moments and averages in "
+        "files of `offload_dir` instead; with ZeRO 1 to 3",
         affects="nothing",
+    )
+    offload_dir: str | None = setting(
+        None, "folder for `offload_optimizer: nvme`, on a local disk of every host", affects="nothing"
     )
     offload_parameters: Offload = setting(
         "none", "`cpu`: partitioned weights in the CPU's memory; with ZeRO 3", affects="nothing"
@@ -163,6 +166,11 @@ class TrainingConfig:
             if value != "none" and (self.engine == "torch" or self.zero_stage < lowest):
                 needed = f"engine: deepspeed and zero_stage: {lowest}" + (" or above" if lowest < 3 else "")
                 raise ValueError(f"{name}: {value} needs {needed} (now {self.engine}, {self.zero_stage})")
+        if (self.offload_optimizer == "nvme") != (self.offload_dir is not None):
+            raise ValueError(
+                f"offload_dir: {self.offload_dir} with offload_optimizer: {self.offload_optimizer}; nvme needs a "
+                "folder on a local disk, and nothing else reads it"
+            )
         for name, amount in self.resources_per_rank.items():
             if name in ("CPU", "GPU", "memory"):
                 instead = {"CPU": "cpus_per_rank", "GPU": "gpus_per_rank"}.get(name, "a label or resource of your own")
@@ -248,6 +256,7 @@ def engine_settings(config: TrainingConfig, world_size: int) -> EngineSettings:
         ema_decay=config.ema_decay,
         zero_stage=config.zero_stage,
         offload_optimizer=config.offload_optimizer,
+        offload_dir=config.offload_dir,
         offload_parameters=config.offload_parameters,
         deepspeed=config.deepspeed,
         device="cuda" if config.gpus_per_rank else "cpu",

@@ -122,6 +122,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "2, optimizer offloaded": {"zero_stage": 2, "offload_optimizer": "cpu"},
     "3, optimizer offloaded": {"zero_stage": 3, "offload_optimizer": "cpu"},
     "3, all offloaded": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+    **{f"{stage}, optimizer on a disk": {"zero_stage": stage, "offload_optimizer": "nvme"} for stage in (1, 2, 3)},
     "2, small buckets": {
         "zero_stage": 2,
         "deepspeed": {"zero_optimization": {"reduce_bucket_size": 64, "allgather_bucket_size": 64}},
@@ -135,6 +136,8 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def go_a_way(way: dict[str, Any], world_size: int, folder: Path) -> dict[str, Any]:
     """Train, save, train on, and let the plain-torch engine go on from the same checkpoint."""
+    if way.get("offload_optimizer") == "nvme":
+        way = {**way, "offload_dir": str(folder / "offload")}
     config = TrainingConfig(**{**vars(CONFIG), **way})
     engine = DeepSpeedEngine(TinyModel(), model_loss, engine_settings(config, world_size))
     found: dict[str, Any] = {"first": steps(engine, 0, 5)}
@@ -143,11 +146,17 @@ def go_a_way(way: dict[str, Any], world_size: int, folder: Path) -> dict[str, An
     found["on"] = steps(engine, 5, 8)
     load(engine, folder, engine.layout)
     found["again"] = steps(engine, 5, 8)
+    found["mapped"] = num_mapped(folder)
     engine.close()
     plain = TorchEngine(TinyModel(seed=9), model_loss, settings(world_size, 0))
     load(plain, folder, engine.layout)
     found["plain"] = steps(plain, 5, 8)
     return found
+
+
+def num_mapped(folder: Path) -> int:
+    """Count the files of a folder that are part of this process's memory."""
+    return sum(str(folder) in line for line in Path("/proc/self/maps").read_text().splitlines())
 
 
 def steep_loss(model: Any, batch: Any, random: Any) -> Any:
@@ -208,6 +217,29 @@ def lose_a_save(folder: Path, world_size: int) -> dict[str, Any]:
     return {"at_step_8": seen, "at_the_end": CheckpointFolder(options["folder"], 2).steps()}
 
 
+def lose_a_snapshot(folder: Path) -> dict[str, Any]:
+    """Train while the state of the first checkpoint cannot be copied, for want of the folder for such copies."""
+    offload, aside = folder / "offload", folder / "aside"
+    options: dict[str, Any] = {"make_engine": DeepSpeedEngine, "seed": 2, "folder": str(folder / "training")}
+    seen: list[list[int]] = []
+
+    class Watched(VectorStream):
+        def batches(self, first_step: int, rank: int, world_size: int) -> Any:
+            for batch in super().batches(first_step, rank, world_size):
+                if batch.step == 8:
+                    seen.append(CheckpointFolder(options["folder"], 2).steps())
+                if rank == 0 and batch.step == 2:
+                    offload.rename(aside)
+                    offload.touch()
+                if rank == 0 and batch.step == 7:
+                    offload.unlink()
+                yield batch
+
+    more = {"offload_optimizer": "nvme", "offload_dir": str(offload), "checkpoint_in_background": False}
+    train(TinyModel(), Watched(), replace(CONFIG, **more), place="tiny", **options)
+    return {"at_step_8": seen, "at_the_end": CheckpointFolder(options["folder"], 2).steps()}
+
+
 def roll_back(folder: Path, make_engine: Any) -> dict[str, Any]:
     """Meet a bad stretch on the first rank, straight and with stops before, within and behind it."""
     config = TrainingConfig(**{**vars(CONFIG), "max_nonfinite_steps": 2, "log_every_steps": 3})
@@ -248,6 +280,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
     with joined(rank, world_size, folder / "meeting"):
         found: dict[str, Any] = {"resume": train_and_resume(folder, world_size)}
         found["lost"] = lose_a_save(folder, world_size)
+        found["lost_snapshot"] = lose_a_snapshot(folder / "snapshots")
         for name, make_engine in (("deepspeed", DeepSpeedEngine), ("torch", TorchEngine)):
             found[f"rollback_{name}"] = roll_back(folder / f"rollback-{name}", make_engine)
         found["lag"] = lag(world_size)

@@ -79,7 +79,13 @@ def test_the_door_names_the_training() -> None:
     [
         ("decoder.offload_optimizer=cpu|decoder.zero_stage=0", "offload_optimizer: cpu needs engine: deepspeed and"),
         ("decoder.offload_parameters=cpu|decoder.zero_stage=2", "needs engine: deepspeed and zero_stage: 3 "),
-        ("decoder.offload_optimizer=nvme", "decoder.offload_optimizer"),
+        ("decoder.offload_optimizer=tape", "decoder.offload_optimizer"),
+        ("decoder.offload_optimizer=nvme", "nvme needs a folder on a local disk, and nothing else reads it"),
+        ("decoder.offload_dir=/scratch", "offload_dir: /scratch with offload_optimizer: none;"),
+        (
+            "decoder.offload_optimizer=nvme|decoder.offload_dir=/scratch|decoder.zero_stage=0",
+            "offload_optimizer: nvme needs engine: deepspeed and zero_stage: 1 or above",
+        ),
         ("decoder.engine=torch|decoder.deepspeed={dump_state: true}", "engine: torch does not read it"),
         ("decoder.resources_per_rank={GPU: 1}", "resources_per_rank.GPU: 1; write gpus_per_rank instead"),
         ("decoder.resources_per_rank={disk: 0}", "resources_per_rank.disk: 0 is not positive"),

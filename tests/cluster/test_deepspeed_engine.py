@@ -57,6 +57,7 @@ def test_offload_and_other_buckets_change_no_number(
     assert rows["looked"]["same"] and rows["again"] == rows["on"]
     for row, wanted in zip(rows["plain"], rows["on"], strict=True):
         assert row[:2] == pytest.approx(wanted[:2], **CLOSE)
+    assert (rows["mapped"] >= 3) == ("disk" in way), "averages and both moments"
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)
@@ -73,6 +74,10 @@ def test_fp16_scales_as_plain_torch_does_and_resumes_its_scale(found: dict[str, 
 
 def test_a_save_that_fails_on_one_rank_counts_on_none(found: dict[str, Any]) -> None:
     assert found["lost"] == {"at_step_8": [[8]], "at_the_end": [12, 8]}
+
+
+def test_a_state_that_cannot_be_copied_costs_one_save(found: dict[str, Any]) -> None:
+    assert found["lost_snapshot"] == {"at_step_8": [[8]], "at_the_end": [12, 8]}
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)

@@ -110,9 +110,17 @@ def test_partitioning_and_offload_take_less_on_the_device() -> None:
         ActivationMemory([(0, 0, 1 << 20), (4 * 200 * 50_000, 0, 0)], 1 << 20),
     )
 
+    def rank(**changes: Any) -> RankMemory:
+        return states_and_passing(dataclasses.replace(config, **changes), 8, sizes, fixed, activations)
+
     def device(**changes: Any) -> int:
-        return states_and_passing(dataclasses.replace(config, **changes), 8, sizes, fixed, activations).on_device
+        return rank(**changes).on_device
 
     by_stage = [device(zero_stage=stage) for stage in range(3)]
     assert by_stage == sorted(by_stage, reverse=True) and device(engine="torch") >= by_stage[1]
     assert device(zero_stage=2, offload_optimizer="cpu") < by_stage[2]
+    on_cpu = rank(zero_stage=2, offload_optimizer="cpu")
+    on_disk = rank(zero_stage=2, offload_optimizer="nvme", offload_dir="/scratch")
+    assert on_disk.on_device == on_cpu.on_device
+    # Moments and averages, 12 bytes of a parameter: its eighth on this rank.
+    assert on_disk.on_disk == on_cpu.offloaded - on_disk.offloaded == 12 * sum(sizes) / 8

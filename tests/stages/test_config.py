@@ -71,7 +71,7 @@ def test_a_section_of_another_kind_takes_the_place_of_the_one_it_extends(tmp_pat
         ("seed=true", "seed: true: input should be a valid integer"),
         ("seed='3'", 'seed: "3": input should be a valid integer'),
         ("clip=3", "clip: 3: input should be an object"),
-        ("decoder.offload_optimizer=nvme", "NVMe is refused: checkpoints could not read what is swapped out"),
+        ("decoder.offload_optimizer=nvme", "offload_dir: None with offload_optimizer: nvme; nvme needs a folder"),
         ("prior.model.kind=foo", "prior.model.kind: \"foo\": input should be 'diffusion' or 'autoregressive'"),
         ("prior.num_streams=3", "prior.global_batch_size: 64 is not a multiple of num_streams: 3"),
         ("root=ftp://x", "root: ftp://x: no storage for scheme 'ftp'"),
