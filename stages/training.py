@@ -7,7 +7,6 @@ so a training that is killed and resumed does what an undisturbed one does.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import math
 import signal
@@ -119,8 +118,6 @@ def train(
         stack.enter_context(out_of_memory_explained(config, world_size, place))
         stack.enter_context(deterministic(config.deterministic, place))
         watchdog = stack.enter_context(_watchdog(config, folder, place))
-        # Layers such as dropout draw from torch's global generator, which is seeded anew at every step.
-        stack.enter_context(torch.random.fork_rng())
         settings = engine_settings(config, world_size)
         engine = make_engine(model, loss, settings)
         stack.callback(engine.close)
@@ -308,7 +305,6 @@ class _Loop:
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """Cut a rank's batch into micro batches on the engine's device, each with its randomness."""
         size = self.config.micro_batch_size or len(batch.indices)
-        torch.manual_seed(_torch_seed(self.seed, batch.step, self.engine.rank))
         for first in range(0, len(batch.indices), size):
             indices = batch.indices[first : first + size]
             random = SampleRandom(self.seed, batch.step, indices, self.engine.device)
@@ -326,12 +322,6 @@ class _Loop:
         if num_ready == self.engine.world_size:
             self.saver.finish()
         return stopping > 0, due > 0
-
-
-def _torch_seed(seed: int, step: int, rank: int) -> int:
-    """Seed torch's global generator for one step of one rank, for layers such as dropout."""
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class _Reporter:

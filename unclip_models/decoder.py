@@ -121,20 +121,20 @@ class Decoder(nn.Module):
         drop_embedding: Tensor,
         drop_caption: Tensor,
         clip_text: ClipTextFeatures | None = None,
+        random: SampleRandom | None = None,
     ) -> Tensor:
-        """Predict from a noised image ``(B, 3, S, S)``; for the other arguments see :meth:`condition`.
+        """Predict from a noised image ``(B, 3, S, S)``; for the other arguments see :meth:`condition`, and for
+        ``random`` :meth:`UNet.forward`.
 
         Returns:
             ``(B, 3, S, S)``, or ``(B, 6, S, S)`` with learned variance.
         """
         condition = self.condition(image_embedding, tokens, drop_embedding, drop_caption, clip_text)
-        return self._predict(x_t, t, condition)
+        return self._predict(x_t, t, condition, random)
 
-    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return cast(
-            Tensor,
-            self.unet(x_t, t, embedding=condition.embedding, context=condition.context, context_mask=condition.visible),
-        )
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition, random: SampleRandom | None = None) -> Tensor:
+        given = {"embedding": condition.embedding, "context": condition.context, "context_mask": condition.visible}
+        return cast(Tensor, self.unet(x_t, t, **given, random=random))
 
     def loss(self, batch: Mapping[str, Tensor], random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the training loss of a batch.
@@ -159,7 +159,7 @@ class Decoder(nn.Module):
         z, tokens, clip_text = batch[self.config.condition_on], batch["tokens"], features_of(batch)
 
         def denoiser(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            return cast(Tensor, self(x_t, timesteps, z, tokens, drop_embedding, drop_caption, clip_text))
+            return cast(Tensor, self(x_t, timesteps, z, tokens, drop_embedding, drop_caption, clip_text, random))
 
         loss, terms = self.diffusion.training_loss(denoiser, x_start, t, noise)
         return loss.mean(), {**terms, "timestep": t}

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unclip_models.diffusion import timestep_embedding
+from unclip_models.dropout import SampleDropout, name_dropouts
+from unclip_models.randomness import SampleRandom
 from unclip_models.settings import UNetConfig
 
 
@@ -110,27 +112,28 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             _group_norm(out_channels, config),
             nn.SiLU(),
-            nn.Dropout(config.dropout),
+            SampleDropout(config.dropout),
             _zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, random: SampleRandom | None = None) -> Tensor:
         """Apply the block.
 
         Args:
             x: ``(B, C, H, W)``.
             emb: timestep embedding ``(B, 4 * model_channels)``.
+            random: of the training step, for the dropout.
 
         Returns:
             ``(B, C_out, H', W')``, resampled if the block resamples.
         """
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, use_reentrant=False)
-        return self._forward(x, emb)
+            return checkpoint(self._forward, x, emb, random, use_reentrant=False)
+        return self._forward(x, emb, random)
 
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor, random: SampleRandom | None) -> Tensor:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))  # (B, C_out, H', W')
         shift = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
@@ -140,7 +143,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, norm(h), 1 + scale)
         else:
             h = norm(h + shift)
-        h = conv(dropout(silu(h)))
+        h = conv(dropout(silu(h), random))
         return cast(Tensor, self.skip_connection(self.resample(x)) + h)
 
 
@@ -207,12 +210,12 @@ class Block(nn.Sequential):
     """Layers of one U-Net step; each gets the inputs that its kind takes."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None
+        self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None, random: SampleRandom | None
     ) -> Tensor:
         """Run the layers in order on ``(B, C, H, W)``."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb)
+                x = layer(x, emb, random)
             elif isinstance(layer, AttentionBlock):
                 x = layer(x, context, mask)
             else:
@@ -262,6 +265,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             _zeroed(nn.Conv2d(width * config.channel_mult[0], out_channels, 3, padding=1)),
         )
+        name_dropouts(self)
 
     def _step(self, channels: int, out_channels: int, side: int) -> list[nn.Module]:
         layers: list[nn.Module] = [ResBlock(channels, out_channels, self.config)]
@@ -323,6 +327,7 @@ class UNet(nn.Module):
         embedding: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
+        random: SampleRandom | None = None,
     ) -> Tensor:
         """Predict from a noised image.
 
@@ -332,6 +337,7 @@ class UNet(nn.Module):
             embedding: ``(B, 4 * model_channels)``, added to the timestep embedding.
             context: tokens ``(B, L, context_dim)`` that every attention sees before its own keys and values.
             context_mask: bool ``(B, L)``, True where a token may be seen.
+            random: of the training step, of the same B samples; a network with dropout needs it in training mode.
 
         Returns:
             ``(B, out_channels, H, W)`` in the dtype of ``x``.
@@ -350,11 +356,11 @@ class UNet(nn.Module):
         if self.channels_last:
             h = h.contiguous(memory_format=torch.channels_last)
         for block in self.input_blocks:
-            h = block(h, emb, context, context_mask)
+            h = block(h, emb, context, context_mask, random)
             skips.append(h)
-        h = self.middle_block(h, emb, context, context_mask)
+        h = self.middle_block(h, emb, context, context_mask, random)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, context_mask)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, context_mask, random)
         return cast(Tensor, self.out(h)).to(x.dtype)
 
 

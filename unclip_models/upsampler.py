@@ -109,7 +109,14 @@ class Upsampler(nn.Module):
                 nn.Linear(config.unet.model_channels, width), nn.SiLU(), nn.Linear(width, width)
             )
 
-    def forward(self, x_t: Tensor, t: Tensor, low_res: Tensor, noise_level: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        low_res: Tensor,
+        noise_level: Tensor | None = None,
+        random: SampleRandom | None = None,
+    ) -> Tensor:
         """Predict from a noised image and its low-resolution version.
 
         Args:
@@ -117,11 +124,13 @@ class Upsampler(nn.Module):
             t: original timesteps ``(B,)``.
             low_res: ``(B, 3, h, w)`` in [-1, 1], enlarged here to H x W; already noised, if at all.
             noise_level: s of the noise in ``low_res``, ``(B,)``; None is 0.
+            random: of the training step, see :meth:`UNet.forward`.
 
         Returns:
             ``(B, 3, H, W)``, or ``(B, 6, H, W)`` with learned variance.
         """
-        return self._predict(x_t, t, self._enlarged(low_res, x_t), self._level_embedding(noise_level, len(x_t)))
+        embedding = self._level_embedding(noise_level, len(x_t))
+        return self._predict(x_t, t, self._enlarged(low_res, x_t), embedding, random)
 
     def _enlarged(self, low_res: Tensor, x_t: Tensor) -> Tensor:
         mode = self.config.enlarge_mode
@@ -138,8 +147,10 @@ class Upsampler(nn.Module):
         features = timestep_embedding(noise_level * _LEVEL_SCALE, self.config.unet.model_channels)
         return cast(Tensor, self.noise_level_embed(features.to(self.unet.dtype)))
 
-    def _predict(self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None) -> Tensor:
-        return cast(Tensor, self.unet(torch.cat([x_t, enlarged], dim=1), t, embedding=embedding))
+    def _predict(
+        self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None, random: SampleRandom | None = None
+    ) -> Tensor:
+        return cast(Tensor, self.unet(torch.cat([x_t, enlarged], dim=1), t, embedding=embedding, random=random))
 
     def _predict_tiled(
         self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None, tiling: Tiling, batch_size: int
@@ -209,7 +220,7 @@ class Upsampler(nn.Module):
         t = random.integers("timestep", 0, self.diffusion.num_timesteps)
         noise = random.normal("noise", tuple(x_start.shape[1:]))
         loss, terms = self.diffusion.training_loss(
-            lambda x_t, timesteps: self(x_t, timesteps, low_res, level), x_start, t, noise
+            lambda x_t, timesteps: self(x_t, timesteps, low_res, level, random), x_start, t, noise
         )
         return loss.mean(), {**terms, "timestep": t}
 

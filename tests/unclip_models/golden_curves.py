@@ -114,7 +114,6 @@ def curve(name: str, *, autocast: bool = False, num_steps: int = NUM_STEPS) -> l
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
     losses = []
     for step in range(num_steps):
-        torch.manual_seed(step)  # dropout
         random = SampleRandom(0, step, range(step * BATCH, (step + 1) * BATCH))
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss, _ = model.loss(batch, random)
