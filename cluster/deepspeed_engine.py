@@ -197,7 +197,7 @@ class DeepSpeedEngine:
         """Hold all parameters on every rank, where that is asked for and they are partitioned."""
         if not (whole and self.partitioned):
             return contextlib.nullcontext()
-        zero: Any = importlib.import_module("deepspeed.zero")
+        zero = importlib.import_module("deepspeed").zero
         return zero.GatheredParameters(list(self._model.parameters()))  # type: ignore[no-any-return]
 
     def _gradient_norm(self) -> float:

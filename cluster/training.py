@@ -24,7 +24,7 @@ from stages import storage
 from stages.base import Resources, Shard, Stage, record_uri
 from stages.checkpoints import CheckpointFolder
 from stages.engine import EngineFactory, TorchEngine
-from stages.errors import ShardError, UnclipError
+from stages.errors import ShardError, StorageError, UnclipError
 from stages.manifest import ShardRecord
 from stages.training import TrainingStoppedError
 
@@ -48,7 +48,7 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         key: under which progress is put up.
 
     Raises:
-        UnclipError: what a rank raised.
+        UnclipError: what a rank raised; a ``StorageError`` only where the group did not get further three times.
         ShardError: retryable, if ranks died again and again without getting further.
     """
     checkpoints = CheckpointFolder(storage.join(output, shard.id), keep_last=1)
@@ -62,12 +62,15 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
             best_step = _newest(checkpoints)
             logger.warning("%s: a node is going away; the training moves on at step %d", stage.name, best_step)
             continue
-        if isinstance(cause, UnclipError):
+        if isinstance(cause, UnclipError) and not isinstance(cause, StorageError):
             raise cause
         step = _newest(checkpoints)
+        # A damaged checkpoint that was passed over counts no more: the newest one may be of an earlier step.
         num_idle_starts = 0 if step > best_step else num_idle_starts + 1
-        best_step = max(step, best_step)
+        best_step = step
         if num_idle_starts >= _MAX_STARTS_WITHOUT_PROGRESS:
+            if isinstance(cause, StorageError):
+                raise cause
             reason = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
             raise ShardError(
                 f"{stage.name}: the training group died {num_idle_starts} times without getting past step {best_step}: "
@@ -75,8 +78,9 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
                 retryable=True,
             ) from error
         extra = {"stage": stage.name, "event": RESTARTED}
+        why = f"lost the store ({cause})" if isinstance(cause, StorageError) else "died"
         logger.warning(
-            "%s: the training group died; starting it again from step %d", stage.name, best_step, extra=extra
+            "%s: the training group %s; starting it again from step %d", stage.name, why, best_step, extra=extra
         )
 
 

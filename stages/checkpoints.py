@@ -11,6 +11,7 @@ Layout::
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from stages import storage
 from stages.engine import Engine, files_to_load
-from stages.errors import IntegrityError, StorageError, UnclipError
+from stages.errors import IntegrityError, NotFoundError, StorageError, UnclipError
 from stages.metrics import METRICS_NAME
 from stages.sharded_state import RANK_FILE, assemble
 from stages.step_guard import GUARD_NAME
@@ -61,14 +62,18 @@ class Checkpoint:
         """Read a record.
 
         Raises:
-            StorageError: if it is missing or no JSON.
-            IntegrityError: if it is of another format.
+            StorageError: if it is missing or cannot be read.
+            IntegrityError: if it is no record of this format.
         """
-        value = storage.read_json(uri)
-        if not isinstance(value, dict) or value.pop("format_version", None) != FORMAT_VERSION:
-            raise IntegrityError(f"{uri}: not a checkpoint record of format {FORMAT_VERSION}")
-        value["files"] = {name: Written(**written) for name, written in value["files"].items()}
-        return cls(**value)
+        content = storage.read_bytes(uri)
+        try:
+            value = json.loads(content)
+            if value.pop("format_version") != FORMAT_VERSION:
+                raise ValueError(f"not of format {FORMAT_VERSION}")
+            value["files"] = {name: Written(**written) for name, written in value["files"].items()}
+            return cls(**value)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise IntegrityError(f"{uri}: not a checkpoint record ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,14 @@ class Resumed:
     step: int
     metrics: bytes
     guard: bytes
+
+
+@dataclass(frozen=True)
+class _Unusable:
+    """Why a rank cannot use a checkpoint; a damaged one stays so, another may be readable in a while."""
+
+    why: str
+    is_damaged: bool
 
 
 class CheckpointFolder:
@@ -144,22 +157,51 @@ class CheckpointFolder:
     def resume(self, engine: Engine) -> Resumed | None:
         """Load the newest whole checkpoint into the engine (collective).
 
-        A checkpoint that any rank finds damaged is passed over by all, with a warning.
+        A checkpoint that any rank finds damaged is passed over by all, with a warning, and counts no more.
 
         Returns:
-            None if there is no whole checkpoint.
+            None if there are no checkpoints.
+
+        Raises:
+            StorageError: on every rank, if one of them cannot read a checkpoint that is not known to be damaged: to
+                train from an earlier one would throw steps away for a moment's trouble.
+            IntegrityError: if there are checkpoints, and all are damaged.
         """
-        for step in engine.gather(self.steps())[0]:
+        steps = engine.gather(self.steps())[0]
+        for number, step in enumerate(steps):
             with contextlib.ExitStack() as stack:
                 fetched = self._try_fetch(engine, step, stack)
-                errors = [error for error in engine.gather(None if not isinstance(fetched, str) else fetched) if error]
-                if errors:
-                    logger.warning("checkpoint of step %d is passed over: %s", step, errors[0])
-                    continue
-                assert not isinstance(fetched, str)
-                engine.load(fetched[0])
-                return Resumed(step, *fetched[1:])
+                found = engine.gather(fetched if isinstance(fetched, _Unusable) else None)
+                problems = sorted((problem for problem in found if problem), key=lambda problem: problem.is_damaged)
+                if not problems:
+                    assert not isinstance(fetched, _Unusable)
+                    engine.load(fetched[0])
+                    self._discard(engine, steps[:number])
+                    return Resumed(step, *fetched[1:])
+            if not problems[0].is_damaged:
+                raise StorageError(
+                    f"the checkpoint of step {step} cannot be read at present ({problems[0].why}); once it can, run "
+                    "again to go on from there"
+                )
+            logger.warning("checkpoint of step %d is passed over: %s", step, problems[0].why)
+        if steps:
+            raise IntegrityError(
+                f"{self._uri}: all {len(steps)} checkpoints are damaged, the newest of step {steps[0]}; put them back, "
+                "or run with --force to train from the beginning"
+            )
         return None
+
+    def _discard(self, engine: Engine, steps: Sequence[int]) -> None:
+        """Take the records of damaged checkpoints away: among the newest ones they would push out whole ones."""
+        problem = None
+        if engine.rank == 0:
+            try:
+                for step in steps:
+                    storage.delete(storage.join(self.uri_of(step), RECORD_NAME))
+            except StorageError as error:
+                problem = f"{error}"
+        if (problem := engine.gather(problem)[0]) is not None:
+            raise StorageError(problem)
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, newest first; for one rank."""
@@ -185,7 +227,7 @@ class CheckpointFolder:
 
     def _try_fetch(
         self, engine: Engine, step: int, stack: contextlib.ExitStack
-    ) -> tuple[Sequence[Path], bytes, bytes] | str:
+    ) -> tuple[Sequence[Path], bytes, bytes] | _Unusable:
         """Get this rank's files of a checkpoint, checked; or say in a few words why that is impossible."""
         try:
             record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
@@ -193,18 +235,19 @@ class CheckpointFolder:
             paths = [self._fetch(record, name, stack) for name in names]
             guard = self._fetch(record, GUARD_NAME, stack).read_bytes() if GUARD_NAME in record.files else b""
             return paths, self._fetch(record, METRICS_NAME, stack).read_bytes(), guard
-        except (UnclipError, TypeError, KeyError) as error:
-            return f"{error}"
+        except UnclipError as error:
+            return _Unusable(f"{error}", isinstance(error, IntegrityError | NotFoundError))
 
     def _fetch(self, record: Checkpoint, name: str, stack: contextlib.ExitStack) -> Path:
         uri = storage.join(self.uri_of(record.step), name)
         if name not in record.files:
             raise IntegrityError(f"{uri}: not named in the checkpoint's record")
-        path = stack.enter_context(storage.local_copy(uri))
         wanted = record.files[name]
-        if path.stat().st_size != wanted.num_bytes or storage.sha256_of(path) != wanted.sha256:
-            raise IntegrityError(f"{uri}: differs from its record, it is damaged")
-        return path
+        for _ in range(1 if storage.is_local(uri) else 2):  # what was spoiled on its way is whole the second time
+            path = stack.enter_context(storage.local_copy(uri))
+            if path.stat().st_size == wanted.num_bytes and storage.sha256_of(path) == wanted.sha256:
+                return path
+        raise IntegrityError(f"{uri}: differs from its record, it is damaged")
 
     def _retain(self) -> None:
         """Delete all but the newest and the permanent checkpoints, and what broken-off writes left before them."""

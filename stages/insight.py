@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from stages.early_stop import EarlyStop
+from stages.early_stop import LOST, EarlyStop
 from stages.engine import Engine
 from stages.errors import ConfigError
 from stages.hardware import memory_gib, peak_tflops
@@ -129,6 +129,11 @@ class Insight:
     def best_step(self) -> int | None:
         """The step to export, and whose checkpoint is to be kept; None: the last one."""
         return self._early_stop.best_step
+
+    def lose(self, steps: Iterable[int]) -> dict[str, float]:
+        """Take in that the checkpoints of steps could not be written; return what the next line has to tell of it."""
+        lost = [step for step in steps if self._early_stop.lose(step)]
+        return {LOST: float(lost[-1])} if lost else {}
 
     def look(self, done: int) -> Seen:
         """Validate and draw what is due after a step (collective)."""

@@ -16,7 +16,7 @@ import math
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,20 +77,25 @@ class MetricsLog:
         """Add one line: ``step`` and the numbers; those that are not finite become null, for lack of a word in JSON."""
         values = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         self._lines += json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n"
-        if self._writer is not None:
+
+        def draw(writer: Any) -> None:
             for name, value in numbers.items():
-                self._writer.add_scalar(name, value, step)
+                writer.add_scalar(name, value, step)
+
+        self._to_tensorboard(draw)
         if self._wandb is not None:
             self._wandb.write(step, values)
         if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
             self.publish()
 
     def show(self, step: int, picture: Pixels) -> None:
-        """Publish a grid of samples, uint8 ``(H, W, 3)``."""
+        """Publish a grid of samples, uint8 ``(H, W, 3)``; a store that fails is no reason to stop the training."""
         uri = storage.join(self._folder, SAMPLES_NAME, f"step-{step:06d}.png")
-        storage.write_bytes(uri, encode_png(picture, {"step": str(step)}))
-        if self._writer is not None:
-            self._writer.add_image("samples", picture, step, dataformats="HWC")
+        try:
+            storage.write_bytes(uri, encode_png(picture, {"step": str(step)}))
+        except StorageError as error:
+            logger.warning("the samples of step %d cannot be shown: %s", step, error)
+        self._to_tensorboard(lambda writer: writer.add_image("samples", picture, step, dataformats="HWC"))
         if self._wandb is not None:
             self._wandb.show(step, picture)
 
@@ -103,9 +108,8 @@ class MetricsLog:
         self._published_at = time.monotonic()
 
     def _publish(self) -> None:
+        self._to_tensorboard(lambda writer: writer.flush())
         storage.write_bytes(storage.join(self._folder, METRICS_NAME), self.content)
-        if self._writer is not None:
-            self._writer.flush()
         if self._scratch is not None:
             for path in sorted(Path(self._scratch.name).iterdir()):
                 storage.upload(path, storage.join(self._folder, TENSORBOARD_NAME, path.name))
@@ -113,12 +117,21 @@ class MetricsLog:
     def close(self) -> None:
         """Publish a last time and release the writer."""
         self.publish()
-        if self._writer is not None:
-            self._writer.close()
+        self._to_tensorboard(lambda writer: writer.close())
         if self._wandb is not None:
             self._wandb.close()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    def _to_tensorboard(self, call: Callable[[Any], None]) -> None:
+        """Call TensorBoard's writer, a thread of its own: what failed there is raised at the next call, for good."""
+        if self._writer is None:
+            return
+        try:
+            call(self._writer)
+        except OSError as error:
+            self._writer = None
+            logger.warning("TensorBoard gets no more numbers until the training is started again: %s", error)
 
     def _open_tensorboard(self, first_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # a second of imports, in training processes only
@@ -128,7 +141,11 @@ class MetricsLog:
         else:
             self._scratch = tempfile.TemporaryDirectory(prefix="unclip-tensorboard-")
             directory = self._scratch.name
-        return SummaryWriter(directory, purge_step=first_step or None)
+        try:
+            return SummaryWriter(directory, purge_step=first_step or None)
+        except OSError as error:
+            logger.warning("TensorBoard gets no numbers: %s", error)
+            return None
 
 
 class MetricsWindow:

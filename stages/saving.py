@@ -109,6 +109,7 @@ class Saver:
         self._max_failures = max_failures
         self._num_failures = 0
         self.newest = newest
+        self._failed: list[int] = []
         self._under_way: tuple[int, _Upload] | None = None
 
     @property
@@ -159,12 +160,18 @@ class Saver:
 
     def _note_failure(self, step: int, problem: str, *, may_fail: bool) -> None:
         self._num_failures += 1
+        self._failed.append(step)
         if may_fail and self._num_failures < self._max_failures:
             if self._engine.rank == 0:
                 logger.warning("%s: the checkpoint of step %d is not written: %s", self._place, step, problem)
             return
         newest = "none was written before" if self.newest is None else f"that of step {self.newest} is whole"
         raise StageError(f"{self._place}: the checkpoint of step {step} cannot be written ({newest}): {problem}")
+
+    def take_failed(self) -> list[int]:
+        """Return the steps whose saves have failed since this was asked last."""
+        failed, self._failed = self._failed, []
+        return failed
 
     def close(self) -> None:
         """Wait for this rank's thread, without making its checkpoint count: what the end of a failed training does."""

@@ -278,12 +278,18 @@ class _Loop:
         self.window.pause(seen.seconds or 0.0)
         if self.log is not None and seen.picture is not None:
             self.log.show(done, seen.picture)
+        began_at = time.monotonic()
+        if saving:
+            self.watchdog.enter("checkpoint", done)
+            self.saver.finish()
+            self.window.add_saving(time.monotonic() - began_at)
+        lost = self.insight.lose(self.saver.take_failed())
         if saving or seen.seconds is not None or done % self.config.log_every_steps == 0:
             self.watchdog.enter("log", done)
             metrics = self.window.close(self.engine, learning_rate) | self.stragglers.close()
             metrics |= self.watch.close(self.engine, done)
             metrics |= self.insight.machine(metrics["samples_per_s"]) | dict(seen.numbers)
-            metrics |= {
+            metrics |= lost | {
                 "num_spikes": float(self.guard.num_spikes),
                 "num_rollbacks": float(len(self.history.rollbacks)),
             }

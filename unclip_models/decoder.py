@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from unclip_models.clip_text import ClipText, ClipTextFeatures, build_text, encode_captions, features_of
 from unclip_models.diffusion import Clip, Denoiser, GaussianDiffusion, spaced_timesteps
+from unclip_models.dropout import dropout_seeds
 from unclip_models.inpainting import inpaint_sample
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import (
@@ -121,20 +122,20 @@ class Decoder(nn.Module):
         drop_embedding: Tensor,
         drop_caption: Tensor,
         clip_text: ClipTextFeatures | None = None,
-        random: SampleRandom | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Predict from a noised image ``(B, 3, S, S)``; for the other arguments see :meth:`condition`, and for
-        ``random`` :meth:`UNet.forward`.
+        ``dropout_seeds`` :meth:`UNet.forward`.
 
         Returns:
             ``(B, 3, S, S)``, or ``(B, 6, S, S)`` with learned variance.
         """
         condition = self.condition(image_embedding, tokens, drop_embedding, drop_caption, clip_text)
-        return self._predict(x_t, t, condition, random)
+        return self._predict(x_t, t, condition, dropout_seeds)
 
-    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition, random: SampleRandom | None = None) -> Tensor:
+    def _predict(self, x_t: Tensor, t: Tensor, condition: Condition, dropout_seeds: Tensor | None = None) -> Tensor:
         given = {"embedding": condition.embedding, "context": condition.context, "context_mask": condition.visible}
-        return cast(Tensor, self.unet(x_t, t, **given, random=random))
+        return cast(Tensor, self.unet(x_t, t, **given, dropout_seeds=dropout_seeds))
 
     def loss(self, batch: Mapping[str, Tensor], random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         """Compute the training loss of a batch.
@@ -156,10 +157,11 @@ class Decoder(nn.Module):
         drop_embedding = random.bernoulli("embedding_dropout", self.config.embedding_dropout)
         drop_caption = random.bernoulli("caption_dropout", self.config.caption_dropout)
 
+        seeds = dropout_seeds(random)
         z, tokens, clip_text = batch[self.config.condition_on], batch["tokens"], features_of(batch)
 
         def denoiser(x_t: Tensor, timesteps: Tensor) -> Tensor:
-            return cast(Tensor, self(x_t, timesteps, z, tokens, drop_embedding, drop_caption, clip_text, random))
+            return cast(Tensor, self(x_t, timesteps, z, tokens, drop_embedding, drop_caption, clip_text, seeds))
 
         loss, terms = self.diffusion.training_loss(denoiser, x_start, t, noise)
         return loss.mean(), {**terms, "timestep": t}

@@ -26,8 +26,7 @@ class SampleRandom:
         seed: the run's seed, any integer.
         step: optimizer step, from 0.
         indices: global sample index of each row of the batch; its length is the batch size B.
-        device: where the tensors are returned. Numbers are drawn on the CPU, so they do not depend on the device;
-            except for those of :meth:`mask`.
+        device: where the tensors are returned. Numbers are drawn on the CPU, so they do not depend on the device.
     """
 
     def __init__(self, seed: int, step: int, indices: Sequence[int], device: torch.device | str = "cpu") -> None:
@@ -74,21 +73,6 @@ class SampleRandom:
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"SampleRandom.bernoulli: p of {tag!r} is {p}; give a probability in [0, 1]")
         return torch.from_numpy(self._uniform(tag) < p).to(self.device)
-
-    @torch.compiler.disable
-    def mask(self, tag: str, p: float, shape: tuple[int, ...]) -> Tensor:
-        """Draw coins that are True with probability ``p``, bool ``(B, *shape)``, for the activations of a network.
-
-        Unlike all else they are drawn on the device, for there are many: GPUs meet other masks than CPUs do.
-        """
-        coins = torch.empty((len(self.indices), *shape), dtype=torch.bool, device=self.device)
-        if self.device.type == "meta":
-            return coins
-        generator = torch.Generator(self.device)
-        for row, index in zip(coins, self.indices, strict=True):
-            generator.manual_seed(self._stream(f"{tag}/{index}"))
-            row.bernoulli_(p, generator=generator)
-        return coins
 
     def generator(self, tag: str) -> list[np.random.Generator]:
         """Return one fresh numpy generator per sample, for crops and degradations."""

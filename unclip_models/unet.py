@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unclip_models.diffusion import timestep_embedding
-from unclip_models.dropout import SampleDropout, name_dropouts
-from unclip_models.randomness import SampleRandom
+from unclip_models.dropout import SampleDropout, number_dropouts
 from unclip_models.settings import UNetConfig
 
 
@@ -118,22 +117,22 @@ class ResBlock(nn.Module):
         same = channels == out_channels
         self.skip_connection = nn.Identity() if same else nn.Conv2d(channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor, random: SampleRandom | None = None) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor, dropout_seeds: Tensor | None = None) -> Tensor:
         """Apply the block.
 
         Args:
             x: ``(B, C, H, W)``.
             emb: timestep embedding ``(B, 4 * model_channels)``.
-            random: of the training step, for the dropout.
+            dropout_seeds: of the samples, int64 ``(B,)``; needed in training mode if there is dropout.
 
         Returns:
             ``(B, C_out, H', W')``, resampled if the block resamples.
         """
         if self.checkpoint_activations and torch.is_grad_enabled():
-            return checkpoint(self._forward, x, emb, random, use_reentrant=False)
-        return self._forward(x, emb, random)
+            return checkpoint(self._forward, x, emb, dropout_seeds, use_reentrant=False)
+        return self._forward(x, emb, dropout_seeds)
 
-    def _forward(self, x: Tensor, emb: Tensor, random: SampleRandom | None) -> Tensor:
+    def _forward(self, x: Tensor, emb: Tensor, dropout_seeds: Tensor | None) -> Tensor:
         norm, silu, conv = self.in_layers
         h = conv(self.resample(silu(norm(x))))  # (B, C_out, H', W')
         shift = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
@@ -143,7 +142,7 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, norm(h), 1 + scale)
         else:
             h = norm(h + shift)
-        h = conv(dropout(silu(h), random))
+        h = conv(dropout(silu(h), dropout_seeds))
         return cast(Tensor, self.skip_connection(self.resample(x)) + h)
 
 
@@ -210,12 +209,12 @@ class Block(nn.Sequential):
     """Layers of one U-Net step; each gets the inputs that its kind takes."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None, random: SampleRandom | None
+        self, x: Tensor, emb: Tensor, context: Tensor | None, mask: Tensor | None, dropout_seeds: Tensor | None
     ) -> Tensor:
         """Run the layers in order on ``(B, C, H, W)``."""
         for layer in self:
             if isinstance(layer, ResBlock):
-                x = layer(x, emb, random)
+                x = layer(x, emb, dropout_seeds)
             elif isinstance(layer, AttentionBlock):
                 x = layer(x, context, mask)
             else:
@@ -265,7 +264,7 @@ class UNet(nn.Module):
             nn.SiLU(),
             _zeroed(nn.Conv2d(width * config.channel_mult[0], out_channels, 3, padding=1)),
         )
-        name_dropouts(self)
+        number_dropouts(self)
 
     def _step(self, channels: int, out_channels: int, side: int) -> list[nn.Module]:
         layers: list[nn.Module] = [ResBlock(channels, out_channels, self.config)]
@@ -327,7 +326,7 @@ class UNet(nn.Module):
         embedding: Tensor | None = None,
         context: Tensor | None = None,
         context_mask: Tensor | None = None,
-        random: SampleRandom | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Predict from a noised image.
 
@@ -337,7 +336,8 @@ class UNet(nn.Module):
             embedding: ``(B, 4 * model_channels)``, added to the timestep embedding.
             context: tokens ``(B, L, context_dim)`` that every attention sees before its own keys and values.
             context_mask: bool ``(B, L)``, True where a token may be seen.
-            random: of the training step, of the same B samples; a network with dropout needs it in training mode.
+            dropout_seeds: of the samples, int64 ``(B,)``, on the CPU; a network with dropout needs them in training
+                mode.
 
         Returns:
             ``(B, out_channels, H, W)`` in the dtype of ``x``.
@@ -356,11 +356,11 @@ class UNet(nn.Module):
         if self.channels_last:
             h = h.contiguous(memory_format=torch.channels_last)
         for block in self.input_blocks:
-            h = block(h, emb, context, context_mask, random)
+            h = block(h, emb, context, context_mask, dropout_seeds)
             skips.append(h)
-        h = self.middle_block(h, emb, context, context_mask, random)
+        h = self.middle_block(h, emb, context, context_mask, dropout_seeds)
         for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, context_mask, random)
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context, context_mask, dropout_seeds)
         return cast(Tensor, self.out(h)).to(x.dtype)
 
 

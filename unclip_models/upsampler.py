@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from unclip_models.decoder import IMAGE_CHANNELS, run_image_sampler
 from unclip_models.degradation import degrade, downsample
 from unclip_models.diffusion import GaussianDiffusion, spaced_timesteps, timestep_embedding
+from unclip_models.dropout import dropout_seeds
 from unclip_models.randomness import SampleRandom
 from unclip_models.sampling import draw_noise
 from unclip_models.sampling_settings import ImageSampler
@@ -115,7 +116,7 @@ class Upsampler(nn.Module):
         t: Tensor,
         low_res: Tensor,
         noise_level: Tensor | None = None,
-        random: SampleRandom | None = None,
+        dropout_seeds: Tensor | None = None,
     ) -> Tensor:
         """Predict from a noised image and its low-resolution version.
 
@@ -124,13 +125,13 @@ class Upsampler(nn.Module):
             t: original timesteps ``(B,)``.
             low_res: ``(B, 3, h, w)`` in [-1, 1], enlarged here to H x W; already noised, if at all.
             noise_level: s of the noise in ``low_res``, ``(B,)``; None is 0.
-            random: of the training step, see :meth:`UNet.forward`.
+            dropout_seeds: see :meth:`UNet.forward`.
 
         Returns:
             ``(B, 3, H, W)``, or ``(B, 6, H, W)`` with learned variance.
         """
         embedding = self._level_embedding(noise_level, len(x_t))
-        return self._predict(x_t, t, self._enlarged(low_res, x_t), embedding, random)
+        return self._predict(x_t, t, self._enlarged(low_res, x_t), embedding, dropout_seeds)
 
     def _enlarged(self, low_res: Tensor, x_t: Tensor) -> Tensor:
         mode = self.config.enlarge_mode
@@ -148,9 +149,11 @@ class Upsampler(nn.Module):
         return cast(Tensor, self.noise_level_embed(features.to(self.unet.dtype)))
 
     def _predict(
-        self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None, random: SampleRandom | None = None
+        self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None, dropout_seeds: Tensor | None = None
     ) -> Tensor:
-        return cast(Tensor, self.unet(torch.cat([x_t, enlarged], dim=1), t, embedding=embedding, random=random))
+        return cast(
+            Tensor, self.unet(torch.cat([x_t, enlarged], dim=1), t, embedding=embedding, dropout_seeds=dropout_seeds)
+        )
 
     def _predict_tiled(
         self, x_t: Tensor, t: Tensor, enlarged: Tensor, embedding: Tensor | None, tiling: Tiling, batch_size: int
@@ -219,8 +222,9 @@ class Upsampler(nn.Module):
         low_res, level = self._augmented(low_res, random)
         t = random.integers("timestep", 0, self.diffusion.num_timesteps)
         noise = random.normal("noise", tuple(x_start.shape[1:]))
+        seeds = dropout_seeds(random)
         loss, terms = self.diffusion.training_loss(
-            lambda x_t, timesteps: self(x_t, timesteps, low_res, level, random), x_start, t, noise
+            lambda x_t, timesteps: self(x_t, timesteps, low_res, level, seeds), x_start, t, noise
         )
         return loss.mean(), {**terms, "timestep": t}
 

@@ -26,18 +26,22 @@ class Schedule:
         fraction: share of spoiled requests.
         seed: of the schedule.
         faults: the kinds to choose from.
+        part: of the path of a request, without which it is left alone.
         counts: what has been done so far.
     """
 
     fraction: float
     seed: int = 0
     faults: tuple[str, ...] = FAULTS
+    part: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     _number: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def next(self) -> str:
+    def next(self, path: str) -> str:
         """Return the fault of the next request, or ``ok``."""
+        if self.part not in path:
+            return "ok"
         with self._lock:
             self._number += 1
             draw = random.Random(f"{self.seed}:{self._number}")
@@ -54,7 +58,7 @@ def faulty_proxy(endpoint: str, schedule: Schedule) -> Iterator[str]:
         target = urllib.parse.urlsplit(endpoint).netloc
 
         def do_GET(self) -> None:
-            fault = schedule.next()
+            fault = schedule.next(self.path)
             body = self.body()
             if fault == "reset_before":
                 return self._reset()

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from stages import storage
+from stages import metrics, storage
 from stages.checkpoints import CheckpointFolder
-from stages.errors import StageError
-from stages.training import Trained
+from stages.errors import StageError, StorageError
+from stages.training import Trained, TrainingStoppedError
 from stages.training_config import TrainingConfig
 from tests.chaos.s3_proxy import Schedule, faulty_proxy
 from tests.chaos.test_full_disk import small_disk  # noqa: F401 - a fixture
@@ -65,6 +65,52 @@ def test_spoiled_requests_are_not_noticed(
         assert sum(schedule.counts.values()) > schedule.counts["ok"], "some were spoiled"
         assert_same_weights(trained, straight)
         assert CheckpointFolder(s3_root, 2).steps() == [20, 18]
+
+
+def test_a_checkpoint_that_cannot_be_read_for_a_while_is_not_given_up(
+    straight: Trained, s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_RETRY_WAITS_S", (0.0, 0.0, 0.0))
+    with pytest.raises(TrainingStoppedError):
+        asked = iter([False] * 13 + [True])
+        train_until_killed.run(s3_root, VectorStream(), CONFIG, lambda: next(asked))
+    said = r"step 14 cannot be read at present \(.*run again to go on from there"
+    with (
+        faulty_proxy(s3_server, Schedule(1.0, faults=("503",), part="step-000014/")) as endpoint,
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(StorageError, match=said),
+    ):
+        patch.setenv("AWS_ENDPOINT_URL", endpoint)
+        run(s3_root, VectorStream())
+    assert CheckpointFolder(s3_root, 2).steps() == [14, 12]
+    assert_same_weights(run(s3_root, VectorStream()), straight)
+
+
+# TensorBoard's thread ends with the error that its next caller gets.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("remote", [False, True])
+def test_tensorboard_without_room_ends_alone(
+    straight: Trained,
+    filler: Any,
+    s3_root: str,
+    remote: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its files lie in the training's folder, or in scratch where the store is remote; the checkpoints have room."""
+    disk, fill, make_room = filler
+    (Path(disk) / "tensorboard").mkdir()
+    monkeypatch.setattr(metrics, "_PUBLISH_EVERY_S", -1.0)  # every line is flushed
+    if remote:
+        root = s3_root
+        monkeypatch.setattr("tempfile.tempdir", disk)
+    else:
+        root = f"{disk}/training"
+    config = dataclasses.replace(CONFIG, tensorboard=True, log_every_steps=1)
+    with caplog.at_level(logging.WARNING):
+        trained = run(root, Disturbed(at_8=fill, at_17=make_room), config)
+    assert caplog.text.count("TensorBoard gets no more numbers until the training is started again") == 1
+    assert_same_weights(trained, straight)
 
 
 @pytest.fixture

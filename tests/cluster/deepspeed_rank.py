@@ -91,6 +91,12 @@ def look(engine: Engine) -> dict[str, Any]:
     return {"loss": float(mean), "same": all(engine.gather(same))}
 
 
+def weights_whole(engine: Engine) -> float:
+    """Add up all weights on the first rank, as something that draws samples there sees them."""
+    with engine.evaluating(averaged=True, whole=True) as model:
+        return float(sum(param.double().square().sum() for param in model.parameters()))
+
+
 def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Train, save, train on; go back to the checkpoint and repeat; meet a step that is not finite."""
     engine = DeepSpeedEngine(TinyModel(), model_loss, settings(world_size, zero_stage))
@@ -98,6 +104,7 @@ def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     save(engine, folder / f"zero{zero_stage}")
     load(engine, folder / f"zero{zero_stage}", engine.layout)
     found["looked"] = look(engine)
+    found["whole"] = weights_whole(engine)
     found["on"] = steps(engine, 5, 8)
     load(engine, folder / f"zero{zero_stage}", engine.layout)
     found["again"] = steps(engine, 5, 8)
@@ -112,6 +119,7 @@ def exercise(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
     plain = TorchEngine(TinyModel(seed=9), model_loss, settings(world_size, 0))
     load(plain, folder / f"zero{zero_stage}", engine.layout)
     found["plain_looked"] = look(plain)
+    found["plain_whole"] = weights_whole(plain)
     found["plain"] = steps(plain, 5, 8)
     return found
 

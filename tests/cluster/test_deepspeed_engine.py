@@ -88,6 +88,11 @@ def test_averaged_weights_are_lent_and_given_back(found: dict[str, Any], stage: 
 
 
 @pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_one_rank_sees_all_averaged_weights(found: dict[str, Any], stage: int) -> None:
+    assert found[str(stage)]["whole"] == pytest.approx(found[str(stage)]["plain_whole"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
 def test_resuming_is_exact(found: dict[str, Any], stage: int) -> None:
     assert found[str(stage)]["again"] == found[str(stage)]["on"]
 

@@ -145,6 +145,35 @@ def test_early_stop_exports_the_best_step(inputs: dict[str, Manifest], tmp_path:
     assert all(torch.equal(kept[name], tensor) for name, tensor in weights_of(manifest).items())
 
 
+def test_a_best_step_without_a_checkpoint_is_not_exported(
+    inputs: dict[str, Manifest],  # noqa: F811
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    validation = dataclasses.replace(VALIDATED, every_steps=1, weights="raw", early_stop_patience=2)
+    settings = {"num_steps": 40, "learning_rate": 0.5, "checkpoint_every_steps": 100, "ema_decay": 0.0}
+    best = 0
+    for name in ("undisturbed", "obstructed"):
+        (tmp_path / name).mkdir()
+        own = fresh(inputs, tmp_path / name)
+        stage = training("decoder", own["curate"].root, validation=validation, **settings)
+        folder = Path(stage.root) / "decoder" / "shards" / stage.plan(needed(stage, own))[0].id
+        if best:
+            (folder / "checkpoints").mkdir(parents=True)
+            (folder / "checkpoints" / f"step-{best:06d}").write_text("in the way")
+        manifest = run(stage, own)
+        best = best or int(manifest.records[0].metrics["exported_step"])
+    assert f"the checkpoint of step {best} is not written" in caplog.text
+    assert [line["step"] for line in lines_of(manifest) if line.get("lost_best_step") == best] == [best + 1]
+    others = {line["step"]: line["validation_raw_loss"] for line in lines_of(manifest) if line["step"] != best}
+    exported = manifest.records[0].metrics["exported_step"]
+    assert exported == min(others, key=lambda step: others[step]) and max(others) < 40
+    # The same once more from the lines alone.
+    folder.with_suffix(".json").unlink()
+    Path(manifest.uri).unlink()
+    assert run(stage, own).records[0].metrics["exported_step"] == exported
+
+
 def test_a_resumed_training_stops_at_the_same_step(inputs: dict[str, Manifest], tmp_path: Path) -> None:  # noqa: F811
     validation = dataclasses.replace(VALIDATED, every_steps=1, weights="raw", early_stop_patience=3)
     settings = {"num_steps": 40, "learning_rate": 0.5, "checkpoint_every_steps": 2, "checkpoint_in_background": False}

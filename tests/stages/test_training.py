@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from stages import storage
 from stages.base import Progress
 from stages.checkpoints import CheckpointFolder
 from stages.engine import TorchEngine
-from stages.errors import StageError
+from stages.errors import IntegrityError, StageError
 from stages.metrics import read_metrics
 from stages.training import Trained, TrainingStoppedError, train
 from stages.training_config import TrainingConfig, learning_rate_at
@@ -110,8 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     straight: Trained, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = dataclasses.replace(CONFIG, num_steps=20)
-    with pytest.raises(TrainingStoppedError):
-        _stop_after(14, str(tmp_path), config)
+    _stop_after(14, str(tmp_path), config)
     newest = tmp_path / "checkpoints" / "step-000014"
     file = newest / "rank-0000.safetensors"
     if damage == "flip":
@@ -131,14 +131,37 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert_same(resumed, straight)
 
 
+@pytest.mark.parametrize("keep_last", [1, 2])
+def test_damaged_checkpoints_push_no_whole_ones_out(straight: Trained, tmp_path: Path, keep_last: int) -> None:
+    folder, config = str(tmp_path), dataclasses.replace(CONFIG, keep_last=3)
+    _stop_after(14, folder, config)
+    assert CheckpointFolder(folder, 3).steps() == [14, 12, 6]
+    (tmp_path / "checkpoints" / "step-000014" / "rank-0000.safetensors").write_bytes(b"damaged")
+    _stop_after(1, folder, dataclasses.replace(CONFIG, keep_last=keep_last))
+    assert CheckpointFolder(folder, keep_last).steps() == [13, 12][:keep_last]
+    assert_same(run(folder, VectorStream()), straight, extra_line=13)
+
+
+def test_a_training_whose_checkpoints_are_all_damaged_does_not_start_over(straight: Trained, tmp_path: Path) -> None:
+    _stop_after(14, str(tmp_path), CONFIG)
+    for path in tmp_path.glob("checkpoints/*/rank-0000.safetensors"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(
+        IntegrityError, match=r"all 2 checkpoints are damaged, the newest of step 14; put them back, or"
+    ):
+        run(str(tmp_path), VectorStream())
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert_same(run(str(tmp_path), VectorStream()), straight)
+
+
 def _stop_after(step: int, folder: str, config: TrainingConfig) -> None:
     asked = iter([False] * (step - 1) + [True])
-    run(folder, VectorStream(), config, lambda: next(asked))
+    with pytest.raises(TrainingStoppedError):
+        run(folder, VectorStream(), config, lambda: next(asked))
 
 
 def test_checkpoints_work_on_any_store(straight: Trained, root: str) -> None:
-    with pytest.raises(TrainingStoppedError):
-        _stop_after(7, f"{root}/training", dataclasses.replace(CONFIG, tensorboard=True))
+    _stop_after(7, f"{root}/training", dataclasses.replace(CONFIG, tensorboard=True))
     assert_same(run(f"{root}/training", VectorStream()), straight, extra_line=7)
     names = storage.list_files(f"{root}/training")
     assert [name for name in names if name.endswith("checkpoint.json")] == [

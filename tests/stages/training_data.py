@@ -18,7 +18,7 @@ from stages.dataset import Batch
 from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.samples import Sample, embedding_array, selection_table, table_to_bytes, write_tar
-from unclip_models.dropout import SampleDropout
+from unclip_models.dropout import SampleDropout, dropout_seeds
 from unclip_models.randomness import SampleRandom
 
 DIM = 16
@@ -115,16 +115,16 @@ class TinyModel(nn.Module):
             )
             self.bias = nn.Parameter(torch.zeros(DIM))
 
-    def forward(self, x: Tensor, random: SampleRandom | None = None) -> Tensor:
+    def forward(self, x: Tensor, seeds: Tensor | None = None) -> Tensor:
         for layer in self.body:
-            x = layer(x, random) if isinstance(layer, SampleDropout) else layer(x)
+            x = layer(x, seeds) if isinstance(layer, SampleDropout) else layer(x)
         return x + self.bias
 
     def loss(self, batch: Mapping[str, Tensor], random: SampleRandom) -> tuple[Tensor, dict[str, Tensor]]:
         x = batch["image_embedding"]
         t = random.integers("t", 0, 100)
         noisy = x + random.normal("noise", (DIM,)) * (t / 100)[:, None]
-        losses = (self(noisy, random) - x).pow(2).sum(1)
+        losses = (self(noisy, dropout_seeds(random)) - x).pow(2).sum(1)
         return losses.mean(), {"loss": losses.detach(), "t": t}
 
 

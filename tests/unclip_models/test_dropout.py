@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from tests.unclip_models.golden_curves import BATCH, CONFIGS, images_for, make, make_batch
 from unclip_models.checkpoint import build
-from unclip_models.dropout import SampleDropout
+from unclip_models.dropout import SampleDropout, dropout_seeds, number_dropouts
 from unclip_models.randomness import SampleRandom
 from unclip_models.unet import UNet
 
@@ -62,19 +63,33 @@ def test_what_is_computed_once_more_is_the_same() -> None:
 def test_numbers_are_dropped_and_the_others_scaled() -> None:
     layer = SampleDropout(0.25)
     x = torch.ones(50, 40, 10, dtype=torch.bfloat16)
-    out = layer(x, SampleRandom(0, 0, range(50)))
+    out = layer(x, dropout_seeds(SampleRandom(0, 0, range(50))))
     assert out.dtype == x.dtype and set(out.unique().tolist()) == {0.0, float(torch.tensor(4 / 3, dtype=x.dtype))}
     assert abs(float((out == 0).float().mean()) - 0.25) < 0.01
     assert layer.eval()(x, None) is x and SampleDropout(0.0)(x, None) is x
 
 
+def test_masks_are_independent_coins() -> None:
+    layers = [SampleDropout(0.1), SampleDropout(0.1)]
+    number_dropouts(nn.Sequential(*layers))
+    x = torch.ones(100, 600)
+    seeds = [dropout_seeds(SampleRandom(0, step, range(100))) for step in (4, 5)]
+    masks = [layer(x, of_step) > 0 for layer in layers for of_step in seeds]
+    for mask in masks:
+        flat = mask.float() - 0.9
+        assert float((flat[1:] * flat[:-1]).mean().abs()) < 0.01, "neighbours"
+        assert len({tuple(row.tolist()) for row in mask}) == 100
+    for one, other in itertools.combinations(masks, 2):
+        assert float(((one.float() - 0.9) * (other.float() - 0.9)).mean().abs()) < 0.01, "steps and layers"
+
+
 def test_layers_have_masks_of_their_own() -> None:
     (unet,) = (module for module in make("decoder").modules() if isinstance(module, UNet))
-    tags = [module.tag for module in unet.modules() if isinstance(module, SampleDropout)]
-    assert len(tags) == len(set(tags)) > 3
+    numbers = [module.layer for module in unet.modules() if isinstance(module, SampleDropout)]
+    assert len(numbers) == len(set(numbers)) > 3
 
 
-def test_without_the_steps_randomness_it_says_so() -> None:
+def test_without_seeds_it_says_so() -> None:
     (unet,) = (module for module in make("decoder").modules() if isinstance(module, UNet))
-    with pytest.raises(ValueError, match=r"^dropout/input_blocks.*in training mode it needs the step's SampleRandom"):
+    with pytest.raises(ValueError, match=r"in training mode it needs dropout_seeds\(random\); pass them, or call eval"):
         unet(torch.zeros(1, 3, 8, 8), torch.zeros(1), context=torch.zeros(1, 2, unet.context_dim))

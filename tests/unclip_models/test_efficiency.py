@@ -1,6 +1,7 @@
 """Memory format and compilation change no result, and networks can be compiled whole."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -45,13 +46,16 @@ def test_channels_last_reaches_the_activations_and_changes_no_result() -> None:
     assert formats == [True]
 
 
-@pytest.mark.parametrize("network", ["unet", "causal", "padded"])
+@pytest.mark.parametrize("network", ["unet", "dropout", "causal", "padded"])
 def test_networks_are_captured_whole(network: str) -> None:
     """A graph break would leave half of what compilation can do; the eager backend shows it without a C++ compiler."""
     torch._dynamo.reset()
     model: nn.Module = _unet()
     inputs = INPUTS
-    if network != "unet":
+    if network == "dropout":
+        model = UNet(dataclasses.replace(CONFIG, dropout=0.3), image_size=16, context_dim=6)
+        inputs = INPUTS | {"dropout_seeds": torch.tensor([3, 4])}
+    elif network != "unet":
         model = Transformer(16, 2, 2, causal=network == "causal")
         inputs = {"x": torch.randn(2, 5, 16)}
         if network == "padded":

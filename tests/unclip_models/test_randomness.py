@@ -16,7 +16,6 @@ def test_numbers_do_not_depend_on_the_rest_of_the_batch() -> None:
         lambda r: r.uniform("u"),
         lambda r: r.integers("t", 0, 1000),
         lambda r: r.bernoulli("drop", 0.5),
-        lambda r: r.mask("layer", 0.7, (3, 5)),
     ):
         assert torch.equal(torch.cat([draw(part) for part in parts]), draw(whole)[order])
     assert [g.random() for g in whole.generator("crop")][2] == parts[0].generator("crop")[0].random()
@@ -53,18 +52,6 @@ def test_moments_and_ranges() -> None:
     assert set(random.integers("i", 2, 5).tolist()) == {2, 3, 4}
     assert abs(float(random.bernoulli("b", 0.1).float().mean()) - 0.1) < 0.02
     assert not random.bernoulli("b", 0.0).any() and random.bernoulli("b", 1.0).all()
-
-
-def test_masks_are_coins_of_sample_and_layer() -> None:
-    random = SampleRandom(0, 4, range(100))
-    mask = random.mask("layer", 0.9, (20, 30))
-    assert mask.shape == (100, 20, 30) and mask.dtype == torch.bool
-    assert abs(float(mask.float().mean()) - 0.9) < 0.01
-    flat = mask.flatten(1).float() - 0.9
-    assert float((flat[1:] * flat[:-1]).mean().abs()) < 0.01, "neighbours are independent"
-    assert len({tuple(row.tolist()) for row in mask.flatten(1)}) == 100
-    assert not torch.equal(mask, random.mask("other", 0.9, (20, 30)))
-    assert not torch.equal(mask, SampleRandom(0, 5, range(100)).mask("layer", 0.9, (20, 30)))
 
 
 def test_generator_is_numpys_philox_with_the_documented_key() -> None:
