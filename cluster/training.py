@@ -3,11 +3,13 @@
 Ray Train starts the ranks, joins them (gloo on CPUs, nccl on GPUs) and notices when one dies. Checkpoints, metrics and
 progress are ours and go past it: a call of ``ray.train.report`` costs seconds. A group that died is started again and
 resumes from its newest checkpoint, as long as it gets further than the time before. A group of which a node is going
-away (``cluster/draining.py``) writes a checkpoint within a step or two and is started again on the others.
+away (``cluster/draining.py``) writes a checkpoint within a step or two and is started again on the others. With
+``min_ranks`` fewer ranks go on where nodes are lost for good (``cluster/elastic.py``).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import os
@@ -20,6 +22,7 @@ from typing import Any
 
 from cluster.board import BoardLink
 from cluster.draining import DrainWatch
+from cluster.elastic import num_ranks_on, per_rank, with_room
 from stages import storage
 from stages.base import Resources, Shard, Stage, record_uri
 from stages.checkpoints import CheckpointFolder
@@ -54,7 +57,7 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
     checkpoints = CheckpointFolder(storage.join(output, shard.id), keep_last=1)
     num_idle_starts, best_step = 0, _newest(checkpoints)
     while True:
-        error = _run_group(stage, shard, output, board, key)
+        error = _run_group(with_room(stage), shard, output, board, key)
         if error is None:
             return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
         cause = _cause_of(error)
@@ -124,7 +127,7 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
             scaling_config=ScalingConfig(
                 num_workers=max(1, resources.num_ranks),
                 use_gpu=uses_gpu,
-                resources_per_worker=_per_rank(resources),
+                resources_per_worker=per_rank(dataclasses.replace(resources, accelerator_type=None)),
                 placement_strategy=resources.placement.upper(),
                 label_selector=dict(resources.node_labels) or None,
                 accelerator_type=resources.accelerator_type,
@@ -144,24 +147,14 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
     return None
 
 
-def _per_rank(resources: Resources) -> dict[str, float]:
-    gpus = {"GPU": resources.num_gpus} if resources.num_gpus > 0 else {}
-    return {"CPU": resources.num_cpus, **gpus, **resources.custom}
-
-
 def _warn_if_nowhere(name: str, resources: Resources) -> None:
     """Say so if no node could hold a rank even when idle; an autoscaler may bring one, so the training waits."""
     import ray
 
-    wanted = _per_rank(resources)
-    if resources.accelerator_type is not None:
-        wanted[f"accelerator_type:{resources.accelerator_type}"] = 0.001
     nodes = [node for node in ray.nodes() if node["Alive"]]
-    for node in nodes:
-        has, labels = node["Resources"], node.get("Labels", {})
-        fits = all(has.get(resource, 0) >= amount for resource, amount in wanted.items())
-        if fits and all(labels.get(key) == value for key, value in resources.node_labels.items()):
-            return
+    if num_ranks_on(nodes, resources):
+        return
+    wanted = per_rank(resources)
     labelled = f" on nodes with labels {dict(resources.node_labels)}" if resources.node_labels else ""
     needs = ", ".join(f"{amount:g} {resource}" for resource, amount in wanted.items())
     logger.warning(

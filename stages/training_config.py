@@ -69,6 +69,10 @@ class TrainingConfig:
         affects="nothing",
     )
     num_ranks: int = setting(1, "processes that train together", affects="nothing")
+    min_ranks: int | None = setting(
+        None, "fewest to go on with when nodes are lost for good; null: wait for others", affects="nothing"
+    )
+    shrink_after_minutes: float = setting(10.0, "how long others are waited for, with `min_ranks`", affects="nothing")
     cpus_per_rank: float = setting(1.0, "CPU cores of each", affects="nothing")
     gpus_per_rank: float = setting(0.0, "GPUs of each: 0 or 1", affects="nothing")
     resources_per_rank: Mapping[str, float] = setting(
@@ -143,6 +147,8 @@ class TrainingConfig:
             raise ValueError(
                 f"global_batch_size: {self.global_batch_size} is not a multiple of num_streams: {self.num_streams}"
             )
+        if self.min_ranks is not None and not 1 <= self.min_ranks <= self.num_ranks:
+            raise ValueError(f"min_ranks: {self.min_ranks} is not between 1 and num_ranks: {self.num_ranks}")
         if self.num_streams % self.num_ranks:
             raise ValueError(f"num_ranks: {self.num_ranks} does not divide num_streams: {self.num_streams}")
         num_local = self.global_batch_size // self.num_ranks
@@ -186,7 +192,7 @@ class TrainingConfig:
             *("checkpoint_every_steps", "log_every_steps", "max_nonfinite_steps", "learning_rate", "eps"),
             *("max_failed_saves", "checkpoint_every_minutes", "keep_every_steps", "shard_cache_gib"),
             *("gradient_clipping", "cpus_per_rank", "spike_threshold", "spike_window"),
-            "rollback_learning_rate_factor",
+            *("rollback_learning_rate_factor", "shrink_after_minutes"),
         ):
             value = getattr(self, name)
             if value is not None and value <= 0:

@@ -108,7 +108,7 @@ class Machine:
         if not self.cable:
             return list(words)
         first = self.processes()[0].pid
-        return ["nsenter", "--target", str(first), "--mount", "--uts", "--net", "--pid", *words]
+        return ["nsenter", "--target", str(first), "--mount", "--uts", "--net", "--pid", f"--wd={TOP}", *words]
 
 
 @dataclass

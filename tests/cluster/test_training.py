@@ -102,7 +102,7 @@ class Tiny(Stage[TinyConfig]):
         should_stop: Callable[[], bool] = lambda: False,
     ) -> ShardRecord:
         trained = train(
-            TinyModel(dropout=0.1 if self.config.num_ranks == 1 else 0.0),
+            TinyModel(dropout=0.1),
             AccidentalStream(self.config),
             self.config,
             make_engine=make_engine,

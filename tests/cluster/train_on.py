@@ -1,6 +1,7 @@
 """Train the tiny model on a cluster, as one of perhaps many drivers: all that one ends, the next one takes over.
 
-Called as ``train_on.py ADDRESS ROOT NUM_STEPS``. Every step takes a while and leaves a line in ``ROOT/steps.txt``.
+Called as ``train_on.py ADDRESS ROOT NUM_STEPS [MIN_RANKS]``. Every step takes a while and leaves a line in
+``ROOT/steps.txt``.
 """
 
 from __future__ import annotations
@@ -44,16 +45,17 @@ def _slowly(batches: Any, path: Path) -> Any:
     return slow
 
 
-def stage_of(root: str, num_steps: int) -> Slow:
+def stage_of(root: str, num_steps: int, **settings: Any) -> Slow:
     """Build the training: two ranks, a core each, a checkpoint every third step."""
     steps = {"num_steps": num_steps, "checkpoint_every_steps": 3, "log_every_steps": 1}
-    config: Any = TinyConfig(**steps, num_ranks=2, cpus_per_rank=1.0, engine="torch", checkpoint_in_background=True)
+    fixed = {"num_ranks": 2, "cpus_per_rank": 1.0, "engine": "torch", "checkpoint_in_background": True}
+    config: Any = TinyConfig(**{**steps, **fixed, **settings})
     return Slow(config, root=root)
 
 
-def main(address: str, root: str, num_steps: int) -> None:
+def main(address: str, root: str, num_steps: int, min_ranks: int | None = None) -> None:
     executor = connect(ClusterConfig(address=address))
-    stage = stage_of(root, num_steps)
+    stage = stage_of(root, num_steps, min_ranks=min_ranks, shrink_after_minutes=0.1)
     fingerprint = stage.fingerprint({})
     try:
         with hold(root, stage.name, fingerprint, ttl_s=LEASE_TTL_S) as lease:
@@ -63,4 +65,4 @@ def main(address: str, root: str, num_steps: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], *(int(number) for number in sys.argv[3:]))
