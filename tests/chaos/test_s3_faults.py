@@ -29,12 +29,12 @@ class AtFirst(Schedule):
         super().__init__(fraction=1.0, faults=(fault,))
         self.remaining = number
 
-    def next(self) -> str:
+    def next(self, path: str) -> str:
         self.remaining -= 1
         if self.remaining < 0:
             self.counts["ok"] += 1
             return "ok"
-        return super().next()
+        return super().next(path)
 
 
 OPERATIONS: dict[str, Callable[[str], Any]] = {
@@ -132,8 +132,8 @@ def test_a_server_lost_in_the_middle_fails_and_the_same_run_then_finishes(
     config: Config, digests: dict[str, str], s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class FromThen(Schedule):
-        def next(self) -> str:
-            return super().next() if self.counts["ok"] >= 25 else self._ok()
+        def next(self, path: str) -> str:
+            return super().next(path) if self.counts["ok"] >= 25 else self._ok()
 
         def _ok(self) -> str:
             self.counts["ok"] += 1
