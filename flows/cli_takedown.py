@@ -12,7 +12,7 @@ from flows.console import PLAIN, open_console, print_json
 from stages.config import load_config
 from stages.errors import ConfigError, InputError
 from stages.registry import read_production
-from stages.takedown import Affected, find_affected, take_down
+from stages.takedown import Affected, find_affected, take_down, widened
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
 
 
@@ -37,13 +37,14 @@ def takedown(args: argparse.Namespace) -> int:
     root = load_config(args.config, args.set).root
     if not asked and not args.apply:
         raise ConfigError("takedown: name what is meant by --url, --key, --sha256 or --file")
+    meant = widened(root, asked)
     if args.apply:
         if asked:
-            add_tombstones(root, asked, args.note)
+            add_tombstones(root, meant, args.note)
         # All tombstones, so that a takedown which was interrupted is finished too.
         affected = take_down(root, read_tombstones(root))
     else:
-        affected = find_affected(root, asked)
+        affected = find_affected(root, meant)
     if args.json:
         print_json({"applied": args.apply, "unknown": _unknown(asked, affected), **affected.to_json()})
         return 0
@@ -82,6 +83,8 @@ def _show(console: Console, affected: Affected, production: int | None, *, appli
     exposed = affected.exposed
     for model in exposed.models:
         say(f"model   {model['stage']} {model['fingerprint']} learned from them: {model['weights']}")
+    for folder in exposed.checkpoints:
+        say(f"checkpoints of such a training, or of an unfinished one that may have read them: {folder}")
     for number, models in exposed.versions.items():
         verb = "is withdrawn" if applied else "would be withdrawn"
         say(f"version {number} {verb}: {', '.join(models)}{'; IT IS IN PRODUCTION' if number == production else ''}")
@@ -99,4 +102,7 @@ def _show(console: Console, affected: Affected, production: int | None, *, appli
     if not applied and affected.samples:
         say("add --apply to do it")
     elif affected.samples:
-        say("`unclip run` makes the affected shards anew and trains anew; the models named above are yours to delete")
+        say(
+            "`unclip run` makes the affected shards anew and trains anew; the models and checkpoints named above are "
+            "yours to delete"
+        )

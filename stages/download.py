@@ -43,7 +43,7 @@ from stages.retries import settled, with_retries
 from stages.row_fetcher import ExpectedHashes, RowFetcher
 from stages.samples import Sample, row_keys, table_from_bytes, table_to_bytes, write_tar
 from stages.tombstones import REASON as TAKEDOWN
-from stages.tombstones import forget_rows, read_tombstones
+from stages.tombstones import Tombstones, forget_rows, read_tombstones
 
 _ROWS_AT_ONCE_PX = 1 << 18
 _MAX_QUALITY = {"jpg": 100, "png": 9, "webp": 100}
@@ -211,9 +211,28 @@ class Download(Stage[DownloadConfig]):
         chosen = shard.params.get("rows")
         if chosen is not None:
             urls, keys = urls.take(pa.array(chosen, pa.int64())), [keys[position] for position in chosen]
-        rows, metrics = self._without_tombstones(shard, urls, keys)
+        tombstones = read_tombstones(self.root)
+        rows, metrics = self._rows_without(tombstones, shard, urls, keys)
+        while True:
+            left = _taken_down(tombstones, urls, keys, rows)
+            record = self._commit_rows(shard, output, urls, keys, left, metrics, started_at)
+            # A takedown puts its tombstones up, then looks at what is committed: it saw this shard, or is seen now.
+            before, tombstones = tombstones, read_tombstones(self.root)
+            if tombstones == before:
+                return record
+
+    def _commit_rows(
+        self,
+        shard: Shard,
+        output: str,
+        urls: pa.Table,
+        keys: Sequence[str],
+        rows: Sequence[UnitRow],
+        metrics: Mapping[str, float],
+        started_at: float,
+    ) -> ShardRecord:
         dropped = Counter(row.reason for row in rows if row.reason is not None)
-        if chosen is None:  # of rows that are tried again, any number may fail again
+        if shard.params.get("rows") is None:  # of rows that are tried again, any number may fail again
             self.refuse_outage(dropped, len(rows), metrics)
         return self.commit(
             shard,
@@ -247,24 +266,17 @@ class Download(Stage[DownloadConfig]):
         retry_of = {s.params["retry_of"]: s.id for s in self.plan(inputs) if "retry_of" in s.params}
         return Result(records=settled(self.root, records, retry_of))
 
-    def _without_tombstones(
-        self, shard: Shard, urls: pa.Table, keys: Sequence[str]
+    def _rows_without(
+        self, tombstones: Tombstones, shard: Shard, urls: pa.Table, keys: Sequence[str]
     ) -> tuple[list[UnitRow], dict[str, float]]:
-        """Make the rows, but for those that were taken down."""
-        tombstones = read_tombstones(self.root)
+        """Make the rows; the servers of those that are known to be taken down are not asked."""
         column = urls["url"].to_pylist()
         # A row without a URL is asked for nowhere.
         wanted = [
             None if tombstones.names({"key": key, "url": url}) else url for key, url in zip(keys, column, strict=True)
         ]
         place = urls.column_names.index("url")
-        rows, metrics = self.rows_of(shard, urls.set_column(place, "url", pa.array(wanted, pa.string())))
-        gone = [
-            tombstones.names({"key": key, "url": url, **row.facts})
-            for key, url, row in zip(keys, column, rows, strict=True)
-        ]
-        taken_down = UnitRow(TAKEDOWN, None, {})
-        return [taken_down if is_gone else row for is_gone, row in zip(gone, rows, strict=True)], metrics
+        return self.rows_of(shard, urls.set_column(place, "url", pa.array(wanted, pa.string())))
 
     def rows_of(self, shard: Shard, urls: pa.Table) -> tuple[list[UnitRow], dict[str, float]]:
         """Return what became of every row, and how the hosts and the name resolution did."""
@@ -345,6 +357,17 @@ def _hint(reasons: Mapping[str, int], metrics: Sequence[Mapping[str, float]]) ->
 
 
 # ---- output ---------------------------------------------------------------------------------------------------------
+
+
+def _taken_down(
+    tombstones: Tombstones, urls: pa.Table, keys: Sequence[str], rows: Sequence[UnitRow]
+) -> Sequence[UnitRow]:
+    """Empty the rows that have a tombstone."""
+    gone = UnitRow(TAKEDOWN, None, {})
+    return [
+        gone if tombstones.names({"key": key, "url": url, **row.facts}) else row
+        for key, url, row in zip(keys, urls["url"].to_pylist(), rows, strict=True)
+    ]
 
 
 def _samples(urls: pa.Table, keys: Sequence[str], rows: Sequence[UnitRow], extension: str) -> list[Sample]:

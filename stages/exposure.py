@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stages import storage
+from stages.checkpoints import CHECKPOINTS_NAME
 from stages.manifest import MANIFEST_NAME, Manifest
 from stages.metrics import SAMPLES_NAME, TENSORBOARD_NAME
 from stages.registry import read_versions
@@ -27,11 +28,14 @@ class Exposed:
         models: finished trainings: stage, fingerprint, weights.
         versions: number of a version -> those of its models.
         pictures: paths of sample grids and TensorBoard files that show held-out images.
+        checkpoints: folders of checkpoints that the models' trainings have left, and those of unfinished trainings,
+            since nobody has recorded what these read.
     """
 
     models: Sequence[Mapping[str, str]] = ()
     versions: Mapping[int, Sequence[str]] = field(default_factory=dict)
     pictures: Sequence[str] = ()
+    checkpoints: Sequence[str] = ()
 
 
 def find_exposed(root: str, gone: set[Name], data_stages: Sequence[str]) -> Exposed:
@@ -60,6 +64,7 @@ def find_exposed(root: str, gone: set[Name], data_stages: Sequence[str]) -> Expo
         ],
         versions=in_versions,
         pictures=list(_pictures(names, [trainings[name] for name in looked_at])) if gone else [],
+        checkpoints=list(_checkpoints(names, [trainings[name] for name in exposed])) if gone else [],
     )
 
 
@@ -98,12 +103,23 @@ def _started_from(root: str, manifest: Manifest, exposed: set[Name], versions: M
 
 
 def _pictures(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[str]:
-    """List what these trainings have drawn, and what unfinished ones have: of those nobody recorded what they read."""
+    """List what these trainings and unfinished ones have drawn."""
+    return (name for folder, name in _left_by(names, trainings) if folder in (SAMPLES_NAME, TENSORBOARD_NAME))
+
+
+def _checkpoints(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[str]:
+    """List the folders in which these trainings and unfinished ones have checkpoints."""
+    found = (name for folder, name in _left_by(names, trainings) if folder == CHECKPOINTS_NAME)
+    return iter(dict.fromkeys("/".join(name.split("/")[:4]) for name in found))
+
+
+def _left_by(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[tuple[str, str]]:
+    """List files in the folders of these trainings and of unfinished ones, each with the folder's part it is in."""
     seen = {(manifest.stage, record.shard_id) for manifest in trainings for record in manifest.records}
     finished = {name.removesuffix(".json") for name in names if name.endswith(".json")}
     for name in names:
         stage, *parts = name.split("/")
-        if len(parts) > 2 and parts[0] == "shards" and parts[2] in (SAMPLES_NAME, TENSORBOARD_NAME):
+        if len(parts) > 2 and parts[0] == "shards":
             shard = parts[1]
             if (stage, shard) in seen or f"{stage}/shards/{shard}" not in finished:
-                yield name
+                yield parts[2], name

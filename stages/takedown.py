@@ -90,6 +90,18 @@ def find_affected(root: str, tombstones: Tombstones) -> Affected:
     )
 
 
+def widened(root: str, tombstones: Tombstones) -> Tombstones:
+    """Add the URLs and the images' checksums of the samples that are meant.
+
+    A key names a row of a shard of the list, and is another one when the list grows; a URL may serve a copy elsewhere.
+    """
+    rows = [row for _, found in _matches(root, tombstones) for row in found]
+    return tombstones | Tombstones(
+        urls=frozenset(row["url"] for row in rows if row["url"]),
+        sha256=frozenset(row["sha256"] for row in rows if row["sha256"]),
+    )
+
+
 def take_down(root: str, tombstones: Tombstones) -> Affected:
     """Remove samples with a tombstone (put up before) from a store; see the module's docstring.
 

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from stages import storage, takedown
+from stages.download import Download
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.gate import PromotionGateConfig
 from stages.generator_config import DecoderTraining
 from stages.life import find_lives
-from stages.manifest import Manifest, digest_of
+from stages.manifest import Manifest, ShardRecord, digest_of
 from stages.registry import open_version, promote, register, rollback
 from stages.samples import table_from_bytes
-from stages.takedown import find_affected, take_down
+from stages.takedown import find_affected, take_down, widened
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
 from stages.train import Decoder
 from stages.validation_config import SamplesConfig, ValidationConfig
@@ -38,7 +39,12 @@ class Run:
     ) -> None:
         self.folder, self.root, self.server = folder, str(folder / "store"), server
         self._lists = folder / name.removesuffix(".jsonl")
-        write_list(self._lists / name, [(server.url(i), f"picture {i}") for i in rows])
+        self._name = name
+        self.write([(server.url(i), f"picture {i}") for i in rows])
+
+    def write(self, pairs: list[tuple[str, str]]) -> None:
+        """Write the list."""
+        write_list(self._lists / self._name, pairs)
 
     def __call__(self, **settings: Any) -> dict[str, Manifest]:
         return run_data(self.root, self._lists, **settings)
@@ -185,6 +191,60 @@ def test_it_does_not_come_back(run: Run) -> None:
         assert life.state == "dropped by download: takedown" and life.caption is None
     assert picture(2) not in run.all_bytes() and picture(5) not in run.all_bytes()
     assert "/2.png" not in run.server.num_requests, "a tombstone of a URL spares its server"
+
+
+@pytest.mark.parametrize("by", ["keys", "urls"])
+def test_it_stays_away_when_the_list_grows_and_under_other_urls(run: Run, by: str) -> None:
+    """A key is another one in a longer list, and a copy of the image has a URL of its own."""
+    pairs = [(run.server.url(i), f"picture {i}") for i in ROWS]
+    pairs[4] = (run.server.url(2) + "?copy", "a copy of picture 2")
+    run.write(pairs)
+    manifests = run()
+    (life,) = find_lives(manifests, "pairs.jsonl:2")
+    asked = Tombstones(**{by: frozenset({life.key if by == "keys" else run.server.url(2)})})
+    meant = widened(run.root, asked)
+    assert meant.urls == {run.server.url(2)} and len(meant.sha256) == 1 and meant.keys == asked.keys
+    assert len(find_affected(run.root, meant).samples) == 2
+    add_tombstones(run.root, meant, "")
+    take_down(run.root, meant)
+    assert picture(2) not in run.all_bytes()
+    run.write([*pairs, (run.server.url(NUM_ROWS), "one more")])
+    again = run()
+    for row in (2, 4):
+        (life,) = find_lives(again, f"pairs.jsonl:{row}")
+        assert life.state == "dropped by download: takedown"
+    assert picture(2) not in run.all_bytes() and picture(NUM_ROWS) in run.all_bytes()
+
+
+def test_a_shard_on_its_way_is_caught(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The takedown comes when the shard has been fetched, and its record is not there yet."""
+    stones = Tombstones(urls=frozenset({run.server.url(1)}))
+    commit, num_commits = Download.commit, 0
+
+    def overtaken(stage: Download, *args: Any, **named: Any) -> ShardRecord:
+        nonlocal num_commits
+        num_commits += 1
+        if num_commits == 1:
+            add_tombstones(run.root, stones, "")
+            assert take_down(run.root, stones).samples == []
+        return commit(stage, *args, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Download, "commit", overtaken)
+        manifests = run()
+    (life,) = find_lives(manifests, "pairs.jsonl:1")
+    assert life.state == "dropped by download: takedown"
+    assert picture(1) not in run.all_bytes() and picture(0) in run.all_bytes()
+    assert run.server.num_requests["/1.png"] == 1
+
+
+def test_checkpoints_of_an_unfinished_training_are_named(run: Run) -> None:
+    run()
+    folder = "decoder/shards/0123456789abcdef/checkpoints"
+    storage.write_bytes(storage.join(run.root, folder, "step-000004", "rank-0000.safetensors"), b"weights")
+    stones = Tombstones(urls=frozenset({run.server.url(1)}))
+    assert find_affected(run.root, stones).exposed.checkpoints == [folder]
+    assert find_affected(run.root, Tombstones(urls=frozenset({"http://127.0.0.1/no"}))).exposed.checkpoints == []
 
 
 @pytest.mark.parametrize("calls_until_death", [0, 1, 2, 3, 5, 8])
