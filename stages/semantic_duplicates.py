@@ -3,7 +3,8 @@
 Images are put into cells around centres found by k-means on a sample, and compared with the images of their own cell
 and of the cells nearest to it. So the search is exact within a cell and between neighbouring cells; a pair that lies
 across a border between cells that are not neighbours is missed. Up to ``EXACT_ROWS`` images there is one cell and
-nothing is missed. Everything is deterministic: a fixed seed, one thread for k-means, a sample at even distances.
+nothing is missed. Everything is deterministic: a fixed seed, one thread for k-means, a sample at even distances. But
+centres depend on all images, so with more of them other pairs are missed: only within one cell are old decisions final.
 
 Cost, of n images of D dimensions: about ``n * 2500 * D`` multiplications in the cells, and reading all embeddings once
 per ``ROWS_PER_BLOCK`` images that are still undecided. Memory: embeddings lie in a file in half precision, ``2 D``
