@@ -38,8 +38,11 @@ test-fast: setup ## the tests that take seconds
 chaos: setup ## the drills: kills, faults and lost nodes, up to a whole run killed ten times on S3
 	$(BIN)/pytest -m chaos $(DRILL)
 
-bench-data: setup ## the data plane against other software: ratios, side by side
-	for name in download embed pca near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+# Rivals live in environments of their own; see the benchmarks' --help.
+bench-data: setup ## the data plane against other software: ratios, side by side (CLIP_RETRIEVAL=python SKLEARN=python)
+	$(BIN)/python -m tests.benchmarks.bench_embed $(if $(CLIP_RETRIEVAL),--clip-retrieval-python $(CLIP_RETRIEVAL))
+	$(BIN)/python -m tests.benchmarks.bench_pca $(if $(SKLEARN),--sklearn-python $(SKLEARN))
+	for name in download near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 bench-train: setup ## the training plane against other software, likewise
 	for name in loader models degradation train; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done

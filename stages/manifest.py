@@ -232,7 +232,7 @@ class Manifest:
         Args:
             publish: writes objects in their order; as the owner of a lease does it (``Lease.publish``).
         """
-        table = table_to_parquet(records_to_table(self.records))
+        table = _records_to_parquet(self.records)
         header = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("root", "records")}
         header["files"] = {role: file.to_json() for role, file in self.files.items()}
         header |= {
@@ -327,6 +327,15 @@ def records_to_table(records: Iterable[ShardRecord]) -> pa.Table:
         for name, column in columns.items():
             column.append(json.dumps(row[name], sort_keys=True) if name in _MAPPINGS else row[name])
     return pa.table(columns, schema=_SCHEMA)
+
+
+def _records_to_parquet(records: Sequence[ShardRecord]) -> bytes:
+    """Write the table of records as a file in memory, a part at a time."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, _SCHEMA, compression="zstd") as writer:
+        for start in range(0, max(1, len(records)), BATCH_ROWS):
+            writer.write_table(records_to_table(records[start : start + BATCH_ROWS]))
+    return sink.getvalue()
 
 
 def records_from_parquet(data: bytes) -> Iterator[ShardRecord]:
