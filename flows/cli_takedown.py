@@ -10,7 +10,8 @@ from rich.console import Console
 
 from flows.console import PLAIN, open_console, print_json
 from stages.config import load_config
-from stages.errors import ConfigError, InputError
+from stages.errors import ConfigError, ConflictError, InputError
+from stages.lease import working
 from stages.registry import read_production
 from stages.takedown import Affected, find_affected, take_down, widened
 from stages.tombstones import Tombstones, add_tombstones, read_tombstones
@@ -34,15 +35,18 @@ def takedown(args: argparse.Namespace) -> int:
     asked = Tombstones(urls=frozenset(args.url), keys=frozenset(args.key), sha256=frozenset(args.sha256))
     if args.file is not None:
         asked |= _from_file(Path(args.file))
-    root = load_config(args.config, args.set).root
+    config = load_config(args.config, args.set)
+    root, ttl_s = config.root, config.cluster.lease_ttl_s
     if not asked and not args.apply:
         raise ConfigError("takedown: name what is meant by --url, --key, --sha256 or --file")
     meant = widened(root, asked)
     if args.apply:
         if asked:
             add_tombstones(root, meant, args.note)
+        _refuse_beside_a_run(root, ttl_s, "the tombstones are up, and nothing is removed yet")
         # All tombstones, so that a takedown which was interrupted is finished too.
         affected = take_down(root, read_tombstones(root))
+        _refuse_beside_a_run(root, ttl_s, "a run has begun meanwhile, and may have read what is removed now")
     else:
         affected = find_affected(root, meant)
     if args.json:
@@ -54,6 +58,21 @@ def takedown(args: argparse.Namespace) -> int:
         console.print(f"unknown {name}  no image here has this name; {fate}", soft_wrap=True, **PLAIN)
     _show(console, affected, read_production(root).number, applied=args.apply)
     return 0
+
+
+def _refuse_beside_a_run(root: str, ttl_s: float, state: str) -> None:
+    """Refuse to go on beside a run: what it makes of samples it has read would be left.
+
+    Raises:
+        ConflictError: names the stages and who works on them.
+    """
+    busy = working(root, ttl_s=ttl_s) if ttl_s else {}
+    if busy:
+        listed = ", ".join(f"{name.partition('/')[0]} by {holding}" for name, holding in sorted(busy.items()))
+        raise ConflictError(
+            f"takedown: {state}, but {listed}; stop that run (Ctrl-C, or unclip cancel) or wait for its end, then give "
+            "the same command again"
+        )
 
 
 def _unknown(asked: Tombstones, affected: Affected) -> list[str]:

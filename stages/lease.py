@@ -139,6 +139,43 @@ def read_lease(uri: str) -> Holding | None:
     return Holding.from_bytes(found.data, uri) if found is not None else None
 
 
+def working(root: str, *, ttl_s: float) -> dict[str, Holding]:
+    """Find out who works on a store at present.
+
+    An owner elsewhere lives if it changes its lease once more; that takes a fourth of ``ttl_s``, and ``ttl_s`` where it
+    is dead.
+
+    Args:
+        root: the store.
+        ttl_s: seconds without change after which an owner counts as dead.
+
+    Returns:
+        Path of the lease below the root -> what it says.
+    """
+    names = [name for name in storage.list_files(root) if name.count("/") == 2 and name.endswith("/" + LEASE_NAME)]
+    alive: dict[str, Holding] = {}
+    unsure: dict[str, str] = {}
+    for name in names:
+        found = swap.read(storage.join(root, name))
+        holding = Holding.from_bytes(found.data, name) if found is not None else None
+        if found is None or holding is None or holding.is_free or holding.owner.is_gone():
+            continue
+        if holding.owner.machine == _this_machine() != "":
+            alive[name] = holding
+        else:
+            unsure[name] = found.version
+    deadline = time.monotonic() + ttl_s
+    while unsure and time.monotonic() < deadline:
+        time.sleep(min(_MAX_POLL_S, ttl_s / 10))
+        for name, version in list(unsure.items()):
+            found = swap.read(storage.join(root, name))
+            if found is None or found.version != version:
+                del unsure[name]
+                if found is not None and not (holding := Holding.from_bytes(found.data, name)).is_free:
+                    alive[name] = holding
+    return alive
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fence:
     """What a worker on another machine needs to ask whether its run still has the lease; crosses processes.

@@ -14,9 +14,11 @@ import pytest
 from flows.cli import main
 from flows.project import open_project
 from stages.executor import LocalExecutor
+from stages.lease import hold
 from stages.life import find_lives
 from stages.manifest import Manifest
 from stages.runner import run_stage
+from stages.tombstones import read_tombstones
 from tests.conftest import free_port
 
 TINY = str(Path(__file__).parents[1] / "tiny.yaml")
@@ -108,6 +110,12 @@ def test_a_takedown_names_what_it_does_not_know(config: str, capsys: pytest.Capt
         assert "unknown" not in said and life.url in said
     assert main(["takedown", config, "--key", "0" * 16]) == 0
     assert f"unknown {'0' * 16}  no image here has this name; misspelt" in capsys.readouterr().out
+    root = open_project(config, []).config.root
+    with hold(root, "embed", "0123456789abcdef", ttl_s=60.0):
+        assert main(["takedown", config, "--key", life.key, "--apply"]) == 1
+    said = capsys.readouterr().err
+    assert "the tombstones are up, and nothing is removed yet, but embed by process" in said
+    assert life.url in read_tombstones(root).urls
     assert main(["takedown", config, "--key", life.key, "--apply"]) == 0
     assert "unknown" not in capsys.readouterr().out
     assert main(["takedown", config, "--key", life.key]) == 0

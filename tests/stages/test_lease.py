@@ -19,7 +19,18 @@ import pytest
 from stages import storage, swap
 from stages.base import Stage
 from stages.executor import ClusterConfig, LocalExecutor
-from stages.lease import Holding, LeaseLostError, Owner, claim, fenced, hold, lease_uri, read_lease, release_all
+from stages.lease import (
+    Holding,
+    LeaseLostError,
+    Owner,
+    claim,
+    fenced,
+    hold,
+    lease_uri,
+    read_lease,
+    release_all,
+    working,
+)
 from stages.manifest import Manifest, manifest_uri
 from stages.runner import inspect_stage, run_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig
@@ -214,6 +225,20 @@ def test_the_beat_finds_out_and_the_work_ends(tmp_path: Path) -> None:
     lease.release()
     found = swap.read(uri)
     assert found is not None and Holding.from_bytes(found.data, uri).token == 9
+
+
+@pytest.mark.parametrize("machine", [(), ("elsewhere",)])
+def test_who_works_on_a_store_is_found(tmp_path: Path, machine: tuple[str, ...]) -> None:
+    root = str(tmp_path)
+    with holder(root, *machine) as child:
+        (found,) = working(root, ttl_s=30.0).values()
+        assert found.owner.pid == child.pid
+        child.send_signal(signal.SIGSTOP)
+        # On its own machine a process that is stopped may wake up at any time; elsewhere it counts as dead.
+        assert len(working(root, ttl_s=TTL_S)) == (0 if machine else 1)
+    assert working(root, ttl_s=TTL_S) == {}
+    _do(root)
+    assert working(root, ttl_s=TTL_S) == {}, "free"
 
 
 def test_a_number_used_again_is_another_process() -> None:
