@@ -36,6 +36,7 @@ _PREFIX = "unclip"
 _POLL_S = 1.0
 _ANSWER_S = 30.0
 _LOST_CONTACT_S = 120.0
+_ARRIVES_S = 5.0  # for a submission that was cut off to be listed, if it has arrived at all
 _NO_AGENT = "No available agent"  # the head's, which starts jobs: it comes up later than the dashboard
 
 
@@ -71,6 +72,7 @@ class JobCluster:
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self._unanswered = ""  # the job whose submission has had no answer so far
         try:
             self._client = _client(address)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -155,12 +157,17 @@ class JobCluster:
     def stop_all(self, what: str, *, timeout_s: float = STOP_WAIT_S + 20) -> dict[str, JobState]:
         """Stop the jobs whose names begin with ``what`` and wait for their end.
 
-        They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL.
+        They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL. A job whose
+        submission was cut off is waited for: the cluster may begin it a moment later.
 
         Returns:
             Name -> how it stands in the end.
         """
-        names = [name for name, state in self._jobs(what) if not state.is_over]
+        names = self._running(what)
+        arrives_at = time.monotonic() + _ARRIVES_S
+        while self._unanswered and self._unanswered not in names and time.monotonic() < arrives_at:
+            time.sleep(_POLL_S / 4)
+            names = self._running(what)
         for name in names:
             self._client.stop_job(name)
         deadline = time.monotonic() + timeout_s
@@ -170,13 +177,18 @@ class JobCluster:
                 return states
             time.sleep(_POLL_S / 4)
 
+    def _running(self, what: str) -> list[str]:
+        return [name for name, state in self._jobs(what) if not state.is_over]
+
     def _submit(self, name: str, **job: Any) -> bool:
         """Hand a job in, again if no answer comes: the cluster takes a name once. False: somebody else was faster."""
         deadline = time.monotonic() + _LOST_CONTACT_S
         is_unanswered = False
         while True:
             try:
+                self._unanswered = name
                 self._client.submit_job(submission_id=name, **job)
+                self._unanswered = ""
                 return True
             except (RuntimeError, OSError) as error:
                 passes = isinstance(error, OSError) or _NO_AGENT in str(error)

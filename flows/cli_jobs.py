@@ -61,21 +61,21 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
 
     with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping, takes_signals=takes_signals) as interrupt:
         interrupt.closes(partial(cluster.stop_all, what))
-        name, is_new = cluster.submit(
-            what,
-            ["run", CONFIG_NAME, *_selection_arguments(selection)],
-            config=_for_the_cluster(config),
-            environment=environment,
-            with_code=config.cluster.code == "upload",
-            labels={"config": Path(args.config).name, "root": config.root},
-        )
-        say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
-        if args.detach:
-            if args.json:
-                print_json({"status": "submitted", "job": name})
-            return 0
         state: JobState | None = None
         try:
+            name, is_new = cluster.submit(
+                what,
+                ["run", CONFIG_NAME, *_selection_arguments(selection)],
+                config=_for_the_cluster(config),
+                environment=environment,
+                with_code=config.cluster.code == "upload",
+                labels={"config": Path(args.config).name, "root": config.root},
+            )
+            say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
+            if args.detach:
+                if args.json:
+                    print_json({"status": "submitted", "job": name})
+                return 0
             state = cluster.follow(name, show)
         except KeyboardInterrupt:
             interrupt.stop(128 + signal.SIGINT)

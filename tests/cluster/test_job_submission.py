@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import urllib.parse
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import pytest
 from ray.job_submission import JobSubmissionClient
@@ -15,9 +20,29 @@ from cluster import jobs
 from cluster.jobs import JobCluster
 from stages.errors import ConfigError, StageError
 from tests.cluster.machines import machines
+from tests.flows.prefect_setup import eventually
 from tests.s3_forwarding import ForwardingHandler, serving
 
 pytestmark = pytest.mark.slow
+TOP = Path(__file__).parents[2]
+TINY = TOP / "tests" / "tiny.yaml"
+# As a flow run does it, whose signals are handled by Prefect and arrive as exceptions.
+FOLLOW = """
+import argparse, signal, sys
+from flows.cli_jobs import run_as_job
+from flows.interrupt import Cancelled
+from flows.project import open_project
+from flows.selection import select
+from stages.graph import STAGE_NAMES
+
+def end(number, frame):
+    raise Cancelled
+
+signal.signal(signal.SIGINT, end)
+of_run = argparse.Namespace(config="tiny", detach=False, json=False)
+project = open_project(sys.argv[1], sys.argv[3::2])
+run_as_job(of_run, project, select(STAGE_NAMES), takes_signals=False)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +57,10 @@ def dashboard() -> Iterator[str]:
 
 @contextmanager
 def mute_proxy(dashboard: str, faults: deque[str], *, method: str = "POST") -> Iterator[str]:
-    """Serve a dashboard; of the requests of a method the first get no answer: "before" or "after" they went on."""
+    """Serve a dashboard; of the requests of a method the first get no answer: "before" or "after" they went on.
+
+    Those that are "late" go on after two seconds, whether or not anybody waits for them.
+    """
     over = threading.Event()
 
     class Handler(ForwardingHandler):
@@ -41,6 +69,8 @@ def mute_proxy(dashboard: str, faults: deque[str], *, method: str = "POST") -> I
         def do_GET(self) -> None:
             body = self.body()
             fault = faults.popleft() if self.command == method and faults else ""
+            if fault == "late":
+                over.wait(2.0)
             if fault != "before":
                 answer = self.forward(body)
             if not fault:
@@ -75,6 +105,34 @@ def test_a_submission_without_an_answer_is_repeated_and_begins_one_job(
     assert not faults and is_new
     assert names(dashboard, f"lost{fault}") == [name]
     assert ("its submission was not answered" in caplog.text) == (fault == "before")
+
+
+@pytest.mark.parametrize(
+    ("program", "fault", "code"), [(["-m", "flows.cli", "run"], "late", 130), (["-c", FOLLOW], "after", 1)]
+)
+def test_a_run_cancelled_while_it_submits_leaves_no_job(
+    dashboard: str, program: list[str], fault: str, code: int, tmp_path: Path
+) -> None:
+    """What is cut off is the wait for an answer: the cluster begins the job, or has begun it."""
+    faults = deque([fault])
+    with mute_proxy(dashboard, faults) as address:
+        given = ("-s", f"root={tmp_path}", "-s", f"cluster.submit={address}")
+        process = subprocess.Popen(
+            [sys.executable, *program, str(TINY), *given], cwd=TOP, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            eventually(lambda: not faults, 60, "the submission")
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == code and "stopping the job" in said, said
+    statuses = [job.status for job in JobSubmissionClient(dashboard).list_jobs() if of_store(job, tmp_path)]
+    assert statuses == ["STOPPED"]
+
+
+def of_store(job: Any, root: Path) -> bool:
+    return (job.metadata or {}).get("root") == str(root)
 
 
 def test_a_cluster_that_never_answers_a_submission_is_an_error(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
