@@ -14,19 +14,22 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import math
 import shlex
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.errors import ConfigError, StageError, first_line
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CONFIG_NAME = "config.yaml"
 STOP_WAIT_S = 12  # for trainings to write a checkpoint once the job is stopped; then it is killed
@@ -35,6 +38,7 @@ _PACKAGES = ("flows", "cluster", "stages", "unclip_models")
 _PREFIX = "unclip"
 _POLL_S = 1.0
 _ANSWER_S = 30.0
+_STOP_ANSWER_S = 5.0  # the same while somebody waits for the end
 _LOST_CONTACT_S = 120.0
 _ARRIVES_S = 5.0  # for a submission that was cut off to be listed, if it has arrived at all
 _NO_AGENT = "No available agent"  # the head's, which starts jobs: it comes up later than the dashboard
@@ -75,7 +79,7 @@ class JobCluster:
         self._unanswered = ""  # the job whose submission has had no answer so far
         try:
             self._client = _client(address)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"cluster.submit: '{address}': {first_line(error)}; give the address of the cluster's dashboard, such "
                 "as http://head:8265, and see that it is up"
@@ -107,7 +111,7 @@ class JobCluster:
         Raises:
             StageError: if the cluster refuses it, or does not answer for two minutes.
         """
-        jobs = list(self._jobs(what))
+        jobs = self._jobs(what)
         for name, state in jobs:
             if not state.is_over:
                 return name, False
@@ -146,7 +150,7 @@ class JobCluster:
                     answered_at = time.monotonic()
                     if state.is_over:
                         return state
-                except (ConnectionError, OSError) as error:
+                except OSError as error:
                     if time.monotonic() - answered_at > _LOST_CONTACT_S:
                         raise StageError(
                             f"job {name}: {self._address} does not answer ({first_line(error)}); the job may go on: "
@@ -160,25 +164,53 @@ class JobCluster:
         They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL. A job whose
         submission was cut off is waited for: the cluster may begin it a moment later.
 
+        Args:
+            what: as for ``submit``.
+            timeout_s: how long to wait, and to ask a cluster that does not answer.
+
         Returns:
             Name -> how it stands in the end.
+
+        Raises:
+            StageError: if the cluster does not answer.
         """
-        names = self._running(what)
-        arrives_at = time.monotonic() + _ARRIVES_S
+        deadline = time.monotonic() + timeout_s
+        names = self._until_answered(lambda: self._running(what), deadline, f"jobs {_PREFIX}-{what}: none was stopped")
+        arrives_at = min(deadline, time.monotonic() + _ARRIVES_S)
         while self._unanswered and self._unanswered not in names and time.monotonic() < arrives_at:
             time.sleep(_POLL_S / 4)
-            names = self._running(what)
+            names = self._until_answered(lambda: self._running(what), deadline, f"job {self._unanswered}: not stopped")
+        listed = f"job {', '.join(names)}"
         for name in names:
-            self._client.stop_job(name)
-        deadline = time.monotonic() + timeout_s
+            self._until_answered(partial(self._client.stop_job, name), deadline, f"{listed}: could not be stopped")
         while True:
-            states = {name: self.state(name) for name in names}
+            unknown = f"{listed}: told to stop, whether it has ended is not known"
+            states = {name: self._until_answered(partial(self.state, name), deadline, unknown) for name in names}
             if all(state.is_over for state in states.values()) or time.monotonic() > deadline:
                 return states
             time.sleep(_POLL_S / 4)
 
+    def _until_answered(self, ask: Callable[[], T], deadline: float, otherwise: str) -> T:
+        """Ask, again if no answer comes until the deadline.
+
+        Raises:
+            StageError: if none has come; it begins with ``otherwise``.
+        """
+        while True:
+            self._client.answer_s = min(_STOP_ANSWER_S, max(_POLL_S / 2, deadline - time.monotonic()))
+            try:
+                return ask()
+            except (RuntimeError, OSError) as error:
+                if time.monotonic() + _POLL_S > deadline:
+                    raise StageError(
+                        f"{otherwise}: {self._address} does not answer ({first_line(error)}); `unclip cancel` stops "
+                        "what goes on once it answers again"
+                    ) from error
+            time.sleep(_POLL_S)
+
     def _running(self, what: str) -> list[str]:
-        return [name for name, state in self._jobs(what) if not state.is_over]
+        """List the jobs that have not ended; raises what the client raises."""
+        return [name for name, state in _ours(self._client.list_jobs(), what) if not state.is_over]
 
     def _submit(self, name: str, **job: Any) -> bool:
         """Hand a job in, again if no answer comes: the cluster takes a name once. False: somebody else was faster."""
@@ -206,15 +238,11 @@ class JobCluster:
                 logger.warning("job %s: its submission was not answered (%s); it is repeated", name, first_line(error))
             time.sleep(_POLL_S)
 
-    def _jobs(self, what: str) -> Iterator[tuple[str, JobState]]:
+    def _jobs(self, what: str) -> list[tuple[str, JobState]]:
         try:
-            found = self._client.list_jobs()
+            return list(_ours(self._client.list_jobs(), what))
         except (RuntimeError, OSError) as error:
             raise StageError(f"cluster.submit: {self._address} does not list its jobs: {first_line(error)}") from error
-        for job in found:
-            name = job.submission_id or ""
-            if name.startswith(f"{_PREFIX}-{what}-"):
-                yield name, _state_of(job)
 
     def _find(self, name: str) -> JobState | None:
         try:
@@ -230,8 +258,10 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
+        answer_s = math.inf  # for whoever has less patience
+
         def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-            return super()._do_request(*args, timeout=_ANSWER_S, **kwargs)
+            return super()._do_request(*args, timeout=min(self.answer_s, _ANSWER_S), **kwargs)
 
     return Client(address)
 
@@ -286,6 +316,13 @@ def _package(config: str, *, with_code: bool) -> Iterator[Path]:
             information.mkdir()
             (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: unclip-pipeline\nVersion: {version}\n")
         yield folder
+
+
+def _ours(jobs: Iterable[Any], what: str) -> Iterator[tuple[str, JobState]]:
+    for job in jobs:
+        name = job.submission_id or ""
+        if name.startswith(f"{_PREFIX}-{what}-"):
+            yield name, _state_of(job)
 
 
 def _state_of(job: Any) -> JobState:

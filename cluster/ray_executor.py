@@ -109,7 +109,7 @@ def _join(cluster: ClusterConfig) -> None:
         # A driver that is itself a Ray Job has its code and environment from there, and its workers inherit them.
         runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env()
         ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cluster.address: '{cluster.address}': {first_line(error)}; start that cluster, correct the address, or "
             "write `local`"

@@ -6,9 +6,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +17,7 @@ from flows.progress import Outcome
 from flows.project import Project, open_project
 from flows.selection import Selection
 from stages import storage
-from stages.errors import ConfigError
+from stages.errors import ConfigError, UnclipError
 from stages.manifest import digest_of
 
 if TYPE_CHECKING:
@@ -59,8 +58,20 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
     def say_stopping() -> None:
         say("stopping the job; everything committed is kept")
 
+    errors: list[str] = []
+
+    def stop() -> None:
+        try:
+            states = cluster.stop_all(what, timeout_s=STOP_WAIT_S + 3)
+        except UnclipError as error:
+            errors.append(str(error))
+        else:
+            errors.extend(f"job {name}: it still runs; `unclip cancel` stops it" for name in _going_on(states))
+        for text in errors:
+            say(text)
+
     with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping, takes_signals=takes_signals) as interrupt:
-        interrupt.closes(partial(cluster.stop_all, what))
+        interrupt.closes(stop)
         state: JobState | None = None
         try:
             name, is_new = cluster.submit(
@@ -85,11 +96,11 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
             interrupt.stop(128 + signal.SIGTERM)
             raise
     code = _exit_code(state) if state is not None else interrupt.exit_code
-    error = f"job {name}: {state.status.lower()}: {state.message}" if state is not None and code else ""
-    if error:
-        say(error)
+    if state is not None and code:
+        errors.append(f"job {name}: {state.status.lower()}: {state.message}")
+        say(errors[-1])
     if args.json:
-        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), [error] if error else [])
+        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), errors)
     return code
 
 
@@ -104,6 +115,10 @@ def _answer(args: argparse.Namespace, selection: Selection, status: str, errors:
     print_json(run_to_json(status, project.config.root, report, outcomes, project.fingerprints, errors))
 
 
+def _going_on(states: Mapping[str, JobState]) -> list[str]:
+    return [name for name, state in states.items() if not state.is_over]
+
+
 def cancel(args: argparse.Namespace) -> int:
     """Stop the jobs of a config."""
     from cluster.jobs import JobCluster
@@ -114,11 +129,13 @@ def cancel(args: argparse.Namespace) -> int:
         raise ConfigError("cancel: cluster.submit names no cluster; a run on this machine is stopped by Ctrl-C")
     cluster = JobCluster(address)
     stopped = cluster.stop_all(_project_name(project))
+    going_on = _going_on(stopped)
     for name, state in stopped.items():
-        print(f"job {name}: {state.status.lower()}; everything committed is kept")
+        then = "told to stop, has not ended yet" if name in going_on else "everything committed is kept"
+        print(f"job {name}: {state.status.lower()}; {then}")
     if not stopped:
         print("no job of this config is running")
-    return 0 if all(state.is_over for state in stopped.values()) else 1
+    return 1 if going_on else 0
 
 
 def cancel_arguments(parser: argparse.ArgumentParser) -> None:

@@ -116,9 +116,11 @@ def test_a_run_cancelled_while_it_submits_leaves_no_job(
     """What is cut off is the wait for an answer: the cluster begins the job, or has begun it."""
     faults = deque([fault])
     with mute_proxy(dashboard, faults) as address:
-        given = ("-s", f"root={tmp_path}", "-s", f"cluster.submit={address}")
         process = subprocess.Popen(
-            [sys.executable, *program, str(TINY), *given], cwd=TOP, stderr=subprocess.PIPE, text=True
+            [sys.executable, *program, str(TINY), *settings(tmp_path, address)],
+            cwd=TOP,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         try:
             eventually(lambda: not faults, 60, "the submission")
@@ -129,6 +131,10 @@ def test_a_run_cancelled_while_it_submits_leaves_no_job(
     assert process.returncode == code and "stopping the job" in said, said
     statuses = [job.status for job in JobSubmissionClient(dashboard).list_jobs() if of_store(job, tmp_path)]
     assert statuses == ["STOPPED"]
+
+
+def settings(root: Path, address: str) -> list[str]:
+    return ["-s", f"root={root}", "-s", f"cluster.submit={address}"]
 
 
 def of_store(job: Any, root: Path) -> bool:
@@ -161,8 +167,71 @@ def test_a_dashboard_that_falls_mute_is_named(dashboard: str, monkeypatch: pytes
     with mute_proxy(dashboard, faults, method="GET") as address:
         cluster = JobCluster(address)
         monkeypatch.setattr(jobs, "_ANSWER_S", 1.0)
-        faults.extend(["before"] * 2)
-        for ask in (cluster.stop_all, lambda what: cluster.submit(what, [], config="", environment={})):
-            with pytest.raises(StageError, match=rf"cluster.submit: {address} does not list its jobs: .*timed out"):
-                ask("mute")
+        faults.append("before")
+        with pytest.raises(StageError, match=rf"cluster.submit: {address} does not list its jobs: .*timed out"):
+            cluster.submit("mute", [], config="", environment={})
     assert not faults
+
+
+@pytest.fixture
+def sleeper(dashboard: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run a job that does nothing for a long time; its name is that of the test."""
+    client = JobSubmissionClient(dashboard)
+    name = f"unclip-{request.node.name.replace('[', '').replace(']', '')}-1"
+    client.submit_job(entrypoint="exec sleep 1000", submission_id=name)
+    eventually(lambda: client.get_job_status(name) == "RUNNING", 60, name)
+    yield name
+    client.stop_job(name)
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "said"),
+    [
+        ("GET", [], "jobs {prefix}: none was stopped: {address} does not answer"),
+        ("POST", [], "job {name}: could not be stopped: {address} does not answer"),
+        ("GET", [""], "job {name}: told to stop, whether it has ended is not known: {address} does not answer"),
+    ],
+    ids=["list", "stop", "state"],
+)
+def test_a_dashboard_that_falls_mute_while_it_stops_a_job_is_asked_again_and_named(
+    dashboard: str, sleeper: str, method: str, first: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults: deque[str] = deque()
+    what = sleeper.removeprefix("unclip-").removesuffix("-1")
+    with mute_proxy(dashboard, faults, method=method) as address:
+        cluster = JobCluster(address)
+        monkeypatch.setattr(jobs, "_ANSWER_S", 1.0)
+        faults.extend([*first, *["before"] * 100])
+        expected = said.format(prefix=f"unclip-{what}", name=sleeper, address=address)
+        with pytest.raises(StageError, match=rf"^{expected} \(.*timed out.*`unclip cancel` stops what goes on"):
+            cluster.stop_all(what, timeout_s=4.0)
+        assert 90 < len(faults) < 100  # it was asked more than once
+        faults.clear()
+        faults.extend([*first, "before", "before"])
+        cluster.stop_all(what)  # the job has ended where only the answers were lost
+    assert JobSubmissionClient(dashboard).get_job_status(sleeper) == "STOPPED"
+
+
+def test_a_run_that_cannot_stop_its_job_says_so(dashboard: str, tmp_path: Path) -> None:
+    faults: deque[str] = deque()
+    with mute_proxy(dashboard, faults) as address:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", "run", str(TINY), *settings(tmp_path, address)],
+            cwd=TOP,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stderr is not None
+            lines = iter(process.stderr.readline, "")
+            said = next(line for line in lines if "submitted" in line)
+            faults.extend(["before"] * 100)
+            process.send_signal(signal.SIGINT)
+            _, rest = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    (name,) = (job.submission_id for job in JobSubmissionClient(dashboard).list_jobs() if of_store(job, tmp_path))
+    assert process.returncode == 130 and f"job {name} at" in said
+    assert f"job {name}: could not be stopped: {address} does not answer" in rest
+    assert "`unclip cancel` stops what goes on" in rest and "this is a bug" not in rest
+    JobSubmissionClient(dashboard).stop_job(str(name))
