@@ -158,14 +158,21 @@ class JobCluster:
                         ) from error
                 time.sleep(_POLL_S)
 
-    def stop_all(self, what: str, *, timeout_s: float = STOP_WAIT_S + 20) -> dict[str, JobState]:
+    def stop_all(
+        self,
+        what: str = "",
+        *,
+        is_meant: Callable[[Mapping[str, str]], bool] = lambda labels: True,
+        timeout_s: float = STOP_WAIT_S + 20,
+    ) -> dict[str, JobState]:
         """Stop the jobs whose names begin with ``what`` and wait for their end.
 
         They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL. A job whose
         submission was cut off is waited for: the cluster may begin it a moment later.
 
         Args:
-            what: as for ``submit``.
+            what: as for ``submit``; empty: all of ours.
+            is_meant: chooses among them by their labels.
             timeout_s: how long to wait, and to ask a cluster that does not answer.
 
         Returns:
@@ -175,11 +182,16 @@ class JobCluster:
             StageError: if the cluster does not answer.
         """
         deadline = time.monotonic() + timeout_s
-        names = self._until_answered(lambda: self._running(what), deadline, f"jobs {_PREFIX}-{what}: none was stopped")
+
+        def running() -> list[str]:
+            jobs = _ours(self._client.list_jobs(), what)
+            return [name for name, job in jobs if not _state_of(job).is_over and is_meant(job.metadata or {})]
+
+        names = self._until_answered(running, deadline, f"jobs {_beginning(what)}: none was stopped")
         arrives_at = min(deadline, time.monotonic() + _ARRIVES_S)
         while self._unanswered and self._unanswered not in names and time.monotonic() < arrives_at:
             time.sleep(_POLL_S / 4)
-            names = self._until_answered(lambda: self._running(what), deadline, f"job {self._unanswered}: not stopped")
+            names = self._until_answered(running, deadline, f"job {self._unanswered}: not stopped")
         listed = f"job {', '.join(names)}"
         for name in names:
             self._until_answered(partial(self._client.stop_job, name), deadline, f"{listed}: could not be stopped")
@@ -207,10 +219,6 @@ class JobCluster:
                         "what goes on once it answers again"
                     ) from error
             time.sleep(_POLL_S)
-
-    def _running(self, what: str) -> list[str]:
-        """List the jobs that have not ended; raises what the client raises."""
-        return [name for name, state in _ours(self._client.list_jobs(), what) if not state.is_over]
 
     def _submit(self, name: str, **job: Any) -> bool:
         """Hand a job in, again if no answer comes: the cluster takes a name once. False: somebody else was faster."""
@@ -240,7 +248,7 @@ class JobCluster:
 
     def _jobs(self, what: str) -> list[tuple[str, JobState]]:
         try:
-            return list(_ours(self._client.list_jobs(), what))
+            return [(name, _state_of(job)) for name, job in _ours(self._client.list_jobs(), what)]
         except (RuntimeError, OSError) as error:
             raise StageError(f"cluster.submit: {self._address} does not list its jobs: {first_line(error)}") from error
 
@@ -318,11 +326,15 @@ def _package(config: str, *, with_code: bool) -> Iterator[Path]:
         yield folder
 
 
-def _ours(jobs: Iterable[Any], what: str) -> Iterator[tuple[str, JobState]]:
+def _beginning(what: str) -> str:
+    return f"{_PREFIX}-{what}-" if what else f"{_PREFIX}-"
+
+
+def _ours(jobs: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
     for job in jobs:
         name = job.submission_id or ""
-        if name.startswith(f"{_PREFIX}-{what}-"):
-            yield name, _state_of(job)
+        if name.startswith(_beginning(what)):
+            yield name, job
 
 
 def _state_of(job: Any) -> JobState:

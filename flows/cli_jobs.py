@@ -80,7 +80,7 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
                 config=_for_the_cluster(config),
                 environment=environment,
                 with_code=config.cluster.code == "upload",
-                labels={"config": Path(args.config).name, "root": config.root},
+                labels={"config": Path(args.config).name, "root": storage.absolute(config.root)},
             )
             say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
             if args.detach:
@@ -120,15 +120,21 @@ def _going_on(states: Mapping[str, JobState]) -> list[str]:
 
 
 def cancel(args: argparse.Namespace) -> int:
-    """Stop the jobs of a config."""
+    """Stop the jobs of a config: of its name and store, whatever its lists and settings were when they began."""
     from cluster.jobs import JobCluster
+    from stages.config import load_config
 
-    project = open_project(args.config, args.set)
-    address = project.config.cluster.submit
+    config = load_config(args.config, args.set)
+    address = config.cluster.submit
     if address is None:
         raise ConfigError("cancel: cluster.submit names no cluster; a run on this machine is stopped by Ctrl-C")
-    cluster = JobCluster(address)
-    stopped = cluster.stop_all(_project_name(project))
+    root = storage.absolute(config.root)
+    names = {Path(args.config).stem, config.prefect.deployment}  # jobs of a deployment bear its name
+
+    def is_meant(labels: Mapping[str, str]) -> bool:
+        return labels.get("root") == root and Path(labels.get("config", "")).stem in names
+
+    stopped = JobCluster(address).stop_all(is_meant=is_meant)
     going_on = _going_on(stopped)
     for name, state in stopped.items():
         then = "told to stop, has not ended yet" if name in going_on else "everything committed is kept"

@@ -18,6 +18,7 @@ from ray.job_submission import JobSubmissionClient
 
 from cluster import jobs
 from cluster.jobs import JobCluster
+from flows.cli import main
 from stages.errors import ConfigError, StageError
 from tests.cluster.machines import machines
 from tests.flows.prefect_setup import eventually
@@ -187,7 +188,7 @@ def sleeper(dashboard: str, request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.mark.parametrize(
     ("method", "first", "said"),
     [
-        ("GET", [], "jobs {prefix}: none was stopped: {address} does not answer"),
+        ("GET", [], "jobs {prefix}-: none was stopped: {address} does not answer"),
         ("POST", [], "job {name}: could not be stopped: {address} does not answer"),
         ("GET", [""], "job {name}: told to stop, whether it has ended is not known: {address} does not answer"),
     ],
@@ -235,3 +236,30 @@ def test_a_run_that_cannot_stop_its_job_says_so(dashboard: str, tmp_path: Path) 
     assert f"job {name}: could not be stopped: {address} does not answer" in rest
     assert "`unclip cancel` stops what goes on" in rest and "this is a bug" not in rest
     JobSubmissionClient(dashboard).stop_job(str(name))
+
+
+def test_cancel_stops_all_jobs_of_a_config_and_store(
+    dashboard: str, sleeper: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also those that began with another list, without the list, and from another folder; no others."""
+    monkeypatch.chdir(tmp_path)
+    urls = tmp_path / "urls.csv"
+    urls.write_text("url,caption\nhttp://127.0.0.1:9/1.jpg,one\n")
+    lists = ("-s", "source.kind=urls", "-s", f"source.lists=[{urls}]")
+    for root in ("store", "elsewhere", "store"):
+        assert main(["run", str(TINY), *settings(Path(root), dashboard), *lists, "--detach"]) == 0
+        urls.write_text(urls.read_text() + "http://127.0.0.1:9/2.jpg,two\n")
+    urls.unlink()
+    monkeypatch.chdir("/")
+    capsys.readouterr()
+    client = JobSubmissionClient(dashboard)
+
+    def statuses(root: Path) -> list[str]:
+        return [str(job.status) for job in client.list_jobs() if of_store(job, root)]
+
+    assert len(statuses(tmp_path / "store")) == 2
+    assert main(["cancel", str(TINY), *settings(tmp_path / "store", dashboard), *lists]) == 0
+    assert capsys.readouterr().out.count(": stopped; everything committed is kept") == 2
+    assert statuses(tmp_path / "store") == ["STOPPED"] * 2
+    assert "STOPPED" not in statuses(tmp_path / "elsewhere") and client.get_job_status(sleeper) == "RUNNING"
+    assert main(["cancel", str(TINY), *settings(tmp_path / "elsewhere", dashboard), *lists]) == 0
