@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import logging
 import os
 import signal
 import sys
+import urllib.parse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +27,12 @@ if TYPE_CHECKING:
     from cluster.jobs import JobState
     from stages.config import Config
 
-# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them.
-_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "PREFECT_API_URL")
+logger = logging.getLogger(__name__)
+
+# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them, because
+# Ray shows a job's environment to whoever may look at the cluster.
+_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
+_PREFECT = "PREFECT_API_URL"
 _OUR_FAILURES = (1, 2, 130)
 
 
@@ -185,7 +192,26 @@ def _environment(config: Config) -> dict[str, str]:
     for name in config.cluster.pass_env:
         if name not in os.environ:
             raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
-    return {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+    environment = {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+    if _PREFECT in environment or not (url := os.environ.get(_PREFECT)):
+        return environment
+    if _is_loopback(url):
+        logger.warning(
+            "%s is on this machine (%s), where a job on a cluster does not find it: the job shows its stages on the "
+            "server that the cluster's environment names, or on one of its own; cluster.pass_env: [%s] passes it on",
+            *(_PREFECT, url, _PREFECT),
+        )
+        return environment
+    return environment | {_PREFECT: url}
+
+
+def _is_loopback(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def _exit_code(state: JobState) -> int:
