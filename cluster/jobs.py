@@ -40,6 +40,8 @@ _POLL_S = 1.0
 _ANSWER_S = 30.0
 _STOP_ANSWER_S = 5.0  # the same while somebody waits for the end
 _LOST_CONTACT_S = 120.0
+_REFUSED_S = 45.0  # the same where nobody listens any more: a dashboard that is started anew is back sooner
+_SAY_AFTER_S = 5.0
 _ARRIVES_S = 5.0  # for a submission that was cut off to be listed, if it has arrived at all
 _NO_AGENT = "No available agent"  # the head's, which starts jobs: it comes up later than the dashboard
 
@@ -140,22 +142,21 @@ class JobCluster:
         """Pass on a job's log until it ends.
 
         Raises:
-            StageError: if the cluster does not answer for two minutes; the job may go on nevertheless.
+            StageError: if the cluster does not answer for two minutes, or refuses connections for 45 seconds; the job
+                may go on nevertheless.
         """
+        silence = _Silence(f"job {name}: {self._address}")
         with _Log(self._client, name, show):
-            answered_at = time.monotonic()
             while True:
+                # A slow answer is waited for once the user knows.
+                self._client.answer_s = _ANSWER_S if silence.is_told else _SAY_AFTER_S
                 try:
                     state = self.state(name)
-                    answered_at = time.monotonic()
                     if state.is_over:
                         return state
+                    silence.end()
                 except OSError as error:
-                    if time.monotonic() - answered_at > _LOST_CONTACT_S:
-                        raise StageError(
-                            f"job {name}: {self._address} does not answer ({first_line(error)}); the job may go on: "
-                            "the same command attaches to it again"
-                        ) from error
+                    silence.go_on(error)
                 time.sleep(_POLL_S)
 
     def stop_all(
@@ -272,6 +273,55 @@ def _client(address: str) -> Any:
             return super()._do_request(*args, timeout=min(self.answer_s, _ANSWER_S), **kwargs)
 
     return Client(address)
+
+
+class _Silence:
+    """How long a cluster has not answered; says so after seconds and gives up after minutes.
+
+    Args:
+        who: begins every line.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self.end()
+
+    def end(self) -> None:
+        """Take an answer."""
+        self._began_at = self._refused_at = time.monotonic()
+        self.is_told = False
+
+    def go_on(self, error: OSError) -> None:
+        """Take a request without an answer.
+
+        Raises:
+            StageError: if it is time to give up.
+        """
+        now = time.monotonic()
+        is_refused = _is_refused(error)
+        if not is_refused:
+            self._refused_at = now
+        if now - self._began_at > _LOST_CONTACT_S or (is_refused and now - self._refused_at > _REFUSED_S):
+            raise StageError(
+                f"{self._who} does not answer ({first_line(error)}); the job may go on: the same command attaches to "
+                "it again"
+            ) from error
+        if not self.is_told and now - self._began_at >= _SAY_AFTER_S:
+            self.is_told = True
+            patience_s = _REFUSED_S if is_refused else _LOST_CONTACT_S
+            logger.warning(
+                "%s does not answer (%s); waiting for up to %.0f s, the job may go on meanwhile",
+                *(self._who, first_line(error), patience_s),
+            )
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Tell whether nobody listened at the address, from all that an error was made of."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Log:

@@ -6,9 +6,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.parse
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,42 @@ def sleeper(dashboard: str, request: pytest.FixtureRequest) -> Iterator[str]:
     eventually(lambda: client.get_job_status(name) == "RUNNING", 60, name)
     yield name
     client.stop_job(name)
+
+
+def test_a_cluster_that_falls_silent_is_told_and_waited_for(
+    dashboard: str, sleeper: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jobs, "_SAY_AFTER_S", 2.0)
+    monkeypatch.setattr(jobs, "_ANSWER_S", 3.0)
+    faults: deque[str] = deque()
+    with mute_proxy(dashboard, faults, method="GET") as address, ThreadPoolExecutor(1) as threads:
+        cluster = JobCluster(address)
+        faults.extend(["before"] * 1000)
+        following = threads.submit(cluster.follow, sleeper, lambda text: None)
+        eventually(lambda: "waiting for up to 120 s" in caplog.text, 30, "a line about the silence")
+        faults.clear()
+        JobSubmissionClient(dashboard).stop_job(sleeper)
+        assert following.result(60).status == "STOPPED"
+        monkeypatch.setattr(jobs, "_LOST_CONTACT_S", 5.0)
+        faults.extend(["before"] * 1000)
+        with pytest.raises(StageError, match=rf"job {sleeper}: {address} does not answer \(.*timed out.*attaches"):
+            cluster.follow(sleeper, lambda text: None)
+    warnings = [record for record in caplog.records if "does not answer" in record.message]
+    assert [record.message.partition(": ")[0] for record in warnings] == [f"job {sleeper}"] * 2  # once a silence
+
+
+def test_a_cluster_where_nobody_listens_any_more_is_given_up_sooner(
+    dashboard: str, sleeper: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jobs, "_SAY_AFTER_S", 1.0)
+    monkeypatch.setattr(jobs, "_REFUSED_S", 4.0)
+    with mute_proxy(dashboard, deque()) as address:
+        cluster = JobCluster(address)
+    began_at = time.monotonic()
+    with pytest.raises(StageError, match=rf"job {sleeper}: {address} does not answer \(.*refused.*attaches"):
+        cluster.follow(sleeper, lambda text: None)
+    assert 4.0 < time.monotonic() - began_at < jobs._LOST_CONTACT_S / 2
+    assert caplog.text.count("waiting for up to 4 s") == 1
 
 
 @pytest.mark.parametrize(
