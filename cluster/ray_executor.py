@@ -109,6 +109,7 @@ def _join(cluster: ClusterConfig) -> None:
 
     try:
         _refuse_dead(cluster.address)
+        _refuse_outsiders(cluster.address)
         # A driver that is itself a Ray Job has its code and environment from there, and its workers inherit them.
         runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env()
         ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
@@ -128,6 +129,32 @@ def _refuse_dead(address: str) -> None:
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():  # `auto` is Ray's to look for
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_TIMEOUT_S).close()
+
+
+def _refuse_outsiders(address: str) -> None:
+    """Make sure that this machine is a node of the cluster at ``HOST:PORT``.
+
+    A driver works through Ray's process on its own machine; where there is none, Ray ends the whole Python.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is compiled
+
+    host, _, port = address.rpartition(":")
+    if "://" in address or not (host and port.isdigit()):
+        return
+    try:
+        nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_TIMEOUT_S).values()
+    except ray.exceptions.RayError as error:
+        raise ConnectionError(f"no head of a Ray cluster answers there: {first_line(error)}") from error
+    if not any(node.state == 0 and Path(node.raylet_socket_name).exists() for node in nodes):
+        raise ConfigError(
+            f"cluster.address: '{address}': this machine is not a node of that cluster, so it cannot drive it; hand "
+            f"the run over with cluster.submit: http://{host}:8265, or drive from here with cluster.address: "
+            f"ray://{host}:10001"
+        )
 
 
 def _runtime_env() -> dict[str, Any]:
