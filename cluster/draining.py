@@ -15,14 +15,19 @@ class DrainWatch:
         self._nodes: frozenset[str] = frozenset()
 
     def nodes(self) -> frozenset[str]:
-        """Return the ids of the nodes that are being drained; those of the last answer if the cluster is silent."""
+        """Return the ids of the nodes that are being drained; those of the last answer if the cluster is silent.
+
+        A process that reaches the cluster through Ray's client (``ray://``) is told of none.
+        """
         from ray._private import state  # Ray Train's own watcher asks this; there is no public way
+        from ray.exceptions import RayError
 
         if time.monotonic() - self._asked_at >= _ASK_EVERY_S:
             self._asked_at = time.monotonic()
             try:
                 self._nodes = frozenset(state.state.get_draining_nodes())
-            except (AttributeError, OSError, RuntimeError):  # another version of Ray, or a head that is away
+            # Another version of Ray, a head that is away, or a process that is not connected to it.
+            except (AttributeError, OSError, RuntimeError, RayError):
                 return self._nodes
         return self._nodes
 

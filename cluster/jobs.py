@@ -14,19 +14,22 @@ import asyncio
 import contextlib
 import importlib.metadata
 import logging
+import math
 import shlex
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from stages.errors import ConfigError, StageError, first_line
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 CONFIG_NAME = "config.yaml"
 STOP_WAIT_S = 12  # for trainings to write a checkpoint once the job is stopped; then it is killed
@@ -35,7 +38,11 @@ _PACKAGES = ("flows", "cluster", "stages", "unclip_models")
 _PREFIX = "unclip"
 _POLL_S = 1.0
 _ANSWER_S = 30.0
+_STOP_ANSWER_S = 5.0  # the same while somebody waits for the end
 _LOST_CONTACT_S = 120.0
+_REFUSED_S = 45.0  # the same where nobody listens any more: a dashboard that is started anew is back sooner
+_SAY_AFTER_S = 5.0
+_ARRIVES_S = 5.0  # for a submission that was cut off to be listed, if it has arrived at all
 _NO_AGENT = "No available agent"  # the head's, which starts jobs: it comes up later than the dashboard
 
 
@@ -71,9 +78,10 @@ class JobCluster:
 
     def __init__(self, address: str) -> None:
         self._address = address
+        self._unanswered = ""  # the job whose submission has had no answer so far
         try:
             self._client = _client(address)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError) as error:
             raise ConfigError(
                 f"cluster.submit: '{address}': {first_line(error)}; give the address of the cluster's dashboard, such "
                 "as http://head:8265, and see that it is up"
@@ -105,7 +113,7 @@ class JobCluster:
         Raises:
             StageError: if the cluster refuses it, or does not answer for two minutes.
         """
-        jobs = list(self._jobs(what))
+        jobs = self._jobs(what)
         for name, state in jobs:
             if not state.is_over:
                 return name, False
@@ -134,41 +142,84 @@ class JobCluster:
         """Pass on a job's log until it ends.
 
         Raises:
-            StageError: if the cluster does not answer for two minutes; the job may go on nevertheless.
+            StageError: if the cluster does not answer for two minutes, or refuses connections for 45 seconds; the job
+                may go on nevertheless.
         """
+        silence = _Silence(f"job {name}: {self._address}")
         with _Log(self._client, name, show):
-            answered_at = time.monotonic()
             while True:
+                # A slow answer is waited for once the user knows.
+                self._client.answer_s = _ANSWER_S if silence.is_told else _SAY_AFTER_S
                 try:
                     state = self.state(name)
-                    answered_at = time.monotonic()
                     if state.is_over:
                         return state
-                except (ConnectionError, OSError) as error:
-                    if time.monotonic() - answered_at > _LOST_CONTACT_S:
-                        raise StageError(
-                            f"job {name}: {self._address} does not answer ({first_line(error)}); the job may go on: "
-                            "the same command attaches to it again"
-                        ) from error
+                    silence.end()
+                except OSError as error:
+                    silence.go_on(error)
                 time.sleep(_POLL_S)
 
-    def stop_all(self, what: str, *, timeout_s: float = STOP_WAIT_S + 20) -> dict[str, JobState]:
+    def stop_all(
+        self,
+        what: str = "",
+        *,
+        is_meant: Callable[[Mapping[str, str]], bool] = lambda labels: True,
+        timeout_s: float = STOP_WAIT_S + 20,
+    ) -> dict[str, JobState]:
         """Stop the jobs whose names begin with ``what`` and wait for their end.
 
-        They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL.
+        They get SIGTERM, which lets them write checkpoints and give back leases, and later SIGKILL. A job whose
+        submission was cut off is waited for: the cluster may begin it a moment later.
+
+        Args:
+            what: as for ``submit``; empty: all of ours.
+            is_meant: chooses among them by their labels.
+            timeout_s: how long to wait, and to ask a cluster that does not answer.
 
         Returns:
             Name -> how it stands in the end.
+
+        Raises:
+            StageError: if the cluster does not answer.
         """
-        names = [name for name, state in self._jobs(what) if not state.is_over]
-        for name in names:
-            self._client.stop_job(name)
         deadline = time.monotonic() + timeout_s
+
+        def running() -> list[str]:
+            jobs = _ours(self._client.list_jobs(), what)
+            return [name for name, job in jobs if not _state_of(job).is_over and is_meant(job.metadata or {})]
+
+        names = self._until_answered(running, deadline, f"jobs {_beginning(what)}: none was stopped")
+        arrives_at = min(deadline, time.monotonic() + _ARRIVES_S)
+        while self._unanswered and self._unanswered not in names and time.monotonic() < arrives_at:
+            time.sleep(_POLL_S / 4)
+            names = self._until_answered(running, deadline, f"job {self._unanswered}: not stopped")
+        listed = f"job {', '.join(names)}"
+        for name in names:
+            self._until_answered(partial(self._client.stop_job, name), deadline, f"{listed}: could not be stopped")
         while True:
-            states = {name: self.state(name) for name in names}
+            unknown = f"{listed}: told to stop, whether it has ended is not known"
+            states = {name: self._until_answered(partial(self.state, name), deadline, unknown) for name in names}
             if all(state.is_over for state in states.values()) or time.monotonic() > deadline:
                 return states
             time.sleep(_POLL_S / 4)
+
+    def _until_answered(self, ask: Callable[[], T], deadline: float, otherwise: str) -> T:
+        """Ask, again if no answer comes until the deadline.
+
+        Raises:
+            StageError: if none has come; it begins with ``otherwise``.
+        """
+        while True:
+            self._client.answer_s = min(_STOP_ANSWER_S, max(_POLL_S / 2, deadline - time.monotonic()))
+            try:
+                return ask()
+            except (RuntimeError, OSError) as error:
+                if time.monotonic() + _POLL_S > deadline:
+                    raise StageError(
+                        f"{otherwise}: {self._address} does not answer ({first_line(error)}); `unclip cancel` stops "
+                        "what goes on once it answers again"
+                    ) from error
+            time.sleep(_POLL_S)
 
     def _submit(self, name: str, **job: Any) -> bool:
         """Hand a job in, again if no answer comes: the cluster takes a name once. False: somebody else was faster."""
@@ -176,7 +227,9 @@ class JobCluster:
         is_unanswered = False
         while True:
             try:
+                self._unanswered = name
                 self._client.submit_job(submission_id=name, **job)
+                self._unanswered = ""
                 return True
             except (RuntimeError, OSError) as error:
                 passes = isinstance(error, OSError) or _NO_AGENT in str(error)
@@ -194,15 +247,11 @@ class JobCluster:
                 logger.warning("job %s: its submission was not answered (%s); it is repeated", name, first_line(error))
             time.sleep(_POLL_S)
 
-    def _jobs(self, what: str) -> Iterator[tuple[str, JobState]]:
+    def _jobs(self, what: str) -> list[tuple[str, JobState]]:
         try:
-            found = self._client.list_jobs()
+            return [(name, _state_of(job)) for name, job in _ours(self._client.list_jobs(), what)]
         except (RuntimeError, OSError) as error:
             raise StageError(f"cluster.submit: {self._address} does not list its jobs: {first_line(error)}") from error
-        for job in found:
-            name = job.submission_id or ""
-            if name.startswith(f"{_PREFIX}-{what}-"):
-                yield name, _state_of(job)
 
     def _find(self, name: str) -> JobState | None:
         try:
@@ -218,10 +267,61 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     class Client(JobSubmissionClient):
+        answer_s = math.inf  # for whoever has less patience
+
         def _do_request(self, *args: Any, **kwargs: Any) -> Any:
-            return super()._do_request(*args, timeout=_ANSWER_S, **kwargs)
+            return super()._do_request(*args, timeout=min(self.answer_s, _ANSWER_S), **kwargs)
 
     return Client(address)
+
+
+class _Silence:
+    """How long a cluster has not answered; says so after seconds and gives up after minutes.
+
+    Args:
+        who: begins every line.
+    """
+
+    def __init__(self, who: str) -> None:
+        self._who = who
+        self.end()
+
+    def end(self) -> None:
+        """Take an answer."""
+        self._began_at = self._refused_at = time.monotonic()
+        self.is_told = False
+
+    def go_on(self, error: OSError) -> None:
+        """Take a request without an answer.
+
+        Raises:
+            StageError: if it is time to give up.
+        """
+        now = time.monotonic()
+        is_refused = _is_refused(error)
+        if not is_refused:
+            self._refused_at = now
+        if now - self._began_at > _LOST_CONTACT_S or (is_refused and now - self._refused_at > _REFUSED_S):
+            raise StageError(
+                f"{self._who} does not answer ({first_line(error)}); the job may go on: the same command attaches to "
+                "it again"
+            ) from error
+        if not self.is_told and now - self._began_at >= _SAY_AFTER_S:
+            self.is_told = True
+            patience_s = _REFUSED_S if is_refused else _LOST_CONTACT_S
+            logger.warning(
+                "%s does not answer (%s); waiting for up to %.0f s, the job may go on meanwhile",
+                *(self._who, first_line(error), patience_s),
+            )
+
+
+def _is_refused(error: BaseException | None) -> bool:
+    """Tell whether nobody listened at the address, from all that an error was made of."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 class _Log:
@@ -274,6 +374,17 @@ def _package(config: str, *, with_code: bool) -> Iterator[Path]:
             information.mkdir()
             (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: unclip-pipeline\nVersion: {version}\n")
         yield folder
+
+
+def _beginning(what: str) -> str:
+    return f"{_PREFIX}-{what}-" if what else f"{_PREFIX}-"
+
+
+def _ours(jobs: Iterable[Any], what: str) -> Iterator[tuple[str, Any]]:
+    for job in jobs:
+        name = job.submission_id or ""
+        if name.startswith(_beginning(what)):
+            yield name, job
 
 
 def _state_of(job: Any) -> JobState:

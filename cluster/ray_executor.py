@@ -38,6 +38,9 @@ _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
 _STOP_S = 30.0  # likewise, when that one training is to end
 _MAX_STARTS = 3
 _ANSWER_TIMEOUT_S = 10.0
+# Workers asked for beyond the room there is, so that an autoscaler brings nodes: as many as work, within these.
+_MIN_SPARES, _MAX_SPARES = 4, 64
+_SAY_WAITING_S = 30.0
 _QUIET: Mapping[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
 # Quiet, private, and patient: a training group may wait for its turn. A thread that still asks a closed executor's
 # cluster for something must fail: by itself Ray would start another cluster to answer it.
@@ -73,7 +76,7 @@ def connect(cluster: ClusterConfig) -> RayExecutor:
         _start(cluster)
     else:
         _join(cluster)
-    return RayExecutor()
+    return RayExecutor(grows=cluster.address != "local")
 
 
 def _start(cluster: ClusterConfig) -> None:
@@ -106,10 +109,11 @@ def _join(cluster: ClusterConfig) -> None:
 
     try:
         _refuse_dead(cluster.address)
+        _refuse_outsiders(cluster.address)
         # A driver that is itself a Ray Job has its code and environment from there, and its workers inherit them.
         runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env()
         ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"cluster.address: '{cluster.address}': {first_line(error)}; start that cluster, correct the address, or "
             "write `local`"
@@ -127,6 +131,32 @@ def _refuse_dead(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_TIMEOUT_S).close()
 
 
+def _refuse_outsiders(address: str) -> None:
+    """Make sure that this machine is a node of the cluster at ``HOST:PORT``.
+
+    A driver works through Ray's process on its own machine; where there is none, Ray ends the whole Python.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    import ray
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is compiled
+
+    host, _, port = address.rpartition(":")
+    if "://" in address or not (host and port.isdigit()):
+        return
+    try:
+        nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_TIMEOUT_S).values()
+    except ray.exceptions.RayError as error:
+        raise ConnectionError(f"no head of a Ray cluster answers there: {first_line(error)}") from error
+    if not any(node.state == 0 and Path(node.raylet_socket_name).exists() for node in nodes):
+        raise ConfigError(
+            f"cluster.address: '{address}': this machine is not a node of that cluster, so it cannot drive it; hand "
+            f"the run over with cluster.submit: http://{host}:8265, or drive from here with cluster.address: "
+            f"ray://{host}:10001"
+        )
+
+
 def _runtime_env() -> dict[str, Any]:
     """Describe what a remote worker needs of this machine: the code, and where the store is."""
     top = Path(__file__).parents[1]
@@ -138,9 +168,13 @@ def _runtime_env() -> dict[str, Any]:
 
 
 class RayExecutor:
-    """See ``stages.executor.Executor``; made by ``connect``. Several threads may map stages at once."""
+    """See ``stages.executor.Executor``; made by ``connect``. Several threads may map stages at once.
 
-    def __init__(self) -> None:
+    Args:
+        grows: whether nodes may join while a stage is at work.
+    """
+
+    def __init__(self, *, grows: bool = False) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -148,6 +182,7 @@ class RayExecutor:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
         self._board = board.remote()
+        self._grows = grows
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._gangs: set[Future[ShardRecord]] = set()
@@ -226,11 +261,12 @@ class RayExecutor:
     ) -> Iterator[ShardRecord | ShardFailure]:
         import ray
 
-        pool = _Pool(stage, shards, output, self._board, key)
+        pool = _Pool(stage, shards, output, self._board, key, grows=self._grows)
         try:
             while pool.busy:
                 done, _ = ray.wait(pool.awaited, num_returns=1, timeout=_POLL_S)
                 poll()
+                pool.tell()
                 for ref in done:
                     outcome = pool.take(ref)
                     if outcome is not None:
@@ -314,116 +350,164 @@ class _Worker:
 
 @dataclass
 class _Running:
-    """What an actor is doing: starting (no shard), or a shard."""
+    """A shard that an actor is doing."""
 
     actor: Any
-    shard: Shard | None
-    node: str = ""
+    shard: Shard
+    node: str
 
 
 class _Pool:
-    """The actors of one stage; each does one shard at a time, and a dead one is replaced."""
+    """The actors of one stage; each does one shard at a time, and a dead one is replaced.
 
-    def __init__(self, stage: Stage[Any], shards: Sequence[Shard], output: str, board: Any, key: str) -> None:
+    Where nodes may join, more actors are asked for than there is room for: an autoscaler sees by them what is needed,
+    and they start on the nodes that come.
+    """
+
+    def __init__(
+        self, stage: Stage[Any], shards: Sequence[Shard], output: str, board: Any, key: str, *, grows: bool
+    ) -> None:
         import ray
 
-        resources = stage.resources
+        self._resources = stage.resources
         self._name = stage.name
         self._output = output
         self._waiting = deque(shards)
         self._deaths: dict[str, int] = {}
         self._num_failed_starts = 0
         self._drains = DrainWatch()
+        self._starting: dict[Any, Any] = {}
         self._running: dict[Any, _Running] = {}
-        decorate = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_restarts=0)
+        num_cpus, num_gpus = self._resources.num_cpus, self._resources.num_gpus
+        decorate = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_restarts=0)
         self._actor_class: Any = decorate(_Worker)
         self._arguments = (ray.put(stage), board, key)
-        for _ in range(_pool_size(stage, len(shards), ray.cluster_resources())):
-            self._start()
+        self._grows = grows
+        self._num_fitting = _pool_size(stage, len(shards), ray.cluster_resources())
+        self._num_most = min(len(shards), self._resources.max_workers or len(shards)) if grows else self._num_fitting
+        self._started_at = time.monotonic()
+        self._is_told = False
+        self._adjust()
 
     @property
     def busy(self) -> bool:
         """Whether any shard is waiting or being done."""
-        return bool(self._waiting) or any(running.shard is not None for running in self._running.values())
+        return bool(self._waiting or self._running)
 
     @property
     def awaited(self) -> list[Any]:
-        """What the actors owe an answer to."""
-        return list(self._running)
+        """What the actors owe an answer to; new ones first, or quick shards would keep them from their first."""
+        return [*self._starting, *self._running]
 
     def take(self, ref: Any) -> ShardRecord | ShardFailure | None:
         """Take an answer, and give its actor the next shard; return the outcome if it was one."""
-        import ray
-
-        running = self._running.pop(ref)
-        outcome: ShardRecord | ShardFailure | None = None
-        node = running.node
-        try:
-            answer = ray.get(ref)
-            if running.shard is None:
-                self._num_failed_starts, node = 0, answer
-            else:
-                outcome = answer
-        except ray.exceptions.RayTaskError as error:  # the outcome could not be carried over
-            assert running.shard is not None
-            outcome = failure_of(running.shard, ShardError(f"{type(error).__name__}: {error}", retryable=True))
-        except ray.exceptions.RayError as error:
-            return self._bury(running, error)
-        self._next(running.actor, node)
+        outcome = None
+        if ref in self._starting:
+            self._take_start(ref)
+        else:
+            outcome = self._take_outcome(ref)
+        self._adjust()
         return outcome
+
+    def tell(self) -> None:
+        """Say once if workers find no room for a while."""
+        if self._is_told or not self._starting or time.monotonic() - self._started_at < _SAY_WAITING_S:
+            return
+        self._is_told = True
+        needs = f"{self._resources.num_cpus:g} cores and {self._resources.num_gpus:g} GPUs"
+        if self._running:
+            logger.info(
+                "%s: %d workers are busy and %d shards wait; more workers, of %s each, start when a node joins",
+                *(self._name, len(self._running), len(self._waiting), needs),
+            )
+        else:
+            logger.warning(
+                "%s: no worker has started for %.0f s; %d shards wait for a node with %s to spare",
+                *(self._name, _SAY_WAITING_S, len(self._waiting), needs),
+            )
 
     def close(self) -> None:
         """End all actors."""
         import ray
 
-        for running in self._running.values():
+        for actor in (*self._starting.values(), *(running.actor for running in self._running.values())):
             with contextlib.suppress(Exception):
-                ray.kill(running.actor)
+                ray.kill(actor)
+        self._starting.clear()
         self._running.clear()
 
-    def _start(self) -> None:
-        actor = self._actor_class.remote(*self._arguments)
-        self._running[actor.ready.remote()] = _Running(actor, None)
-
-    def _next(self, actor: Any, node: str) -> None:
+    def _adjust(self) -> None:
+        """Ask for as many workers as there should be, and for none that would find no shard."""
         import ray
 
-        if not self._waiting:
-            ray.kill(actor)  # its resources are somebody else's now
+        num_working = len(self._running)
+        num_useful = min(len(self._waiting), self._num_most - num_working)
+        num_wanted = self._num_fitting - num_working
+        if self._grows:
+            num_wanted = max(num_wanted, min(max(num_working, _MIN_SPARES), _MAX_SPARES))
+        while len(self._starting) < min(num_useful, num_wanted):
+            actor = self._actor_class.remote(*self._arguments)
+            self._starting[actor.ready.remote()] = actor
+        while len(self._starting) > max(num_useful, 0):
+            ray.kill(self._starting.popitem()[1])  # the youngest: it has come least far
+
+    def _take_start(self, ref: Any) -> None:
+        import ray
+
+        actor = self._starting.pop(ref)
+        try:
+            node = ray.get(ref)
+        except ray.exceptions.RayError as error:
+            with contextlib.suppress(Exception):
+                ray.kill(actor)
+            self._num_failed_starts += not getattr(error, "preempted", False)
+            if self._num_failed_starts >= _MAX_DEATHS:
+                raise StageError(f"{self._name}: workers die as they start: {first_line(error)}") from error
             return
-        if node in self._drains.nodes():
-            ray.kill(actor)  # a node that is going away gets no more work; Ray starts the successor elsewhere
-            self._start()
+        self._num_failed_starts = 0
+        self._started_at = time.monotonic()
+        self._next(actor, node)
+
+    def _take_outcome(self, ref: Any) -> ShardRecord | ShardFailure | None:
+        import ray
+
+        running = self._running.pop(ref)
+        outcome: ShardRecord | ShardFailure
+        try:
+            outcome = ray.get(ref)
+        except ray.exceptions.RayTaskError as error:  # the outcome could not be carried over
+            outcome = failure_of(running.shard, ShardError(f"{type(error).__name__}: {error}", retryable=True))
+        except ray.exceptions.RayError as error:
+            return self._bury(running, error)
+        self._next(running.actor, running.node)
+        return outcome
+
+    def _next(self, actor: Any, node: str) -> None:
+        """Give an actor a shard; one that gets none gives its resources back."""
+        import ray
+
+        # A node that is going away gets no more work; Ray starts the successor elsewhere.
+        if not self._waiting or node in self._drains.nodes():
+            ray.kill(actor)
             return
         shard = self._waiting.popleft()
         self._running[actor.process.remote(shard, self._output)] = _Running(actor, shard, node)
 
     def _bury(self, running: _Running, error: Exception) -> ShardFailure | None:
-        """Replace a dead actor; its shard is done again, or given up when it keeps killing workers."""
+        """Let a dead actor's shard be done again, or give it up when it keeps killing workers."""
         import ray
 
         with contextlib.suppress(Exception):
             ray.kill(running.actor)  # one that merely cannot be reached must not do the shard beside its successor
-        reason = first_line(error)
-        if running.shard is None:
-            self._num_failed_starts += not getattr(error, "preempted", False)
-            if self._num_failed_starts >= _MAX_DEATHS:
-                raise StageError(f"{self._name}: workers die as they start: {reason}") from error
-            self._start()
-            return None
         shard = running.shard
         is_preempted = running.node in self._drains.nodes() or getattr(error, "preempted", False)
         self._deaths[shard.id] = self._deaths.get(shard.id, 0) + (not is_preempted)
-        failure = None
         if self._deaths[shard.id] < _MAX_DEATHS:
             logger.warning("%s shard %d (%s): its worker died; doing it again", self._name, shard.index, shard.id)
             self._waiting.append(shard)
-        else:
-            message = f"its worker died {_MAX_DEATHS} times: {reason}; it may need more memory than there is"
-            failure = failure_of(shard, ShardError(message, retryable=True))
-        if self._waiting:
-            self._start()
-        return failure
+            return None
+        message = f"its worker died {_MAX_DEATHS} times: {first_line(error)}; it may need more memory than there is"
+        return failure_of(shard, ShardError(message, retryable=True))
 
 
 def _in_thread(name: str, function: Callable[[], ShardRecord]) -> Future[ShardRecord]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
+import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import urllib.parse
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,15 +20,19 @@ from flows.progress import Outcome
 from flows.project import Project, open_project
 from flows.selection import Selection
 from stages import storage
-from stages.errors import ConfigError
+from stages.errors import ConfigError, UnclipError
 from stages.manifest import digest_of
 
 if TYPE_CHECKING:
     from cluster.jobs import JobState
     from stages.config import Config
 
-# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them.
-_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION", "PREFECT_API_URL")
+logger = logging.getLogger(__name__)
+
+# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them, because
+# Ray shows a job's environment to whoever may look at the cluster.
+_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
+_PREFECT = "PREFECT_API_URL"
 _OUR_FAILURES = (1, 2, 130)
 
 
@@ -59,23 +65,35 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
     def say_stopping() -> None:
         say("stopping the job; everything committed is kept")
 
+    errors: list[str] = []
+
+    def stop() -> None:
+        try:
+            states = cluster.stop_all(what, timeout_s=STOP_WAIT_S + 3)
+        except UnclipError as error:
+            errors.append(str(error))
+        else:
+            errors.extend(f"job {name}: it still runs; `unclip cancel` stops it" for name in _going_on(states))
+        for text in errors:
+            say(text)
+
     with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping, takes_signals=takes_signals) as interrupt:
-        interrupt.closes(partial(cluster.stop_all, what))
-        name, is_new = cluster.submit(
-            what,
-            ["run", CONFIG_NAME, *_selection_arguments(selection)],
-            config=_for_the_cluster(config),
-            environment=environment,
-            with_code=config.cluster.code == "upload",
-            labels={"config": Path(args.config).name, "root": config.root},
-        )
-        say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
-        if args.detach:
-            if args.json:
-                print_json({"status": "submitted", "job": name})
-            return 0
+        interrupt.closes(stop)
         state: JobState | None = None
         try:
+            name, is_new = cluster.submit(
+                what,
+                ["run", CONFIG_NAME, *_selection_arguments(selection)],
+                config=_for_the_cluster(config),
+                environment=environment,
+                with_code=config.cluster.code == "upload",
+                labels={"config": Path(args.config).name, "root": storage.absolute(config.root)},
+            )
+            say(f"job {name} at {config.cluster.submit}: {'submitted' if is_new else 'is running already; attached'}")
+            if args.detach:
+                if args.json:
+                    print_json({"status": "submitted", "job": name})
+                return 0
             state = cluster.follow(name, show)
         except KeyboardInterrupt:
             interrupt.stop(128 + signal.SIGINT)
@@ -85,11 +103,11 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
             interrupt.stop(128 + signal.SIGTERM)
             raise
     code = _exit_code(state) if state is not None else interrupt.exit_code
-    error = f"job {name}: {state.status.lower()}: {state.message}" if state is not None and code else ""
-    if error:
-        say(error)
+    if state is not None and code:
+        errors.append(f"job {name}: {state.status.lower()}: {state.message}")
+        say(errors[-1])
     if args.json:
-        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), [error] if error else [])
+        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), errors)
     return code
 
 
@@ -104,21 +122,33 @@ def _answer(args: argparse.Namespace, selection: Selection, status: str, errors:
     print_json(run_to_json(status, project.config.root, report, outcomes, project.fingerprints, errors))
 
 
-def cancel(args: argparse.Namespace) -> int:
-    """Stop the jobs of a config."""
-    from cluster.jobs import JobCluster
+def _going_on(states: Mapping[str, JobState]) -> list[str]:
+    return [name for name, state in states.items() if not state.is_over]
 
-    project = open_project(args.config, args.set)
-    address = project.config.cluster.submit
+
+def cancel(args: argparse.Namespace) -> int:
+    """Stop the jobs of a config: of its name and store, whatever its lists and settings were when they began."""
+    from cluster.jobs import JobCluster
+    from stages.config import load_config
+
+    config = load_config(args.config, args.set)
+    address = config.cluster.submit
     if address is None:
         raise ConfigError("cancel: cluster.submit names no cluster; a run on this machine is stopped by Ctrl-C")
-    cluster = JobCluster(address)
-    stopped = cluster.stop_all(_project_name(project))
+    root = storage.absolute(config.root)
+    names = {Path(args.config).stem, config.prefect.deployment}  # jobs of a deployment bear its name
+
+    def is_meant(labels: Mapping[str, str]) -> bool:
+        return labels.get("root") == root and Path(labels.get("config", "")).stem in names
+
+    stopped = JobCluster(address).stop_all(is_meant=is_meant)
+    going_on = _going_on(stopped)
     for name, state in stopped.items():
-        print(f"job {name}: {state.status.lower()}; everything committed is kept")
+        then = "told to stop, has not ended yet" if name in going_on else "everything committed is kept"
+        print(f"job {name}: {state.status.lower()}; {then}")
     if not stopped:
         print("no job of this config is running")
-    return 0 if all(state.is_over for state in stopped.values()) else 1
+    return 1 if going_on else 0
 
 
 def cancel_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +192,26 @@ def _environment(config: Config) -> dict[str, str]:
     for name in config.cluster.pass_env:
         if name not in os.environ:
             raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
-    return {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+    environment = {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+    if _PREFECT in environment or not (url := os.environ.get(_PREFECT)):
+        return environment
+    if _is_loopback(url):
+        logger.warning(
+            "%s is on this machine (%s), where a job on a cluster does not find it: the job shows its stages on the "
+            "server that the cluster's environment names, or on one of its own; cluster.pass_env: [%s] passes it on",
+            *(_PREFECT, url, _PREFECT),
+        )
+        return environment
+    return environment | {_PREFECT: url}
+
+
+def _is_loopback(url: str) -> bool:
+    host = urllib.parse.urlsplit(url).hostname or ""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
 
 
 def _exit_code(state: JobState) -> int:

@@ -24,8 +24,9 @@ def render(args: argparse.Namespace) -> int:
 
     config = load_config(args.config, args.set)
     _refuse_local_lists(args.config, getattr(config.source, "lists", ()), config.kubernetes.store_claim)
-    # What runs on the cluster joins the Ray that is there; which machines are rendered for is no matter to it.
-    on_cluster = replace(config, cluster=replace(config.cluster, executor="ray", address="auto"))
+    # What runs on the cluster joins the Ray that is there, and hands nothing on to another one; which machines are
+    # rendered for is no matter to it.
+    on_cluster = replace(config, cluster=replace(config.cluster, submit=None, executor="ray", address="auto"))
     if args.target == "kubernetes":
         from cluster import kubernetes
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
+from stages.errors import first_line
 from stages.lease import release_all
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,10 @@ class Interrupt:
 
     def _release(self) -> None:
         if self._close is not None:
-            with contextlib.suppress(Exception):
+            try:
                 self._close()
+            except Exception as error:  # this thread has nobody to raise it to
+                logger.warning("stopping: %s; something may go on", first_line(error))
 
     def _end_hard(self) -> None:
         threading.Event().wait(self._deadline_s)

@@ -133,12 +133,15 @@ class Machines:
 
     def start(self) -> None:
         """Start the head."""
-        port, dashboard = (6379, 8265) if self.isolated else (free_port(), free_port())
+        ports = (6379, 8265, 10001) if self.isolated else (free_port(), free_port(), free_port())
+        port, dashboard, client = ports
         self.head = self._new(
             *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true"),
             *("--dashboard-host=0.0.0.0", f"--dashboard-port={dashboard}"),
+            f"--ray-client-server-port={client}",
         )
         self.gcs = f"{self.head.address}:{port}"
+        self.client = f"ray://{self.head.address}:{client}"
         self.dashboard = f"http://{self.head.address}:{dashboard}"
         self._wait_for(self.head)
 

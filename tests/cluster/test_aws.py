@@ -13,6 +13,7 @@ import yaml
 
 from cluster.aws import render
 from flows.cli import main
+from stages.config import load_config
 from stages.errors import ConfigError
 from stages.machines import AwsConfig, GpuInstanceConfig, InstanceConfig
 
@@ -23,6 +24,7 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     given = ["-s", "root=s3://b/store", "-s", "aws.gpu.spot=true", "-s", "aws.instance_profile=arn:aws:iam::1:x"]
+    given += ["-s", "cluster.submit=http://elsewhere:8265"]
     assert main(["render", "aws", QUICKSTART, *given, "-o", str(tmp_path)]) == 0
     assert re.search(r"ray up \S+/cluster.yaml && ray exec \S+/cluster.yaml 'unclip run", capsys.readouterr().out)
     written = yaml.safe_load((tmp_path / "cluster.yaml").read_text())
@@ -31,6 +33,8 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert machine["InstanceMarketOptions"] == {"MarketType": "spot"} and machine["IamInstanceProfile"]
     assert "InstanceMarketOptions" not in written["available_node_types"]["data"]["node_config"]
     assert [Path(path).is_file() for path in written["file_mounts"].values()] == [True]
+    inside = load_config(tmp_path / "config.yaml").cluster
+    assert (inside.submit, inside.executor, inside.address) == (None, "ray", "auto")
     with pytest.raises(jsonschema.ValidationError):
         validate_config(prepare_config({**copy.deepcopy(written), "max_workers": "many"}))
 

@@ -193,6 +193,7 @@ def test_wrong_settings_are_refused(values: dict[str, Any], expected: str) -> No
 
 def test_what_the_pods_run_is_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["-s", "root=s3://bucket/store", "-s", "kubernetes.queue=gpus", "-s", "cluster.num_cpus=2"]
+    given += ["-s", "cluster.submit=http://elsewhere:8265"]
     assert main(["render", "kubernetes", str(QUICKSTART), *given, "-o", str(tmp_path)]) == 0
     named = re.findall(rf"-f {re.escape(str(tmp_path))}/(\S+)", capsys.readouterr().out)
     assert named == ["config.yaml", "queue.yaml", "rayjob.yaml"]
@@ -201,7 +202,7 @@ def test_what_the_pods_run_is_the_same_work(tmp_path: Path, capsys: pytest.Captu
     mounted = tmp_path / "mounted.yaml"
     mounted.write_text(config_map["data"]["config.yaml"])
     inside, here = load_config(mounted), load_config(QUICKSTART, given[1::2])
-    assert (inside.cluster.executor, inside.cluster.address) == ("ray", "auto")
+    assert (inside.cluster.submit, inside.cluster.executor, inside.cluster.address) == (None, "ray", "auto")
     assert fingerprints(build_stages(inside)) == fingerprints(build_stages(here))
     [job] = yaml.safe_load_all((tmp_path / "rayjob.yaml").read_text())
     container = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]

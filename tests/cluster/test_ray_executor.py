@@ -36,6 +36,12 @@ def run(executor: Executor, root: str, seen: list[Any] | None = None, **settings
     return run_stage(squares, fingerprint, inputs, executor, CLUSTER, on_progress=on_progress)
 
 
+@pytest.fixture(params=["fixed", "growing"])
+def any_executor(ray_executor: RayExecutor, request: pytest.FixtureRequest) -> RayExecutor:
+    """As on this machine, and as on a cluster that nodes may join: with more workers than there is room for."""
+    return ray_executor if request.param == "fixed" else RayExecutor(grows=True)
+
+
 def test_equals_the_local_executor(ray_executor: RayExecutor, tmp_path: Path) -> None:
     seen: list[Any] = []
     local = run(LocalExecutor(), str(tmp_path / "local"))
@@ -46,11 +52,12 @@ def test_equals_the_local_executor(ray_executor: RayExecutor, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("how", ["flaky", "bug", "dies"])
-def test_a_failure_that_passes_changes_nothing(ray_executor: RayExecutor, tmp_path: Path, how: str) -> None:
+def test_a_failure_that_passes_changes_nothing(any_executor: RayExecutor, tmp_path: Path, how: str) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
     wanted = run(LocalExecutor(), str(tmp_path / "local")).digest
-    found = run(ray_executor, str(tmp_path / "ray"), misbehave={"10": how, "30": how}, scratch=str(scratch))
+    misbehave = {"10": how, "30": how}
+    found = run(any_executor, str(tmp_path / "ray"), misbehave=misbehave, scratch=str(scratch), num_workers=5)
     assert found.digest == wanted and not found.quarantined
     assert {path.read_text() for path in scratch.iterdir()} == {"2"}
 
@@ -88,17 +95,17 @@ class Unloadable(Deadly):
         os._exit(7)
 
 
-def test_a_shard_that_keeps_killing_workers_is_given_up(ray_executor: RayExecutor, tmp_path: Path) -> None:
+def test_a_shard_that_keeps_killing_workers_is_given_up(any_executor: RayExecutor, tmp_path: Path) -> None:
     stage = Deadly(NumbersConfig(), root=str(tmp_path))
-    (outcome,) = ray_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None)
+    (outcome,) = any_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None)
     assert isinstance(outcome, ShardFailure) and outcome.kind == "retryable"
     assert "its worker died 3 times" in str(outcome.error)
 
 
-def test_workers_that_cannot_start_end_the_stage(ray_executor: RayExecutor, tmp_path: Path) -> None:
+def test_workers_that_cannot_start_end_the_stage(any_executor: RayExecutor, tmp_path: Path) -> None:
     stage = Unloadable(NumbersConfig(), root=str(tmp_path))
     with pytest.raises(StageError, match="unloadable: workers die as they start"):
-        list(ray_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None))
+        list(any_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None))
 
 
 class Finisher(Deadly):
@@ -119,11 +126,11 @@ def test_finish_runs_on_a_worker_and_its_errors_arrive(ray_executor: RayExecutor
         ray_executor.finish(Finisher(NumbersConfig(counts=(0,)), root=str(tmp_path)), [], str(tmp_path), {})
 
 
-def test_an_abandoned_map_gives_its_cores_back(ray_executor: RayExecutor, tmp_path: Path) -> None:
+def test_an_abandoned_map_gives_its_cores_back(any_executor: RayExecutor, tmp_path: Path) -> None:
     import ray
 
     numbers = Numbers(NumbersConfig(counts=COUNTS), root=str(tmp_path))
-    outcomes = ray_executor.map(numbers, numbers.plan({}), str(tmp_path), lambda progress: None)
+    outcomes = any_executor.map(numbers, numbers.plan({}), str(tmp_path), lambda progress: None)
     next(outcomes)
     outcomes.close()  # type: ignore[attr-defined]
     for _ in range(100):

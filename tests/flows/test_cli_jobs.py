@@ -68,6 +68,30 @@ def test_secrets_travel_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "travels"),
+    [
+        ("https://api.prefect.cloud/api/accounts/1/workspaces/2", True),
+        ("http://10.0.0.7:4200/api", True),
+        ("http://localhost.example:4200/api", True),
+        ("http://127.0.0.1:4200/api", False),
+        ("http://localhost:4200/api", False),
+        ("http://[::1]:4200/api", False),
+        ("http://0.0.0.0:4200/api", False),
+    ],
+)
+def test_a_prefect_server_of_this_machine_does_not_travel(
+    url: str, travels: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    monkeypatch.setenv("PREFECT_API_KEY", "planted-key")
+    assert _environment(project().config).get("PREFECT_API_URL") == (url if travels else None)
+    assert caplog.text.count(f"PREFECT_API_URL is on this machine ({url})") == (not travels)
+    wanted = _environment(project("cluster.pass_env=[PREFECT_API_URL]").config)
+    assert wanted["PREFECT_API_URL"] == url and "PREFECT_API_KEY" not in wanted
+    assert len(caplog.records) == (not travels)  # what was asked for is not commented on
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         (["cluster.pass_env=[NOT_SET_ANYWHERE]"], "cluster.pass_env: NOT_SET_ANYWHERE is not set"),

@@ -246,7 +246,7 @@ def test_cancelling_stops_the_ray_job_before_the_run_is_over(
         config = written(
             tmp_path,
             "far",
-            cluster={"submit": cluster.dashboard},
+            cluster={"submit": cluster.dashboard, "pass_env": ["PREFECT_API_URL"]},  # for once it is the same machine
             source={"shapes": {"num_images": 300_000, "port": free_port()}, "rows_per_shard": 25_000},
             prefect={"job_variables": {"env": given}},
         )
