@@ -22,7 +22,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.interrupt import Cancelled, Interrupt
 from flows.lease_wait import held
-from flows.logs import CURRENT_STAGE
+from flows.logs import CURRENT_STAGE, hide_secrets_from_prefect
 from flows.prefect_server import PrivateServer, prefect_api
 from flows.progress import format_duration
 from stages.ablation import Trial
@@ -32,6 +32,7 @@ from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor
 from stages.graph import build_stages, fingerprints
 from stages.manifest import Manifest
+from stages.redaction import errors_without_secrets
 from stages.runner import StageProgress, inspect_stage, run_stage
 
 logger = logging.getLogger(__name__)
@@ -189,6 +190,7 @@ def ablation(name: str, pending: list[str]) -> None:
     Raises:
         StageError: if one failed; nodes that do not need it have run to their end by then.
     """
+    hide_secrets_from_prefect()
     run = CURRENT_ABLATION.get()
     run.interrupt.listen()
     made: dict[str, PrefectFuture[Any] | str] = {key: manifest.uri for key, manifest in run.manifests.items()}
@@ -216,7 +218,8 @@ def do_node(key: str, inputs: dict[str, str]) -> str:
     token = CURRENT_STAGE.set(node.stage.name)
     try:
         found = {name: Manifest.read_uri(node.stage.root, uri) for name, uri in inputs.items()}
-        run.manifests[key] = run.do(key, found)
+        with errors_without_secrets():  # Prefect keeps the text of what a task raises
+            run.manifests[key] = run.do(key, found)
     except Exception as error:
         if not run.interrupt.cancelled.is_set():
             run.errors.append(f"{node.trials[0]}: {error}")

@@ -13,6 +13,7 @@ from flows.report_html import data_uri
 from flows.report_style import DRAWING_STYLE
 from flows.report_training import TRAININGS, loss_chart
 from stages.manifest import Manifest
+from stages.redaction import hide_secrets
 from stages.samples import read_tar
 from stages.storage import is_local
 
@@ -38,9 +39,9 @@ def publish(
         report_uri: where the report is.
         notes: further tables in markdown, by their keys.
     """
-    create_markdown_artifact(funnel, key="funnel", description="Samples in and out of every stage")
+    create_markdown_artifact(hide_secrets(funnel), key="funnel", description="Samples in and out of every stage")
     for key, text in notes.items():
-        create_markdown_artifact(text, key=key, description=_NOTES.get(key, ""))
+        create_markdown_artifact(hide_secrets(text), key=key, description=_NOTES.get(key, ""))
     create_link_artifact(browsable(report_uri), key="report", link_text="Report", description="The whole run, one page")
     samples = sample_sheet(manifests["generate"], root) if "generate" in manifests else None
     if samples is not None:

@@ -181,7 +181,7 @@ def _run(args: argparse.Namespace) -> int:
     selection = _selection(args)
     if args.metrics_port is not None:
         args.set = [*args.set, f"cluster.metrics_port={args.metrics_port}"]
-    project = open_project(args.config, args.set)
+    project = _open_to_run(args)
     if args.retry_failed:
         project = _retry_failed(args, project, selection)
     check_upstream(
@@ -193,6 +193,17 @@ def _run(args: argparse.Namespace) -> int:
     if not pending and not selection.forced:
         return _say_nothing_to_do(args, project, selection)
     return _bring_to_end(args, project, selection)
+
+
+def _open_to_run(args: argparse.Namespace) -> Project:
+    """Open the project of a run; refuse to detach from one that is this very process."""
+    project = open_project(args.config, args.set)
+    if args.detach and project.config.cluster.submit is None:
+        raise ConfigError(
+            "--detach: this run is no Ray Job, it would end with this command; set cluster.submit to a cluster's "
+            "dashboard (-s cluster.submit=http://head:8265), or leave out --detach and keep the command running"
+        )
+    return project
 
 
 def _bring_to_end(args: argparse.Namespace, project: Project, selection: Selection) -> int:
@@ -233,7 +244,7 @@ def _retry_failed(args: argparse.Namespace, project: Project, selection: Selecti
 def _retry(args: argparse.Namespace) -> int:
     """Try the shards again that finished stages have given up on, then run."""
     selection = _selection(args)
-    given_up = cli_operate.reopen_quarantined(open_project(args.config, args.set), selection.stages)
+    given_up = cli_operate.reopen_quarantined(_open_to_run(args), selection.stages)
     listed = ", ".join(f"{name}: {count:,}" for name, count in given_up.items())
     said = f"{listed} shards are tried again" if given_up else "no finished stage has quarantined shards"
     open_console(sys.stderr).print(said, soft_wrap=True, **PLAIN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ from stages.manifest import manifest_uri
 def status_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe ``unclip status``."""
     _common_arguments(parser)
-    parser.add_argument("--watch", action="store_true", help="look again and again until every stage is done")
+    parser.add_argument("--watch", action="store_true", help="look again and again until the run has ended")
     parser.add_argument("--every", type=float, default=5.0, metavar="S", help="seconds between two looks (default 5)")
 
 
@@ -53,7 +52,9 @@ def status(args: argparse.Namespace) -> int:
     """Show what the store holds, once or again and again."""
     project = open_project(args.config, args.set)
     if args.watch:
-        return _watch(args, project)
+        from flows.cli_watch import watch
+
+        return watch(args, project)
     rows = overview(project.stages, project.states)
     if args.json:
         print_json({"root": project.config.root, "stages": [row.to_json() for row in rows]})
@@ -61,34 +62,6 @@ def status(args: argparse.Namespace) -> int:
         console = open_console(sys.stdout)
         console.print(f"store: {project.config.root}", **PLAIN)
         console.print(status_table(rows))
-    return 0
-
-
-def _watch(args: argparse.Namespace, project: Project) -> int:
-    from rich.live import Live
-
-    from flows.run_record import read_runs
-    from flows.watch import Watch, watch_view
-
-    if args.every <= 0:
-        raise ConfigError(f"--every {args.every:g}: is not positive; write seconds, for example 5")
-    root, watch, console = project.config.root, Watch(project), open_console(sys.stdout)
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        while True:
-            looks = watch.look()
-            run = next(iter(read_runs(root, newest=1)), None)
-            if args.json:
-                stages = [look.to_json() for look in looks]
-                print(json.dumps({"root": root, "run": run and run.to_json(), "stages": stages}), flush=True)
-            elif console.is_terminal:
-                live.update(watch_view(root, run, looks), refresh=True)
-            else:
-                console.print(watch_view(root, run, looks))
-            if watch.is_over:
-                break
-            time.sleep(args.every)
-    if console.is_terminal and not args.json:
-        console.print(watch_view(root, run, looks))
     return 0
 
 

@@ -23,7 +23,7 @@ from prefect.states import Completed
 from flows import cli_jobs
 from flows.console import open_console
 from flows.interrupt import Interrupt
-from flows.logs import PACKAGES, configure_logging
+from flows.logs import PACKAGES, configure_logging, hide_secrets_from_prefect
 from flows.pipeline import run_stages
 from flows.production_note import publish_note
 from flows.progress import LogDisplay
@@ -37,6 +37,7 @@ from stages.config import check_config, overridden
 from stages.errors import NotFoundError, StageError
 from stages.graph import STAGE_NAMES
 from stages.manifest import digest_of
+from stages.redaction import errors_without_secrets, hide_secrets
 from stages.source import Source
 
 logger = logging.getLogger(__name__)
@@ -74,11 +75,12 @@ def run(
         StageError: if a stage failed; the same run again goes on from there.
     """
     _log_to_prefect()
-    project = project_of(check_config(overridden(config, overrides), place=name))
-    selection = select(STAGE_NAMES, start=start, until=until, only=only, force=force)
-    upstream = {stage: project.stages[stage].upstream for stage in project.stages}
-    check_upstream(selection, upstream, {stage: state.status == "done" for stage, state in project.states.items()})
-    return _bring_to_end(project, selection, name)
+    with errors_without_secrets():
+        project = project_of(check_config(overridden(config, overrides), place=name))
+        selection = select(STAGE_NAMES, start=start, until=until, only=only, force=force)
+        upstream = {stage: project.stages[stage].upstream for stage in project.stages}
+        check_upstream(selection, upstream, {stage: state.status == "done" for stage, state in project.states.items()})
+        return _bring_to_end(project, selection, name)
 
 
 @flow(name=FLOW_NAME, flow_run_name="{name}", persist_result=False)
@@ -114,13 +116,15 @@ def retrain(
         _bring_to_end(project, selection, name)
         return 0
 
-    found = retrain_models(look, bring_to_end, promote=promote, from_scratch=from_scratch)
-    logger.info("%s", found.said)
-    publish_note(found.root, found.said, found.decision)
+    with errors_without_secrets():
+        found = retrain_models(look, bring_to_end, promote=promote, from_scratch=from_scratch)
+        logger.info("%s", found.said)
+        publish_note(found.root, found.said, found.decision)
     if found.status == "refused":
         assert found.decision is not None
-        return Completed(name="Refused", message=f"{found.said}: {'; '.join(found.decision.failures)}")
-    return Completed(message=found.said)
+        said = f"{found.said}: {'; '.join(found.decision.failures)}"
+        return Completed(name="Refused", message=hide_secrets(said))
+    return Completed(message=hide_secrets(found.said))
 
 
 def _bring_to_end(project: Project, selection: Selection, name: str) -> str:
@@ -144,6 +148,7 @@ def _log_to_prefect() -> None:
             handler = APILogHandler()
             handler.addFilter(lambda record: FlowRunContext.get() is not None or TaskRunContext.get() is not None)
             logger.addHandler(handler)
+    hide_secrets_from_prefect()
 
 
 def _run_here(run: Run) -> BaseException | None:
@@ -177,6 +182,11 @@ def watch(config: dict[str, Any], name: str = "unclip") -> list[str]:
     Returns:
         What has changed, one line a list; nothing if nothing has, or if it has been said before.
     """
+    with errors_without_secrets():
+        return _look_at_lists(config, name)
+
+
+def _look_at_lists(config: dict[str, Any], name: str) -> list[str]:
     project = project_of(check_config(config))
     state, source = project.states["source"], project.stages["source"]
     uri = storage.join(project.config.root, _ANNOUNCED)
@@ -188,7 +198,7 @@ def watch(config: dict[str, Any], name: str = "unclip") -> list[str]:
     emit_event(
         event=LISTS_CHANGED,
         resource=lists_resource(project.config.root, name),
-        payload={"changes": changes, "fingerprint": state.fingerprint},
+        payload={"changes": [hide_secrets(change) for change in changes], "fingerprint": state.fingerprint},
     )
     # Written after it: a watcher that is killed between the two says it twice, and never not at all.
     storage.write_json(uri, {"fingerprint": state.fingerprint})

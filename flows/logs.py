@@ -33,6 +33,32 @@ class Formatter(logging.Formatter):
         return hide_secrets(text)
 
 
+class HidingFormatter(logging.Formatter):
+    """Writes a record as another formatter does, without the secrets.
+
+    Args:
+        inner: the other one; ``None`` for the plain message.
+    """
+
+    def __init__(self, inner: logging.Formatter | None) -> None:
+        super().__init__()
+        self._inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Write one record."""
+        return hide_secrets(self._inner.format(record))
+
+
+def hide_secrets_from_prefect() -> None:
+    """Make every handler that sends lines to Prefect's API leave the secrets out, Prefect's own accounts included."""
+    from prefect.logging.handlers import APILogHandler
+
+    known = [logging.getLogger(), *(logging.getLogger(name) for name in list(logging.root.manager.loggerDict))]
+    for handler in {handler for found in known for handler in found.handlers}:
+        if isinstance(handler, APILogHandler) and not isinstance(handler.formatter, HidingFormatter):
+            handler.setFormatter(HidingFormatter(handler.formatter))
+
+
 class ConsoleHandler(logging.Handler):
     """Prints above the live bars instead of through them."""
 

@@ -20,6 +20,7 @@ from prefect import flow
 from prefect.futures import PrefectFuture, wait
 
 from flows.interrupt import Cancelled, Interrupt
+from flows.logs import hide_secrets_from_prefect
 from flows.prefect_server import PrivateServer, prefect_api
 from flows.progress import Displays, Outcome
 from flows.progress_artifacts import progress_shown
@@ -27,6 +28,7 @@ from flows.tasks import CURRENT_RUN, Run, publish_report, stage_task
 from stages.errors import StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor
 from stages.manifest import manifest_uri
+from stages.redaction import errors_without_secrets, hide_secrets
 
 
 @flow(name="unclip", flow_run_name="{name}", persist_result=False)
@@ -56,7 +58,8 @@ def run_stages(run: Run) -> str:
     Raises:
         StageError: if a stage failed.
     """
-    with contextlib.ExitStack() as stack:
+    hide_secrets_from_prefect()
+    with errors_without_secrets(), contextlib.ExitStack() as stack:
         if run.shows_progress:
             progress = stack.enter_context(progress_shown())
             run.display = Displays(run.display, progress)
@@ -151,4 +154,4 @@ def open_executor(cluster: ClusterConfig, interrupt: Interrupt) -> Executor:
 
 def run_name(config_path: str, root: str) -> str:
     """Name a run after its config file and its store."""
-    return f"{Path(config_path).stem} in {root}"
+    return hide_secrets(f"{Path(config_path).stem} in {root}")

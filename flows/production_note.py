@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from flows.prefect_server import ServerError, prefect_api, user_api_url
 from flows.run_notes import rules_table
+from stages.redaction import hide_secrets
 
 if TYPE_CHECKING:
     from stages.gate import Decision
@@ -41,7 +42,8 @@ def publish_note(root: str, said: str, decision: Decision | None) -> None:
     """
     from prefect.artifacts import create_markdown_artifact
 
-    create_markdown_artifact(note(root, said, decision), key=KEY, description=f"Production of {root}: {said}")
+    text = hide_secrets(note(root, said, decision))
+    create_markdown_artifact(text, key=KEY, description=hide_secrets(f"Production of {root}: {said}"))
 
 
 def tell_server(root: str, said: str, decision: Decision | None) -> None:
@@ -56,7 +58,7 @@ def tell_server(root: str, said: str, decision: Decision | None) -> None:
         return
     from prefect import flow
 
-    @flow(name=FLOW_NAME, flow_run_name=lambda: said, persist_result=False)
+    @flow(name=FLOW_NAME, flow_run_name=lambda: hide_secrets(said), persist_result=False)
     def decided() -> None:
         publish_note(root, said, decision)
 

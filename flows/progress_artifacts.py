@@ -19,6 +19,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext, TaskRunContext
 
 from flows.progress import Meter, Outcome, describe, format_duration
+from stages.redaction import hide_secrets
 from stages.runner import StageProgress
 
 logger = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class ProgressArtifacts:
         with self._lock:
             bar = self._bar(outcome.stage)
             percent = 100.0 if outcome.status == "done" else bar.percent
-            self._show(bar, percent, f"{outcome.status}: {describe(outcome)}")
+            self._show(bar, percent, hide_secrets(f"{outcome.status}: {describe(outcome)}"))
         self._due.set()
 
     def send_until_ended(self) -> None:

@@ -75,6 +75,8 @@ class RunMetrics(logging.Handler):
         self._set(stage, "unclip_shards_quarantined", progress.num_quarantined)
         self._set(stage, "unclip_stage_running", 0 if progress.finished else 1)
         inner = progress.inner
+        # From the first look on: `increase` knows nothing of a counter whose first value is the first restart.
+        self._metrics["unclip_training_restarts"].labels(stage)
         if inner is not None and inner.unit == "steps":
             self._set(stage, "unclip_training_step", inner.done)
             self._set(stage, "unclip_training_steps", inner.total)

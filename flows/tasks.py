@@ -32,6 +32,7 @@ from stages.executor import ClusterConfig, Executor
 from stages.lease import Lease
 from stages.manifest import Manifest
 from stages.orchestration import PrefectConfig
+from stages.redaction import errors_without_secrets
 from stages.runner import StageProgress, StageState, forget, inspect_stage, run_stage
 
 logger = logging.getLogger(__name__)
@@ -201,7 +202,8 @@ def do_stage(stage: str, inputs: dict[str, str]) -> Any:
     token = CURRENT_STAGE.set(stage)
     started_at = time.monotonic()
     try:
-        outcome = run.do(stage, {name: Manifest.read_uri(run.root, uri) for name, uri in inputs.items()})
+        with errors_without_secrets():  # Prefect keeps the text of what a task raises
+            outcome = run.do(stage, {name: Manifest.read_uri(run.root, uri) for name, uri in inputs.items()})
     except BaseException as error:
         _note_failure(run, stage, error, wall_time_s=time.monotonic() - started_at)
         raise
@@ -246,7 +248,9 @@ def publish_report(manifests: dict[str, str]) -> str:
         The URI of the report.
     """
     run = CURRENT_RUN.get()
-    found = run.manifests()
-    run.report_uri = run.write_report(found)
-    artifacts.publish(found, root=run.root, funnel=run.funnel(found), report_uri=run.report_uri, notes=run.notes(found))
+    with errors_without_secrets():
+        found = run.manifests()
+        run.report_uri = run.write_report(found)
+        funnel, notes = run.funnel(found), run.notes(found)
+        artifacts.publish(found, root=run.root, funnel=funnel, report_uri=run.report_uri, notes=notes)
     return run.report_uri

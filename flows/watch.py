@@ -24,6 +24,7 @@ from stages.base import Shard, Stage
 from stages.errors import NotFoundError, UnclipError
 from stages.manifest import Manifest
 from stages.metrics import METRICS_NAME, read_metrics
+from stages.redaction import hide_secrets
 from stages.runner import StageState, inspect_stage, output_uri
 from stages.storage import Entry
 
@@ -68,7 +69,7 @@ class Watch:
     def __init__(self, project: Project) -> None:
         self._stages = project.stages
         self._states = dict(project.states)
-        self._plans: dict[str, Sequence[Shard] | UnclipError] = {}
+        self._plans: dict[str, Sequence[Shard]] = {}
 
     @property
     def is_over(self) -> bool:
@@ -76,7 +77,11 @@ class Watch:
         return all(state.status == "done" for state in self._states.values())
 
     def look(self, now_s: float | None = None) -> list[StageLook]:
-        """Return every stage as it is now."""
+        """Return every stage as it is now.
+
+        Raises:
+            StorageError: if the store does not answer; the next look begins anew.
+        """
         now_s = time.time() if now_s is None else now_s
         return [self._look(stage, now_s) for stage in self._stages.values()]
 
@@ -93,20 +98,18 @@ class Watch:
             return _done(state)
         if len(inputs) < len(stage.upstream):
             return StageLook(stage=stage.name, status="waiting")
-        plan = self._plan(stage, inputs)
-        if isinstance(plan, UnclipError):
-            return StageLook(stage=stage.name, status="blocked", note=str(plan))
+        try:
+            plan = self._plan(stage, inputs)
+        except UnclipError as error:  # it may pass: the next look tries again
+            return StageLook(stage=stage.name, status="blocked", note=hide_secrets(str(error)))
         listing = storage.list_entries(output_uri(stage))
         if stage.gang and getattr(stage.config, "kind", "train") == "train":
             return _training(stage, plan, listing, now_s)
         return _shards(stage, plan, listing, _samples_per_shard(stage, inputs, plan), now_s)
 
-    def _plan(self, stage: Stage[Any], inputs: Mapping[str, Manifest]) -> Sequence[Shard] | UnclipError:
+    def _plan(self, stage: Stage[Any], inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
         if stage.name not in self._plans:
-            try:
-                self._plans[stage.name] = stage.plan(inputs)
-            except UnclipError as error:
-                self._plans[stage.name] = error
+            self._plans[stage.name] = stage.plan(inputs)
         return self._plans[stage.name]
 
 

@@ -9,11 +9,12 @@ import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 from stages.base import Progress, Result, Shard, Stage, setting
 from stages.errors import ConfigError, InputError, ShardError, StageError, StorageError, UnclipError
 from stages.manifest import Manifest, ShardRecord
+from stages.redaction import hide_secrets, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,12 @@ class ShardFailure:
 
 
 def failure_of(shard: Shard, error: Exception) -> ShardFailure:
-    """Classify an exception raised by ``Stage.process``."""
-    details = "".join(traceback.format_exception(error))
+    """Classify an exception raised by ``Stage.process``.
+
+    Called where it was raised: the secrets in it are of that process's environment, and may be no other's.
+    """
+    details = hide_secrets("".join(traceback.format_exception(error)))
+    error = cast(Exception, without_secrets(error))
     if isinstance(error, StorageError) or (isinstance(error, ShardError) and error.retryable):
         return ShardFailure(shard=shard, error=error, kind="retryable", details=details)
     if isinstance(error, ConfigError | InputError | StageError):

@@ -5,6 +5,7 @@ A secret is the value of an environment variable whose name says so, or the user
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,52 @@ def hide_secrets(text: str) -> str:
     for value in _secrets():
         text = text.replace(value, HIDDEN)
     return _USER_OF_URL.sub(f"{HIDDEN}@", text)
+
+
+@contextlib.contextmanager
+def errors_without_secrets() -> Iterator[None]:
+    """Take the secrets out of what a ``with`` block raises, and of what led to it, before somebody else keeps it.
+
+    Raises:
+        BaseException: what the block raised; a ``RuntimeError`` in its place where its text cannot be changed.
+    """
+    try:
+        yield
+    except BaseException as error:
+        clean = without_secrets(error)
+        if clean is error:
+            raise
+        raise clean from None
+
+
+def without_secrets(error: BaseException) -> BaseException:
+    """Take the secrets out of an error and out of its causes; return it, since whoever decides by its type still can.
+
+    Returns:
+        The same error, or a ``RuntimeError`` with its text where that is not made of its arguments.
+    """
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            waiting += [link.__cause__, link.__context__]
+            _clean(link)
+    text = str(error)
+    if hide_secrets(text) == text:
+        return error
+    return RuntimeError(f"{type(error).__name__}: {hide_secrets(text)}")
+
+
+def _clean(error: BaseException) -> None:
+    error.args = tuple(hide_secrets(item) if isinstance(item, str) else item for item in error.args)
+    if isinstance(error, OSError):  # it keeps copies of its arguments, and writes its text from those
+        for name in ("strerror", "filename", "filename2"):
+            if isinstance(text := getattr(error, name), str):
+                setattr(error, name, hide_secrets(text))
+    if notes := getattr(error, "__notes__", None):
+        error.__notes__ = [hide_secrets(note) for note in notes]
 
 
 def refuse_secrets(values: Mapping[str, Any]) -> None:

@@ -310,8 +310,10 @@ def _log_failure(stage: Stage[Any], failure: ShardFailure, attempt: int, max_att
         raise failure.error
     place = f"{stage.name} shard {failure.shard.index} ({failure.shard.id})"
     where = {"stage": stage.name, "shard": failure.shard.id}
-    logger.warning("%s failed, attempt %d of %d: %s", place, attempt, max_attempts, failure.error, extra=where)
-    logger.debug("%s: %s", place, failure.details, extra=where)
+    logger.warning(
+        "%s failed, attempt %d of %d: %s", place, attempt, max_attempts, hide_secrets(str(failure.error)), extra=where
+    )
+    logger.debug("%s: %s", place, hide_secrets(failure.details), extra=where)
 
 
 def _refuse_failures(

@@ -58,6 +58,8 @@ def arguments(root: Path, num_images: int = 40, executor: str = "local") -> list
             "--only upsampler-256: no such stage; did you mean 'upsampler_256'?",
         ),
         (["run", CONFIG, "--from", "xyzzy"], "the stages are: source, download"),
+        (["run", CONFIG, "--detach"], "--detach: this run is no Ray Job"),
+        (["retry", CONFIG, "--detach"], "set cluster.submit to a cluster's dashboard"),
         (["run", CONFIG, "--only", "clip", "--until", "pca"], "--only: cannot be joined"),
         (["run", CONFIG, "--from", "pca", "--until", "clip"], "nothing is left to run"),
         (["run", CONFIG, "--until", "clip", "--force", "pca"], "--force pca: it is not among the stages of this run"),

@@ -16,11 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
+from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events.schemas.automations import EventTrigger
 from prefect.events.schemas.events import Resource
 from prefect.exceptions import PrefectHTTPStatusError
@@ -471,6 +473,87 @@ def test_the_server_refuses_wrong_settings(place: Place, tmp_path: Path) -> None
     with pytest.raises(PrefectHTTPStatusError):
         place.start(name, until="upsampler-256")
     assert not place.runs(name)
+
+
+def test_clock_and_limits_stand_on_the_server_as_the_config_says(place: Place, tmp_path: Path) -> None:
+    wanted = {"pool": "limited", "pool_limit": 3, "cron": "0 3 * * 1", "timezone": "Europe/Berlin"}
+    config = written(tmp_path, "clock", prefect=wanted | {"concurrency": 2, "when_busy": "skip"})
+    name = place.deploy(config, "--until", "source")["name"]
+    pool, deployment = place.client.read_work_pool("limited"), place.client.read_deployment_by_name(name)
+    assert (pool.type, pool.concurrency_limit) == ("process", 3)
+    (clock,) = deployment.schedules
+    assert clock.active and isinstance(clock.schedule, CronSchedule)
+    assert (clock.schedule.cron, clock.schedule.timezone) == ("0 3 * * 1", "Europe/Berlin")
+    assert limits(deployment) == (2, "CANCEL_NEW")
+    # The server's own scheduler reads it as that hour of that place, in summer and in winter.
+    planned = eventually(lambda: place.runs(name, "Scheduled"), 30, "runs by the clock")
+    at = [run.expected_start_time.astimezone(ZoneInfo("Europe/Berlin")) for run in planned]
+    assert {(when.hour, when.minute, when.isoweekday()) for when in at} == {(3, 0, 1)}
+
+    written(tmp_path, "clock", prefect=wanted | {"cron": None, "interval_s": 900, "pool_limit": 5})
+    place.deploy(config, "--until", "source")
+    deployment = place.client.read_deployment_by_name(name)
+    (clock,) = deployment.schedules
+    assert isinstance(clock.schedule, IntervalSchedule) and clock.schedule.interval.total_seconds() == 900
+    assert limits(deployment) == (1, "ENQUEUE")
+    assert place.client.read_work_pool("limited").concurrency_limit == 3, "a pool that exists is used as it is"
+
+
+def limits(deployment: Any) -> tuple[int, str]:
+    """Return how many runs of a deployment there may be at a time, and what becomes of more."""
+    return deployment.global_concurrency_limit.limit, deployment.concurrency_options.collision_strategy.value
+
+
+def test_a_secret_comes_from_a_block_and_is_told_to_nobody(place: Place, tmp_path: Path) -> None:
+    """The worker reads it from the server for the run's environment; what the run then says of it is stars."""
+    from prefect.blocks.system import Secret
+
+    # A word that this run cannot avoid: the folder that it cannot write.
+    Secret(value="download/shards").save("drill-token", overwrite=True)
+    config = written(
+        tmp_path,
+        "secretive",
+        cluster={"executor": "local"},
+        source={"shapes": {"num_images": 8, "port": free_port()}, "rows_per_shard": 8},
+        prefect={"job_variables": {"env": {"DRILL_TOKEN": "{{ prefect.blocks.secret.drill-token }}"}}},
+    )
+    obstacle = tmp_path / "store" / "download" / "shards"
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("in the way")
+    name = place.deploy(config, "--until", "download", "-s", "prefect.stage_retries=0")["name"]
+    stored = place.client.read_deployment_by_name(name).model_dump_json()
+    assert "drill-token" in stored and "download/shards" not in stored, "the deployment only names it"
+    run = place.start(name)
+    assert place.until_over(run) == "Failed", place.said()
+    chosen = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
+    states = [*place.client.read_flow_run_states(run.id)]
+    for task in place.client.read_task_runs(flow_run_filter=chosen):
+        states += place.client.read_task_run_states(task.id)
+    told = {
+        "states": "\n".join(state.model_dump_json() for state in states),
+        "logs": "\n".join(log.message for log in place.client.read_logs(LogFilter(flow_run_id={"any_": [run.id]}))),
+        "artifacts": "\n".join(f"{found.description} {found.data}" for found in place.artifacts(run)),
+    }
+    assert {kind: "download/shards" in text for kind, text in told.items()} == dict.fromkeys(told, False)
+    assert {kind: f"{tmp_path}/store/***" in text for kind, text in told.items()} == dict.fromkeys(told, True)
+
+
+def test_a_run_by_prefects_own_command(place: Place, tmp_path: Path) -> None:
+    config = written(
+        tmp_path,
+        "by-hand",
+        cluster={"executor": "local"},
+        source={"shapes": {"num_images": 16, "port": free_port()}, "rows_per_shard": 16},
+    )
+    name = place.deploy(config)["name"]
+    command = ["prefect", "deployment", "run", name, "--param", 'overrides=["source.rows_per_shard=8"]']
+    command = [sys.executable, "-m", *command, "--param", "until=source"]
+    said = subprocess.run(command, env=environment(place.home, place.url), capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    run = eventually(lambda: place.runs(name), 30, "the run")[0]
+    assert place.until_over(run) == "Completed", place.said()
+    assert place.tasks(run) == {"source": "Completed", "report": "Completed"}
+    assert len(committed(tmp_path / "store" / "source" / "shards")) == 2, "rows_per_shard as the command says"
 
 
 def test_a_kubernetes_pool(place: Place, tmp_path: Path) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.logging.handlers import APILogHandler
 
 from flows.interrupt import Cancelled
 from flows.pipeline import run_pipeline
@@ -18,12 +20,14 @@ from flows.progress import Outcome
 from flows.selection import Selection
 from flows.tasks import Run, worth_retrying
 from stages.base import Shard, Stage
-from stages.errors import ConfigError, InputError, StageError, StorageError
+from stages.errors import ConfigError, InputError, ShardError, StageError, StorageError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import Manifest, ShardRecord
 from stages.orchestration import PrefectConfig
 from stages.runner import StageProgress, StageState, inspect_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
+
+PLANTED, PLANTED_URL = "planted-secret-token", "http://ann:planted-in-a-url@127.0.0.1:1"
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +209,69 @@ def test_a_lost_connection_is_tried_once_more(
     run = new_run(str(tmp_path), {"numbers": stage})
     run_pipeline(run, name="lost", server=server)
     assert ends(run) == {"numbers": status} and stage.failures == 0
+
+
+class Telling(Numbers):
+    """Says secrets in lines of its log and in what it raises, of a shard or of the whole stage."""
+
+    def plan(self, inputs: Mapping[str, Manifest]) -> Sequence[Shard]:
+        logging.getLogger("stages.telling").warning("asked with %s", PLANTED, stack_info=True)
+        if self.name == "other":
+            raise OSError(5, "refused", PLANTED_URL) from ValueError(f"{PLANTED} is wrong")
+        return super().plan(inputs)
+
+    def process(self, shard: Shard, output: str) -> ShardRecord:
+        if shard.index:
+            raise ShardError(f"cannot read {PLANTED_URL}/x with {PLANTED}")
+        return super().process(shard, output)
+
+
+class TellingOther(Telling):
+    """Fails before its first shard."""
+
+    name = "other"
+
+
+def everything_told(client: SyncPrefectClient) -> dict[str, str]:
+    """Return all that a server has of its runs, by what kind of thing it is."""
+    tasks, flows = client.read_task_runs(), client.read_flow_runs()
+    states = [state for run in tasks for state in client.read_task_run_states(run.id)]
+    states += [state for run in flows for state in client.read_flow_run_states(run.id)]
+    return {
+        "logs": "\n".join(log.message for log in client.read_logs()),
+        "states": "\n".join(state.model_dump_json() for state in states),
+        "artifacts": "\n".join(f"{found.description} {found.data}" for found in client.read_artifacts()),
+        "runs": "\n".join(run.model_dump_json() for run in [*tasks, *flows]),
+    }
+
+
+def test_no_secret_reaches_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DRILL_TOKEN", PLANTED)
+    root, ours = str(tmp_path / "store"), logging.getLogger("stages")
+    stages: list[Stage[Any]] = [cls(NumbersConfig(), root=root) for cls in (Telling, TellingOther)]
+    run = new_run(root, {stage.name: stage for stage in stages})
+    run.prefect = PrefectConfig(retry_delay_s=0.1)
+    run.notes = lambda manifests: {"cost": f"| paid with {PLANTED} |"}
+    handler = APILogHandler()  # Prefect attaches one to the loggers it is told of when it is imported
+    ours.addHandler(handler)
+    try:
+        with PrivateServer(tmp_path / "prefect") as private, prefect_api(private):
+            # Taken for a server of the user's, since a private one is shown no progress.
+            error = run_pipeline(run, name="telling", server=None)
+            APILogHandler.flush(handler)
+            with get_client(sync_client=True) as client:
+                told = everything_told(client)
+    finally:
+        ours.removeHandler(handler)
+    assert ends(run) == {"numbers": "failed", "other": "failed"}
+    assert PLANTED not in str(error) and all("planted" not in (o.message or "") for o in run.failures())
+    assert {kind: "planted" in text for kind, text in told.items()} == dict.fromkeys(told, False)
+    # It was all told, but for the secrets.
+    assert "asked with ***" in told["logs"] and "cannot read http://***@127.0.0.1:1/x with ***" in told["logs"]
+    assert "ValueError: *** is wrong" in told["logs"], "Prefect's own account of the failure"
+    assert "first: shard" in told["states"] and "[Errno 5] refused: 'http://***@127.0.0.1:1'" in told["states"]
+    assert "failed: numbers: 2 of 3 shards failed" in told["artifacts"] and "paid with ***" in told["artifacts"]
+    assert "AwaitingRetry" in told["states"], "an error keeps its type, by which it is tried again"
 
 
 def test_what_is_worth_retrying() -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import re
 import socket
+import subprocess
+import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -16,8 +21,15 @@ from flows.run_metrics import _RESTARTED, EXPORTED, RunMetrics
 from stages.base import Progress
 from stages.errors import ConfigError
 from stages.runner import StageProgress
+from tests.conftest import free_port
 
-DASHBOARD = Path(__file__).parents[2] / "cluster" / "grafana" / "unclip.json"
+TOP = Path(__file__).parents[2]
+DASHBOARD = TOP / "cluster" / "grafana" / "unclip.json"
+
+
+def expressions() -> list[str]:
+    """Return the queries of the dashboard."""
+    return [target["expr"] for panel in json.loads(DASHBOARD.read_text())["panels"] for target in panel["targets"]]
 
 
 def scrape(port: int) -> dict[str, float]:
@@ -56,6 +68,46 @@ def test_a_scrape_shows_the_run() -> None:
     assert {name.partition("{")[0] for name in seen} == EXPORTED
 
 
+def test_the_first_restart_is_an_increase() -> None:
+    """Of a counter that begins at 1, Prometheus' ``increase`` says 0."""
+    metrics = RunMetrics()
+    metrics.update(StageProgress(stage="prior", num_done=0, num_shards=1))
+    labels = {"stage": "prior"}
+    assert metrics.registry.get_sample_value("unclip_training_restarts_total", labels) == 0
+    metrics.handle(logging.makeLogRecord({"stage": "prior", "event": _RESTARTED, "levelno": logging.WARNING}))
+    assert metrics.registry.get_sample_value("unclip_training_restarts_total", labels) == 1
+
+
+@pytest.mark.slow
+def test_a_real_run_serves_all_that_the_dashboard_asks_for(tmp_path: Path, prefect_state: Path) -> None:
+    port = free_port()
+    given = {"root": tmp_path / "store", "cluster.executor": "local", "source.shapes.port": free_port()}
+    command = [sys.executable, "-m", "flows.cli", "run", str(TOP / "tests" / "tiny.yaml"), "--until", "clip"]
+    command += ["--metrics-port", str(port), *(word for k, v in given.items() for word in ("-s", f"{k}={v}"))]
+    environment = os.environ | {"XDG_STATE_HOME": str(prefect_state), "PYTHONPATH": str(TOP)}
+    seen: dict[str, list[float]] = {}
+    with (tmp_path / "said").open("wb") as said:
+        run = subprocess.Popen(command, env=environment, stdout=said, stderr=said)
+        try:
+            deadline = time.monotonic() + 240
+            while run.poll() is None and time.monotonic() < deadline:
+                with contextlib.suppress(OSError):  # it is not up yet, or no more
+                    for name, value in scrape(port).items():
+                        seen.setdefault(name, []).append(value)
+                time.sleep(0.1)
+            assert run.wait(10) == 0, (tmp_path / "said").read_text()
+        finally:
+            run.kill()
+            run.wait()
+    asked_for = set(re.findall(r"\bunclip_\w+", " ".join(expressions())))
+    assert asked_for - {name.partition("{")[0] for name in seen} == set()
+    assert set(seen['unclip_training_restarts_total{stage="clip"}']) == {0}
+    assert (
+        seen['unclip_shards_done{stage="download"}'][-1] == 3
+        and seen['unclip_samples_total{stage="source"}'][-1] == 192
+    )
+
+
 def test_a_counter_never_falls_where_a_stage_begins_again() -> None:
     metrics = RunMetrics()
     for num_samples in (40, 100, 0, 30):
@@ -74,8 +126,7 @@ def test_a_taken_port_is_one_line() -> None:
 
 def test_the_dashboard_uses_exactly_what_is_exported() -> None:
     dashboard = json.loads(DASHBOARD.read_text())
-    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
-    assert set(re.findall(r"\bunclip_\w+", " ".join(expressions))) == EXPORTED
+    assert set(re.findall(r"\bunclip_\w+", " ".join(expressions()))) == EXPORTED
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]]
     assert len(set(places)) == len(places)
