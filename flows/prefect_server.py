@@ -228,7 +228,9 @@ def _may_name_an_api() -> bool:
     home = Path(os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser())
     if Path("prefect.toml").is_file() or _mentions(Path("pyproject.toml"), "tool.prefect"):
         return True
-    return any(_mentions(path, "prefect") for path in (Path(".env"), home / "profiles.toml"))
+    # Of a profile that Prefect brings along, such as `local`, the file holds that it is active and nothing else.
+    profiles = home / "profiles.toml"
+    return _mentions(Path(".env"), "prefect") or _mentions(profiles, "prefect") or _mentions(profiles, "active")
 
 
 def _mentions(path: Path, word: str) -> bool:

@@ -9,13 +9,19 @@ What stands in a fenced block says by the words behind its backticks how it is e
 * ``console <need>``: not by us; it needs what ``NEEDS`` names.
 
 A command in the running text is executed if its subcommand and each of its options are, by one of the first two.
+
+Commands of other programs are held to the same: those of ``prefect`` are in ``ELSEWHERE``, or their block names a need,
+as ``pip`` does; a benchmark (``python -m tests.benchmarks.NAME``) is asked for its help, which must know the options.
 """
 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +40,7 @@ NEEDS = {
     "cluster": "a Ray cluster of several machines, with a store that all of them see",
     "kubernetes": "a Kubernetes cluster, and a registry of images",
     "aws": "an account at Amazon",
+    "index": "an index of packages that has this one",
 }
 # test -> the commands, and options of commands, that it executes; its file must name both.
 ELSEWHERE = {
@@ -52,12 +59,21 @@ ELSEWHERE = {
     "tests/flows/test_deployments.py::test_notices_stand_on_the_server_as_the_config_says": ("deploy --no-promote",),
     "tests/flows/test_deployments.py::test_retraining_by_the_clock_promotes_or_is_refused": ("deploy --retrain",),
     "tests/flows/test_deployments.py::test_serve_deploys_and_takes_the_runs": ("serve",),
+    "tests/flows/test_deployments.py::test_a_run_by_prefects_own_command": (
+        *("prefect deployment run", "prefect deployment run --param"),
+    ),
+    "tests/flows/prefect_setup.py::running_server": ("prefect server start",),
+    "tests/flows/prefect_setup.py::running_worker": ("prefect worker start", "prefect worker start --pool"),
+    "tests/flows/test_prefect_server.py::test_prefects_own_commands_choose_the_server": (
+        *("prefect profile use", "prefect config view"),
+    ),
     "tests/flows/test_retraining_drill.py::test_three_weeks": ("retrain --from-scratch",),
     "tests/test_end_to_end.py::test_an_ablation_trains_its_variants_and_judges_the_claims": ("ablate",),
 }
 # Targets that CI leaves out, and why.
 NOT_IN_CI = {"bench-data": "an hour of an idle machine", "bench-train": "an hour of an idle machine"}
-_PROGRAMS = ("unclip", "make", "docker", "kubectl", "ray", "prefect")
+_PROGRAMS = ("unclip", "make", "docker", "kubectl", "ray", "prefect", "pip", "python")
+_BENCHMARK = re.compile(r"python -m (tests\.benchmarks\.[a-z]\w*)")
 
 
 @dataclass(frozen=True)
@@ -99,7 +115,7 @@ def mentioned(page: Path) -> Iterator[str]:
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
     for code in re.findall(r"`([^`]+)`", text):
         words = _without_variables(" ".join(code.split()))
-        if words.startswith(("unclip ", "make ")) and re.match(r"[a-z]", words.split()[1]):
+        if words.startswith(("unclip ", "make ", "prefect ", "pip ")) and re.match(r"[a-z]", words.split()[1]):
             yield words
     for line in text.splitlines():
         assert not re.match(r" {4,}(unclip|make) ", line), f"{page.name}: '{line.strip()}': put it into a fenced block"
@@ -107,8 +123,12 @@ def mentioned(page: Path) -> Iterator[str]:
 
 def parts(command: str) -> list[str]:
     """Return what has to be executed of a command: the subcommand, and it with each option in turn."""
-    words = [word.strip("[]") for word in shlex.split(command.replace("...", ""), comments=True)][1:]
+    program, *words = [word.strip("[]") for word in shlex.split(command.replace("...", ""), comments=True)]
     name = words[0]
+    if program == "prefect":
+        # `prefect profile use local`: what it is done to is no part of the command.
+        kinds = itertools.takewhile(lambda word: re.fullmatch("[a-z]+", word), words)
+        name = " ".join(["prefect", *kinds][: 4 if words[0] == "deployment" else 3])
     if name in ("models", "render") and len(words) > 1 and words[1] in ("list", "kubernetes", "aws"):
         name = f"{name} {words[1]}"
     return [name, *(f"{name} {re.sub(r'=.*', '', word)}" for word in words if re.match(r"-{1,2}[a-z]", word))]
@@ -124,6 +144,8 @@ EXECUTED = executed_here() | {part for parts in ELSEWHERE.values() for part in p
 
 def missing(command: str) -> list[str]:
     """Return what of a command nothing executes."""
+    if command.startswith(("pip ", "python ")):
+        return [] if _BENCHMARK.match(command) else [command.split(" ")[0]]
     if command.startswith("make "):
         targets = [word for word in shlex.split(command, comments=True)[1:] if "=" not in word]
         left = [target for target in targets if target not in NOT_IN_CI]
@@ -149,10 +171,12 @@ def complaints(page: Path) -> Iterator[str]:
             yield f"{commands[0]}: mark its block sh, sh elsewhere, or console and its need"
         elif others := block.commands("docker", "kubectl", "ray"):
             yield f"{others[0]}: mark its block console and its need"
-        elif block.runs_here and (others := block.commands("make", "prefect")):
+        elif block.runs_here and (others := block.commands("make", "prefect", "python")):
             yield f"{others[0]}: mark its block sh elsewhere"
+        elif others := block.commands("pip"):
+            yield f"{others[0]}: mark its block console and its need"
         elif not block.runs_here:
-            for line in block.commands("unclip", "make"):
+            for line in block.commands("unclip", "make", "prefect", "python"):
                 if what := missing(line):
                     yield f"{line}: nothing executes {what}; mark its block sh, or add the test that does to ELSEWHERE"
     for command in mentioned(page):
@@ -175,6 +199,13 @@ def test_every_command_is_executed_or_says_what_it_needs(page: Path) -> None:
         ("```sh elsewhere\nunclip deploy CONFIG --from embed\n```\n", "nothing executes ['deploy --from']"),
         ("```sh elsewhere\nmake nonsense\n```\n", "nothing executes ['nonsense'"),
         ("```sh\nmake lint\n```\n", "make lint: mark its block sh elsewhere"),
+        ("```sh\nprefect server start\n```\n", "prefect server start: mark its block sh elsewhere"),
+        ("```sh elsewhere\nprefect server stop\n```\n", "nothing executes ['prefect server stop']"),
+        ("```sh elsewhere\nprefect deployment run X --watch\n```\n", "nothing executes ['prefect deployment run --wat"),
+        ("```sh elsewhere\npython -m flows.cli\n```\n", "nothing executes ['python']"),
+        ("```\npython -m tests.benchmarks.bench_pca\n```\n", "mark its block sh"),
+        ("```sh\npip install x\n```\n", "pip install x: mark its block console and its need"),
+        ("as `prefect deployment ls` says\n", "nothing executes ['prefect deployment ls']"),
         ("```sh\nkubectl apply\n```\n", "kubectl apply: mark its block console and its need"),
         ("as `unclip serve CONFIG --from embed` does\n", "nothing executes ['serve --from']"),
         ("after `make format`\n", "nothing executes ['format']"),
@@ -212,6 +243,25 @@ def test_what_is_executed_elsewhere_is() -> None:
 def test_every_command_is_one_that_the_program_takes(line: str) -> None:
     words = ["1" if word == "N" else word for word in shlex.split(line, comments=True)[1:]]
     build_parser().parse_args(words)
+
+
+def benchmarks() -> dict[str, set[str]]:
+    """Return the benchmarks that the pages name, with the options that they are given there."""
+    found: dict[str, set[str]] = {}
+    for page in PAGES:
+        for match in _BENCHMARK.finditer(text := page.read_text()):
+            options = re.findall(r"(?<= )--?[a-z][a-z-]*", re.split(r"[`\n]", text[match.end() :])[0])
+            found.setdefault(match[1], set()).update(options)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("module", "options"), sorted(benchmarks().items()), ids=lambda value: str(value)[-20:])
+def test_every_benchmark_is_there_and_takes_its_options(module: str, options: set[str]) -> None:
+    asked = [sys.executable, "-m", module, "--help"]
+    said = subprocess.run(asked, cwd=TOP, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0 and said.stdout.startswith("usage:"), said.stderr
+    assert [option for option in options if not re.search(rf"{option}\b", said.stdout)] == []
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,20 @@ def test_the_users_server_is_found_as_prefect_finds_it(
 
 
 @pytest.mark.slow
+def test_prefects_own_commands_choose_the_server(tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+
+    def prefect(*words: str) -> str:
+        command = ["prefect", *words]
+        return asked(tmp_path, f"import sys; sys.argv = {command!r}; from prefect.cli import app; app()").stdout
+
+    prefect("profile", "use", "local")  # complains that no server is up yet
+    found = asked(tmp_path, "from flows.prefect_server import user_api_url; print(user_api_url())")
+    assert found.stdout.strip() == "http://127.0.0.1:4200/api", "the address of `prefect server start`"
+    assert "PREFECT_API_URL='http://127.0.0.1:4200/api'" in prefect("config", "view")
+
+
+@pytest.mark.slow
 def test_a_server_that_is_dead_is_refused_with_where_it_was_named(tmp_path: Path) -> None:
     (tmp_path / "home" / ".prefect").mkdir(parents=True)
     url = f"http://127.0.0.1:{free_port()}/api"
