@@ -228,9 +228,7 @@ def _may_name_an_api() -> bool:
     home = Path(os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser())
     if Path("prefect.toml").is_file() or _mentions(Path("pyproject.toml"), "tool.prefect"):
         return True
-    # Of a profile that Prefect brings along, such as `local`, the file holds that it is active and nothing else.
-    profiles = home / "profiles.toml"
-    return _mentions(Path(".env"), "prefect") or _mentions(profiles, "prefect") or _mentions(profiles, "active")
+    return any(_mentions(path, "prefect") for path in (Path(".env"), home / "profiles.toml"))
 
 
 def _mentions(path: Path, word: str) -> bool:

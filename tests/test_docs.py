@@ -65,7 +65,7 @@ ELSEWHERE = {
     "tests/flows/prefect_setup.py::running_server": ("prefect server start",),
     "tests/flows/prefect_setup.py::running_worker": ("prefect worker start", "prefect worker start --pool"),
     "tests/flows/test_prefect_server.py::test_prefects_own_commands_choose_the_server": (
-        *("prefect profile use", "prefect config view"),
+        *("prefect config set", "prefect config view"),
     ),
     "tests/flows/test_retraining_drill.py::test_three_weeks": ("retrain --from-scratch",),
     "tests/test_end_to_end.py::test_an_ablation_trains_its_variants_and_judges_the_claims": ("ablate",),
