@@ -38,6 +38,7 @@ _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_URL_CHARACTERS = 16_000
 # The page of a redirect or a refusal is read, for the connection's sake, only if it is short and there at once.
 _DRAIN_BYTES, _DRAIN_S = 1 << 16, 0.2
+_MAX_WAIT_S = 366 * 86_400.0  # finite, so that it can be added up and written down
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
@@ -324,14 +325,14 @@ def _refuse_opt_out(headers: email.message.Message[Any, Any], limits: FetchLimit
 
 
 def seconds_to_wait(value: str | None) -> float:
-    """Read a ``Retry-After`` header, seconds or an HTTP date; what cannot be read is no wish."""
+    """Read a ``Retry-After`` header, seconds or an HTTP date; what cannot be read is no wish, for ever is a year."""
     text = (value or "").strip()
     if text.isdecimal():
-        return float(text)
+        return min(float(text), _MAX_WAIT_S)  # 400 digits are infinity
     try:
         date = email.utils.parsedate_to_datetime(text)
     except (ValueError, IndexError):
         return 0.0
     if date.tzinfo is None:
         date = date.replace(tzinfo=datetime.UTC)
-    return max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
+    return min(max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0), _MAX_WAIT_S)

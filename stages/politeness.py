@@ -5,7 +5,8 @@ turns, and whoever is free takes a row of a host that may be asked now.
 
 * A host has at most so many connections at once, also as the target of redirects: a redirect sends the row to the queue
   of the other host.
-* A row that failed for a reason that passes waits in its queue, with growing pauses.
+* A row that failed for a reason that passes waits in its queue, with growing pauses, and as long as its server asks
+  (``Retry-After``). A row that is asked to wait for longer than a host may ask ends with its reason.
 * 429, and 503 with ``Retry-After``, pause the whole host. A host that asks for more than the unit has time for is left
   alone: its remaining rows end as ``host_busy``.
 * A host that could not be reached several times in a row is left alone: its remaining rows end as ``host_down``.
@@ -31,6 +32,7 @@ from stages.fetch import parse_url
 from stages.robots import ROBOTS_TXT, RobotsRules, refusal_without_rules
 
 _BACKOFF_MAX_S = 30.0
+_MAX_DOUBLINGS = 64  # more of them say nothing and overflow in the end
 
 HostKey = tuple[str, int]  # name and port
 
@@ -43,7 +45,8 @@ class Courtesy:
         connections_per_host: at once.
         retries: further attempts at a row after a failure that can pass.
         backoff_s: pause before the second attempt, seconds; doubles each time, with jitter.
-        max_host_pause_s: seconds that a host may ask to be left alone, in all, before its remaining rows are given up.
+        max_host_pause_s: seconds that a host may ask to be left alone, in all, before its remaining rows are given up;
+            also the longest ``Retry-After`` that a row waits for, whatever the status.
         circuit_breaker_failures: failures to reach a host in a row after which its remaining rows are given up; 0: off.
         obey_robots_txt: whether ``robots.txt`` is asked for and obeyed.
     """
@@ -210,11 +213,14 @@ class HostQueues:
         blames = failure_code(error.reason).blames_host
         host.num_failures_in_a_row = host.num_failures_in_a_row + 1 if blames else 0
         pause = max(self._backoff(request), error.retry_after_s)
+        # Whatever the status: otherwise one header decides how long the whole unit takes.
+        can_wait = error.retry_after_s <= self._courtesy.max_host_pause_s
         if error.reason == "http_429" or (error.reason == "http_503" and error.retry_after_s):
             self._pause(host, pause)
         elif 0 < self._courtesy.circuit_breaker_failures <= host.num_failures_in_a_row:
             self._give_up(host, "host_down")
-        if error.retried and request.num_failures < self._courtesy.retries and host.verdict is None:
+        has_attempts_left = error.retried and request.num_failures < self._courtesy.retries
+        if has_attempts_left and can_wait and host.verdict is None:
             self._retry(request, self._clock() + pause)
         else:
             self._end(request, error.reason)
@@ -329,5 +335,6 @@ class HostQueues:
         self._look_at(host)
 
     def _backoff(self, request: Request) -> float:
-        pause = self._courtesy.backoff_s * 2.0**request.num_failures * random.uniform(0.5, 1.0)
+        doubled = 2.0 ** min(request.num_failures, _MAX_DOUBLINGS)
+        pause = self._courtesy.backoff_s * doubled * random.uniform(0.5, 1.0)
         return min(pause, _BACKOFF_MAX_S)

@@ -204,7 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- statuses ----
 
     def answer_status(self) -> None:
-        self.send(b"", status=int(self.path.rsplit("/", 1)[1]))
+        """Answer with a status, and with a ``Retry-After`` if the query holds one."""
+        status = int(self.path.partition("?")[0].rsplit("/", 1)[1])
+        wish = {"Retry_After": urllib.parse.unquote(self.query)} if self.query else {}
+        self.send(b"", status=status, **wish)
 
     def answer_recovers(self) -> None:
         """Fail as often as the query says, then answer."""

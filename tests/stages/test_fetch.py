@@ -164,6 +164,8 @@ def test_retry_after_is_read_in_both_forms() -> None:
     now = datetime.datetime.now(datetime.UTC)
     later = email.utils.format_datetime(now + datetime.timedelta(seconds=90), usegmt=True)
     assert seconds_to_wait("7") == 7.0
+    year_s = 366 * 86_400
+    assert seconds_to_wait("9" * 400) == seconds_to_wait("Fri, 31 Dec 9999 23:59:59 GMT") == year_s
     assert 88 < seconds_to_wait(later) <= 90
     assert seconds_to_wait("Fri, 31 Dec 1999 23:59:59 GMT") == 0.0
     assert [seconds_to_wait(value) for value in (None, "", "soon", "-5", "1.5", "²")] == [0.0] * 6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -149,6 +150,33 @@ def test_a_host_that_asks_for_too_long_a_pause_is_left_alone() -> None:
         (row, "http_429" if row == request.row else "host_busy") for row in range(3)
     ]
     assert queues.summary()["hosts_busy"] == 1
+
+
+@pytest.mark.parametrize("reason", ["http_500", "http_502", "http_504", "http_408", "http_425"])
+def test_a_row_waits_as_long_as_its_server_asks_up_to_a_limit(reason: str) -> None:
+    clock = Clock()
+    queues = queues_of(urls_on("a", each=2), clock, retries=5, backoff_s=0.1, max_host_pause_s=20.0)
+    first, second = take_all(queues)
+    assert isinstance(first, Request) and isinstance(second, Request)
+    queues.failed(first, FetchError(reason, retry_after_s=20.0))
+    queues.failed(second, FetchError(reason, retry_after_s=20.5))
+    assert take_all(queues) == [Ended(1, reason)]
+    assert queues.seconds_to_wait() == 20.0
+    clock.now += 20.0
+    assert queues.take() is first
+    assert queues.summary()["host_pauses_s"] == 0, "a row's wait is not the host's"
+
+
+def test_any_number_of_retries_has_a_pause() -> None:
+    clock = Clock()
+    queues = queues_of(["http://a/0"], clock, retries=1200, backoff_s=0.5)
+    for _ in range(1200):
+        request = queues.take()
+        assert isinstance(request, Request)
+        queues.failed(request, FetchError("truncated"))
+        pause = queues.seconds_to_wait()
+        assert pause is not None and pause < 30.1
+        clock.now += pause
 
 
 def test_simultaneous_wishes_count_once() -> None:
@@ -327,7 +355,19 @@ def test_without_robots_txt(reason: str, expected: str | None) -> None:
         assert items == [Ended(row, expected) for row in range(3)]
 
 
-REASONS = ["connect", "timeout", "dns", "http_429", "http_503", "http_404", "truncated", "decode"]
+REASONS = [
+    "connect",
+    "timeout",
+    "dns",
+    "http_408",
+    "http_429",
+    "http_500",
+    "http_503",
+    "http_404",
+    "truncated",
+    "decode",
+]
+WISHES_S = [0.0, 5.0, 40.0, 86_400.0, math.inf]
 
 
 @given(
@@ -358,6 +398,7 @@ def test_every_row_comes_out_exactly_once(
         if not active:
             pause = queues.seconds_to_wait()
             assert pause is not None, "rows are left, nothing is under way and nothing will happen"
+            assert pause < Courtesy().max_host_pause_s + 0.1
             clock.now += pause + 1e-6
             continue
         request = active.pop(data.draw(st.integers(0, len(active) - 1)))
@@ -368,7 +409,7 @@ def test_every_row_comes_out_exactly_once(
         elif answer == "redirect":
             queues.redirected(request, f"http://h{data.draw(st.integers(0, 4))}/elsewhere")
         else:
-            queues.failed(request, FetchError(answer, retry_after_s=data.draw(st.sampled_from([0.0, 5.0, 40.0]))))
+            queues.failed(request, FetchError(answer, retry_after_s=data.draw(st.sampled_from(WISHES_S))))
     assert sorted(finished) == list(range(len(hosts)))
     # A host's rules may still be asked for, on behalf of rows that have ended for another reason meanwhile.
     assert queues.take() is None and all(request.row is None for request in active)

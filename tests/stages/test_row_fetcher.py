@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import socket
 import threading
 import time
@@ -85,6 +86,26 @@ def test_a_host_that_is_never_ready_costs_bounded_time(server: HostileServer) ->
     assert time.monotonic() - started_at < 5
     assert outcomes(rows) == ["http_429"] + ["host_busy"] * 19
     assert len(server.paths) == 1 and summary["hosts_busy"] == 1
+
+
+@pytest.mark.parametrize("wish", ["86400", "9" * 400, "Fri,%2031%20Dec%209999%2023:59:59%20GMT"])
+def test_no_status_makes_a_row_wait_for_longer_than_a_host_may_ask(server: HostileServer, wish: str) -> None:
+    statuses = [500, 502, 504, 507, 408, 425]
+    urls = [f"{server.url}/status/{status}?{wish}" for status in statuses] + [f"{server.url}/image"]
+    started_at = time.monotonic()
+    rows, summary = fetch_all(urls, max_host_pause_s=20.0)
+    assert time.monotonic() - started_at < 5
+    assert outcomes(rows) == [*(f"http_{status}" for status in statuses), None], "and the host is not left alone"
+    assert len(server.paths) == len(urls), "nor asked again before it wants to be"
+    assert summary["host_pauses_s"] == 0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_host_that_asks_for_all_eternity_is_left_alone(server: HostileServer, status: int) -> None:
+    wish = "9" * 400
+    rows, summary = fetch_all([f"{server.url}/status/{status}/{status}?{wish}"] * 3, connections_per_host=1)
+    assert outcomes(rows) == [f"http_{status}", "host_busy", "host_busy"]
+    assert math.isfinite(summary["host_pauses_s"]), "metrics are written as JSON"
 
 
 def test_a_dead_host_is_given_up_and_the_others_go_on(server: HostileServer) -> None:
