@@ -133,7 +133,9 @@ def parse_url(url: str | None) -> Target:
     try:
         parts = urllib.parse.urlsplit((url or "").strip())
         port = parts.port
-    except ValueError as error:
+        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+        query = "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]") if parts.query else ""
+    except ValueError as error:  # also half a surrogate pair, which cannot be quoted
         raise FetchError("invalid_url", str(error)) from error
     scheme = parts.scheme.lower()
     if not scheme:
@@ -144,8 +146,6 @@ def parse_url(url: str | None) -> Target:
         raise FetchError("invalid_url", f"{url!r} names no host")
     if len(url or "") > _MAX_URL_CHARACTERS:
         raise FetchError("invalid_url", f"{len(url or '')} characters")
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-    query = "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]") if parts.query else ""
     return Target((scheme, parts.hostname, port or (443 if scheme == "https" else 80)), path + query)
 
 
@@ -282,8 +282,10 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if (response.length or 0) > max_bytes:
         raise FetchError("too_large", f"{response.length} bytes announced")
     body = bytearray()
+    # `read` takes a chunk of -1 bytes for all that the server ever sends; `read1` never returns more than a buffer.
+    read = response.read1 if response.chunked else response.read
     try:
-        while chunk := response.read(_CHUNK_BYTES):
+        while chunk := read(_CHUNK_BYTES):
             body += chunk
             if len(body) > max_bytes:
                 raise FetchError("too_large", f"more than {max_bytes} bytes")
@@ -331,7 +333,8 @@ def seconds_to_wait(value: str | None) -> float:
         return min(float(text), _MAX_WAIT_S)  # 400 digits are infinity
     try:
         date = email.utils.parsedate_to_datetime(text)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
+        # OverflowError: a year or a time zone of twenty digits.
         return 0.0
     if date.tzinfo is None:
         date = date.replace(tzinfo=datetime.UTC)

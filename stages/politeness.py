@@ -187,12 +187,17 @@ class HostQueues:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def succeeded(self, request: Request, body: bytes) -> None:
-        """Note that a request was answered by a file."""
+    def succeeded(self, request: Request, rules: RobotsRules | None = None) -> None:
+        """Note that a request was answered by a file.
+
+        Args:
+            request: that was taken.
+            rules: the file, if it is a ``robots.txt``.
+        """
         host = self._release(request)
         host.num_failures_in_a_row = 0
         if request.rules_of is not None:
-            self._open(self._hosts[request.rules_of], RobotsRules(body))
+            self._open(self._hosts[request.rules_of], rules or RobotsRules())
         self._look_at(host)
 
     def redirected(self, request: Request, url: str) -> None:

@@ -262,6 +262,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.send(b"%x\r\n%s" % (len(PNG), PNG[:50]), Transfer_Encoding="chunked")
         self.close_connection = True
 
+    def answer_negative_chunk(self) -> None:
+        """Announce a chunk of -1 bytes, which may be read as all that ever comes."""
+        self.send(b"-1\r\n", Transfer_Encoding="chunked")
+        while not self.server.is_closing.is_set():
+            self.wfile.write(b"x" * 0x10000)
+
     def answer_reset(self) -> None:
         """Break the connection in the middle of the body."""
         self.send(PNG[:50], Content_Length=str(len(PNG)))

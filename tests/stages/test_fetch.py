@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stages.failure_codes import FetchError, is_transient
-from stages.fetch import FetchLimits, check_image, seconds_to_wait
+from stages.fetch import FetchLimits, check_image, parse_url, seconds_to_wait
 from stages.politeness import Courtesy
 from stages.row_fetcher import RowFetcher
 from tests.stages.hostile_server import PNG, HostileServer, encoded, noise, png, serve
@@ -66,6 +66,8 @@ def test_an_image_arrives_as_it_is(server: str) -> None:
         ("/status/204", "http_204"),
         ("/announced", "too_large"),
         ("/endless", "too_large"),
+        ("/negative-chunk", "too_large"),
+        ("/status/500?Fri,%2031%20Dec%2099999999999999999999%2023:59:59%20GMT", "http_500"),
         ("/truncated", "truncated"),
         ("/empty", "empty"),
         ("/special/html.jpg", "decode"),
@@ -92,6 +94,7 @@ def test_reason_codes(server: str, path: str, reason: str) -> None:
         ("http:///a.jpg", "invalid_url"),
         ("http://host:99999/", "invalid_url"),
         ("http://[::1/", "invalid_url"),
+        ("http://a/\ud800.jpg", "invalid_url"),
         ("file:///etc/passwd", "scheme"),
         ("ftp://example.org/a.jpg", "scheme"),
         ("http://127.0.0.1:1/a.jpg", "blocked_address"),
@@ -169,6 +172,40 @@ def test_retry_after_is_read_in_both_forms() -> None:
     assert 88 < seconds_to_wait(later) <= 90
     assert seconds_to_wait("Fri, 31 Dec 1999 23:59:59 GMT") == 0.0
     assert [seconds_to_wait(value) for value in (None, "", "soon", "-5", "1.5", "²")] == [0.0] * 6
+
+
+DATE_PARTS = [
+    "Fri,",
+    "31",
+    "Dec",
+    "9" * 20,
+    "²",
+    "2030",
+    "23:59:59",
+    "0:0",
+    "GMT",
+    "+" + "9" * 20,
+    "-2400",
+    "+2300",
+    "0001",
+]
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(DATE_PARTS), max_size=7).map(" ".join)))
+def test_whatever_retry_after_says_is_a_number_of_seconds(value: str) -> None:
+    assert 0 <= seconds_to_wait(value) <= 366 * 86_400
+
+
+@given(
+    st.text(st.characters(), max_size=30), st.sampled_from(["", "http://", "http://a/", "http://[", "//", "http://a:"])
+)
+def test_whatever_a_url_is_it_is_taken_apart_or_refused(text: str, start: str) -> None:
+    try:
+        target = parse_url(start + text)
+    except FetchError as error:
+        assert error.reason in ("invalid_url", "scheme")
+    else:
+        assert target.path.isascii() and target.path.startswith("/")
 
 
 @pytest.mark.parametrize("path", ["/status/404", "/special/html.jpg", "/opt-out?noai", "/announced"])

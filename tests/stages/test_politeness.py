@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from stages.failure_codes import FetchError
 from stages.politeness import Courtesy, Ended, HostQueues, Request
+from stages.robots import RobotsRules
 
 
 class Clock:
@@ -58,7 +59,7 @@ def test_hosts_take_turns_and_none_has_too_many_connections() -> None:
     assert rows_of(active) == [0, 5, 1, 6], "interleaved, two of each"
     assert queues.seconds_to_wait() is None, "nothing happens until one is answered"
     assert isinstance(active[1], Request)
-    queues.succeeded(active[1], b"")
+    queues.succeeded(active[1])
     assert rows_of(take_all(queues)) == [7], "its place goes to the same host"
 
 
@@ -78,7 +79,7 @@ def test_a_row_that_is_tried_again_waits_and_holds_nothing() -> None:
         if failure == 0:
             other = queues.take()
             assert isinstance(other, Request) and other.row == 1, "another row takes the place meanwhile"
-            queues.succeeded(other, b"")
+            queues.succeeded(other)
         assert queues.take() is None
         pause = queues.seconds_to_wait()
         assert pause is not None
@@ -116,7 +117,7 @@ def test_retry_after_pauses_the_whole_host_and_no_other(reason: str) -> None:
     first, other_host, second = take_all(queues)
     assert isinstance(first, Request) and isinstance(second, Request) and other_host.row == 9
     queues.failed(first, FetchError(reason, retry_after_s=7.0))
-    queues.succeeded(second, b"")
+    queues.succeeded(second)
     assert queues.take() is None
     queues.add(10, "http://b/10")
     assert rows_of(take_all(queues)) == [10]
@@ -201,7 +202,7 @@ def test_a_host_that_cannot_be_reached_is_given_up(reason: str) -> None:
         elif item.host == ("a", 80):
             queues.failed(item, FetchError(reason))
         else:
-            queues.succeeded(item, b"")
+            queues.succeeded(item)
     assert Counter(item.reason for item in ended) == {reason: 3, "host_down": 5}
     assert sorted(item.row for item in ended) == list(range(8))
     assert queues.summary()["hosts_down"] == 1
@@ -227,13 +228,13 @@ def test_any_answer_closes_the_circuit_again(answer: str) -> None:
             reasons[item.reason] += 1
             continue
         if item.host == ("b", 80):
-            queues.succeeded(item, b"")
+            queues.succeeded(item)
             continue
         asked += 1
         if asked % 3:
             queues.failed(item, FetchError("connect"))
         elif answer == "file":
-            queues.succeeded(item, b"")
+            queues.succeeded(item)
         elif answer == "redirect":
             queues.redirected(item, "http://b/")
         else:
@@ -258,7 +259,7 @@ def test_a_redirect_counts_for_the_host_it_leads_to() -> None:
     assert isinstance(of_a, Request) and isinstance(of_b, Request)
     queues.redirected(of_a, "http://b/elsewhere")
     assert rows_of(take_all(queues)) == [1], "b is busy"
-    queues.succeeded(of_b, b"")
+    queues.succeeded(of_b)
     item = queues.take()
     assert item is of_a and item.url == "http://b/elsewhere", "what has begun comes first"
 
@@ -299,7 +300,7 @@ def test_robots_txt_comes_first_and_is_obeyed() -> None:
     rules = queues.take()
     assert isinstance(rules, Request) and (rules.row, rules.url) == (None, "http://a/robots.txt")
     assert queues.take() is None, "nothing else meanwhile"
-    queues.succeeded(rules, RULES)
+    queues.succeeded(rules, RobotsRules(RULES))
     items = take_all(queues)
     assert items[0] == Ended(0, "robots_txt")
     assert rows_of(items[1:]) == [1, 2]
@@ -311,7 +312,7 @@ def test_robots_txt_of_the_host_a_redirect_leads_to_is_obeyed() -> None:
     queues = queues_of(["http://a/0"], Clock(), obey_robots_txt=True)
     rules = queues.take()
     assert isinstance(rules, Request)
-    queues.succeeded(rules, b"")
+    queues.succeeded(rules)
     row = queues.take()
     assert isinstance(row, Request)
     queues.redirected(row, "http://b/secret/0")
@@ -320,7 +321,7 @@ def test_robots_txt_of_the_host_a_redirect_leads_to_is_obeyed() -> None:
     queues.redirected(rules, "http://c/robots.txt")
     elsewhere = queues.take()
     assert elsewhere is rules and rules.host == ("c", 80), "the rules may lie elsewhere; no rules are asked for those"
-    queues.succeeded(rules, RULES)
+    queues.succeeded(rules, RobotsRules(RULES))
     assert queues.take() == Ended(0, "robots_txt")
 
 
@@ -404,7 +405,7 @@ def test_every_row_comes_out_exactly_once(
         request = active.pop(data.draw(st.integers(0, len(active) - 1)))
         answer = data.draw(st.sampled_from(["file", "redirect", *REASONS]))
         if answer == "file":
-            queues.succeeded(request, b"")
+            queues.succeeded(request)
             finished += [request.row] if request.row is not None else []
         elif answer == "redirect":
             queues.redirected(request, f"http://h{data.draw(st.integers(0, 4))}/elsewhere")

@@ -284,6 +284,86 @@ def test_hashes_are_checked_before_decoding(server: HostileServer, algorithm: st
     assert server.num_asked(page) == 1, "not tried again"
 
 
+# ---- what nobody foresaw ---------------------------------------------------------------------------------------------
+
+
+class Digests(list[str | None]):
+    """Hashes of a list that breaks where it is read."""
+
+    def __init__(self, size: int, broken: dict[int, BaseException]) -> None:
+        super().__init__([None] * size)
+        self.broken = broken
+
+    def __getitem__(self, row: Any) -> Any:
+        if row in self.broken:
+            raise self.broken[row]
+        return super().__getitem__(row)
+
+
+def test_an_unexpected_exception_costs_its_own_row_and_is_told_once(
+    server: HostileServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls = [f"{server.url}/image/{row}" for row in range(10)]
+    broken: dict[int, BaseException] = {2: RuntimeError("two"), 5: RecursionError("five")}
+    rows, _ = fetch_all(urls, num_threads=1, hashes=ExpectedHashes("md5", Digests(10, broken)))
+    assert outcomes(rows) == ["unexpected" if row in broken else None for row in range(10)]
+    told = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 1 and told[0].exc_info and "/image/2" in told[0].getMessage()
+
+
+def test_an_unexpected_exception_of_a_request_costs_its_own_row(server: HostileServer) -> None:
+    """A network that is none breaks the check of every address that is not public."""
+    limits = FetchLimits(
+        allowed_networks=("nowhere",), allowed_endpoints=frozenset({("127.0.0.1", server.server_port)})
+    )
+    urls = [f"{server.url}/image/0", "http://127.0.0.2/", f"{server.url}/image/1", "http://127.0.0.3/"]
+    rows, summary = fetch_all(urls, limits=limits, retries=2)
+    assert outcomes(rows) == [None, "unexpected", None, "unexpected"]
+    assert summary["retries"] == 0, "it would meet the same"
+    server.robots_txt = b""
+    rows, _ = fetch_all(urls, limits=limits, obey_robots_txt=True)
+    assert outcomes(rows) == [None, "robots_txt_unreachable"] * 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(3)])
+def test_what_is_not_the_rows_fault_is_raised(server: HostileServer, error: BaseException) -> None:
+    names = Names(good=["127.0.0.1"])
+    hashes = ExpectedHashes("md5", Digests(2, {0: error}))
+    urls = [f"http://good.example:{server.server_port}/image/{row}" for row in range(2)]
+    fetcher = RowFetcher(urls, LIMITS, Courtesy(), hashes=hashes, resolver=Resolver(patience_s=5, lookup=names))
+    with contextlib.closing(fetcher):
+        with pytest.raises(type(error)):
+            fetcher.next_row()
+        assert fetcher.next_row().data == PNG
+
+
+class NoMemory(Resolver):
+    """A resolver that has none left for one of the names."""
+
+    def addresses(self, host: str, deadline: float) -> tuple[str, ...]:
+        if host == "large.example":
+            raise MemoryError
+        return super().addresses(host, deadline)
+
+
+def test_a_row_that_raises_leaves_no_thread_waiting(server: HostileServer) -> None:
+    resolver = NoMemory(patience_s=5, lookup=Names(good=["127.0.0.1"]))
+    urls = ["http://large.example/", f"http://good.example:{server.server_port}/late?0.2"]
+    with contextlib.closing(RowFetcher(urls, LIMITS, Courtesy(), resolver=resolver)) as fetcher:
+        with pytest.raises(MemoryError):
+            fetcher.next_row()
+        with ThreadPoolExecutor(2) as pool:
+            ended = [pool.submit(fetcher.next_row) for _ in urls]
+            assert {one.result(timeout=5).reason for one in ended} == {"unexpected", None}
+
+
+def test_a_lookup_that_breaks_is_a_lookup_that_failed() -> None:
+    resolver = Resolver(patience_s=60, lookup=Names(odd=RuntimeError("not a name")))
+    started_at = time.monotonic()
+    assert outcomes(fetch_all(["http://odd.example/"], resolver=resolver, retries=0)[0]) == ["dns"]
+    assert time.monotonic() - started_at < 5
+
+
 # ---- kept connections -----------------------------------------------------------------------------------------------
 
 
