@@ -40,8 +40,19 @@ _MAX_URL_CHARACTERS = 16_000
 _DRAIN_BYTES, _DRAIN_S = 1 << 16, 0.2
 _MAX_WAIT_S = 366 * 86_400.0  # finite, so that it can be added up and written down
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is assigned to hosts of the public IPv6 internet
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how workers without IPv4 reach hosts without IPv6 (RFC 6052)
+# Not public either, although `ipaddress` says so of some, depending on the version of Python.
+_SPECIAL = (
+    ipaddress.ip_network("100.64.0.0/10"),  # shared with the provider (RFC 6598)
+    ipaddress.ip_network("168.63.129.16/32"),  # Azure's host, which hands out a machine's settings
+    ipaddress.ip_network("192.0.0.0/24"),  # protocol assignments, one of them Oracle's metadata server
+    ipaddress.ip_network("192.88.99.0/24"),  # relays to 6to4
+    ipaddress.ip_network("2001::/23"),  # protocol assignments: Teredo, benchmarks, ORCHID
+    ipaddress.ip_network("2001:db8::/32"),  # documentation
+    ipaddress.ip_network("3fff::/20"),  # documentation
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,21 +82,28 @@ class FetchLimits:
     def allows(self, address: str, port: int) -> bool:
         """Tell whether an IP address may be connected to."""
         ip = ipaddress.ip_address(address.partition("%")[0])
-        if all(candidate.is_global and not candidate.is_multicast for candidate in [ip, *_embedded_in(ip)]):
-            return True
-        if (address, port) in self.allowed_endpoints:
+        if _is_public(ip) or (address, port) in self.allowed_endpoints:
             return True
         return any(ip in ipaddress.ip_network(network) for network in self.allowed_networks)
 
 
-def _embedded_in(ip: _Address) -> list[ipaddress.IPv4Address]:
-    """List the IPv4 addresses that an IPv6 address is another way to write of."""
-    if isinstance(ip, ipaddress.IPv4Address):
-        return []
-    found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-    if ip in _NAT64:
-        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return [inner for inner in found if inner is not None]
+def _is_public(ip: _Address) -> bool:
+    """Tell whether an address is one of the public internet, in whatever way it is written.
+
+    Of IPv6, only what is global unicast; addresses that a translator takes for IPv4 (mapped ``::ffff:0:0/96``, NAT64
+    ``64:ff9b::/96``, 6to4 ``2002::/16``) are as public as the address that they hold. Other ways to hold one
+    (IPv4-compatible ``::/96``, IPv4-translated ``::ffff:0:0:0/96``, NAT64 of a site ``64:ff9b:1::/48``) are no global
+    unicast; Teredo is refused as a whole.
+    """
+    if isinstance(ip, ipaddress.IPv6Address):
+        held = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            held = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if held is not None:
+            return _is_public(held)
+        if ip not in _GLOBAL_UNICAST:
+            return False
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _SPECIAL)
 
 
 def _decode(data: bytes) -> None:
