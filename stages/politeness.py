@@ -112,7 +112,6 @@ class HostQueues:
         courtesy: what the hosts are spared.
         timeout_s: of one attempt at a row, seconds.
         max_redirects: followed in one attempt.
-        user_agent: the name that ``robots.txt`` may address.
         clock: seconds, as ``time.monotonic``.
     """
 
@@ -122,13 +121,11 @@ class HostQueues:
         *,
         timeout_s: float,
         max_redirects: int = 5,
-        user_agent: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._courtesy = courtesy
         self._timeout_s = timeout_s
         self._max_redirects = max_redirects
-        self._user_agent = user_agent
         self._clock = clock
         self._hosts: dict[HostKey, _Host] = {}
         self._turns: collections.deque[_Host] = collections.deque()
@@ -247,7 +244,7 @@ class HostQueues:
             if host.rules is None:
                 self._hold(request, host)
                 return
-            if not host.rules.allow(request.url, self._user_agent):
+            if not host.rules.allow(request.url):
                 self._end(request, "robots_txt")
                 return
         (host.waiting.appendleft if first else host.waiting.append)(request)

@@ -106,12 +106,7 @@ class RowFetcher:
         self._connections = Connections(limits.allows, self._resolver)
         self._changed = threading.Condition()
         self._has_told = False
-        self._queues = HostQueues(
-            courtesy,
-            timeout_s=limits.timeout_s,
-            max_redirects=limits.max_redirects,
-            user_agent=limits.user_agent,
-        )
+        self._queues = HostQueues(courtesy, timeout_s=limits.timeout_s, max_redirects=limits.max_redirects)
         for row, url in enumerate(urls):
             self._queues.add(row, url)
 
@@ -156,7 +151,7 @@ class RowFetcher:
         try:
             answer = fetch(request.url, limits, self._connections, started_at + request.seconds_left)
             if request.row is None and isinstance(answer, bytes):
-                answer = robots.RobotsRules(answer)
+                answer = robots.RobotsRules(answer, limits.user_agent)
         except FetchError as error:
             logger.debug("%s: %s", request.url, error)
             answer = error

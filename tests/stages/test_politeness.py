@@ -28,7 +28,6 @@ def queues_of(urls: list[str], clock: Clock, **courtesy: object) -> HostQueues:
     queues = HostQueues(
         Courtesy(**courtesy),  # type: ignore[arg-type]
         timeout_s=10.0,
-        user_agent="tester",
         clock=clock,
     )
     for row, url in enumerate(urls):
@@ -300,7 +299,7 @@ def test_robots_txt_comes_first_and_is_obeyed() -> None:
     rules = queues.take()
     assert isinstance(rules, Request) and (rules.row, rules.url) == (None, "http://a/robots.txt")
     assert queues.take() is None, "nothing else meanwhile"
-    queues.succeeded(rules, RobotsRules(RULES))
+    queues.succeeded(rules, RobotsRules(RULES, "tester"))
     items = take_all(queues)
     assert items[0] == Ended(0, "robots_txt")
     assert rows_of(items[1:]) == [1, 2]
@@ -321,7 +320,7 @@ def test_robots_txt_of_the_host_a_redirect_leads_to_is_obeyed() -> None:
     queues.redirected(rules, "http://c/robots.txt")
     elsewhere = queues.take()
     assert elsewhere is rules and rules.host == ("c", 80), "the rules may lie elsewhere; no rules are asked for those"
-    queues.succeeded(rules, RobotsRules(RULES))
+    queues.succeeded(rules, RobotsRules(RULES, "tester"))
     assert queues.take() == Ended(0, "robots_txt")
 
 

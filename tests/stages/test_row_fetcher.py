@@ -264,6 +264,22 @@ def test_without_robots_txt(server: HostileServer, answer: Any, reason: str | No
     assert server.num_asked("/robots.txt") == num_asked
 
 
+@pytest.mark.parametrize("line", [b"Crawl-delay: \xc2\xb2", b"Crawl-delay: " + b"9" * 5000, b"Disallow: //[half"])
+def test_a_strange_robots_txt_is_obeyed_as_far_as_it_goes(server: HostileServer, line: bytes) -> None:
+    server.robots_txt = b"User-agent: *\n" + line + b"\nAllow: /\nDisallow: /*.png$\n"
+    rows, _ = fetch_all(
+        [f"{server.url}/image/{row}.{kind}" for row in range(3) for kind in ("jpg", "png")], obey_robots_txt=True
+    )
+    assert outcomes(rows) == [None, "robots_txt"] * 3
+
+
+def test_rules_for_our_name_come_before_those_for_all(server: HostileServer) -> None:
+    server.robots_txt = b"User-agent: *\nDisallow: /\n\nUser-agent: Tester\nDisallow: /image/secret\n"
+    limits = FetchLimits(user_agent="tester/1.0 (+http://a/)", allowed_networks=("127.0.0.0/8",))
+    urls = [f"{server.url}/image/{kind}" for kind in ("open", "secret")]
+    assert outcomes(fetch_all(urls, limits=limits, obey_robots_txt=True)[0]) == [None, "robots_txt"]
+
+
 def test_robots_txt_is_not_asked_for_by_default(server: HostileServer) -> None:
     server.robots_txt = b"User-agent: *\nDisallow: /\n"
     assert outcomes(fetch_all([f"{server.url}/image"])[0]) == [None]
