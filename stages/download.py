@@ -78,7 +78,7 @@ class DownloadConfig:
     max_host_pause_s: float = setting(
         60.0,
         "seconds that a host may ask to be left alone (429, Retry-After), in all, before the shard's other rows of it "
-        "fail (host_busy)",
+        "fail (host_busy); also the longest Retry-After, of any status, that a row waits for",
         affects="nothing",
     )
     obey_robots_txt: bool = setting(False, "ask every host for its robots.txt first, and obey it")
@@ -108,6 +108,9 @@ class DownloadConfig:
         for name in ("retries", "backoff_s", "max_redirects", "circuit_breaker_failures", "max_host_pause_s"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: {getattr(self, name)} is negative")
+        for name in ("timeout_s", "backoff_s", "max_host_pause_s"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}: {getattr(self, name)} is not a number of seconds")
         highest = _MAX_QUALITY[self.image_format]
         if not 0 <= self.image_quality <= highest:
             raise ValueError(

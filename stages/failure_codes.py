@@ -179,6 +179,13 @@ FAILURE_CODES: tuple[FailureCode, ...] = (
         meaning="the image could not be resized or stored in download.image_format",
         remedy="choose another download.resize_mode or download.image_format",
     ),
+    # ---- this program ----
+    FailureCode(
+        code="unexpected",
+        meaning="an error that the program does not know; the first of a shard stands in the log with its traceback",
+        can_pass=True,
+        remedy="report the traceback in the workers' log; run again with --retry-failed once it is mended",
+    ),
 )
 
 _BY_CODE = {item.code: item for item in FAILURE_CODES}

@@ -38,9 +38,21 @@ _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_URL_CHARACTERS = 16_000
 # The page of a redirect or a refusal is read, for the connection's sake, only if it is short and there at once.
 _DRAIN_BYTES, _DRAIN_S = 1 << 16, 0.2
+_MAX_WAIT_S = 366 * 86_400.0  # finite, so that it can be added up and written down
 
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that is assigned to hosts of the public IPv6 internet
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # how workers without IPv4 reach hosts without IPv6 (RFC 6052)
+# Not public either, although `ipaddress` says so of some, depending on the version of Python.
+_SPECIAL = (
+    ipaddress.ip_network("100.64.0.0/10"),  # shared with the provider (RFC 6598)
+    ipaddress.ip_network("168.63.129.16/32"),  # Azure's host, which hands out a machine's settings
+    ipaddress.ip_network("192.0.0.0/24"),  # protocol assignments, one of them Oracle's metadata server
+    ipaddress.ip_network("192.88.99.0/24"),  # relays to 6to4
+    ipaddress.ip_network("2001::/23"),  # protocol assignments: Teredo, benchmarks, ORCHID
+    ipaddress.ip_network("2001:db8::/32"),  # documentation
+    ipaddress.ip_network("3fff::/20"),  # documentation
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,21 +82,28 @@ class FetchLimits:
     def allows(self, address: str, port: int) -> bool:
         """Tell whether an IP address may be connected to."""
         ip = ipaddress.ip_address(address.partition("%")[0])
-        if all(candidate.is_global and not candidate.is_multicast for candidate in [ip, *_embedded_in(ip)]):
-            return True
-        if (address, port) in self.allowed_endpoints:
+        if _is_public(ip) or (address, port) in self.allowed_endpoints:
             return True
         return any(ip in ipaddress.ip_network(network) for network in self.allowed_networks)
 
 
-def _embedded_in(ip: _Address) -> list[ipaddress.IPv4Address]:
-    """List the IPv4 addresses that an IPv6 address is another way to write of."""
-    if isinstance(ip, ipaddress.IPv4Address):
-        return []
-    found = [ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())]
-    if ip in _NAT64:
-        found.append(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF))
-    return [inner for inner in found if inner is not None]
+def _is_public(ip: _Address) -> bool:
+    """Tell whether an address is one of the public internet, in whatever way it is written.
+
+    Of IPv6, only what is global unicast; addresses that a translator takes for IPv4 (mapped ``::ffff:0:0/96``, NAT64
+    ``64:ff9b::/96``, 6to4 ``2002::/16``) are as public as the address that they hold. Other ways to hold one
+    (IPv4-compatible ``::/96``, IPv4-translated ``::ffff:0:0:0/96``, NAT64 of a site ``64:ff9b:1::/48``) are no global
+    unicast; Teredo is refused as a whole.
+    """
+    if isinstance(ip, ipaddress.IPv6Address):
+        held = ip.ipv4_mapped or ip.sixtofour
+        if ip in _NAT64:
+            held = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if held is not None:
+            return _is_public(held)
+        if ip not in _GLOBAL_UNICAST:
+            return False
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in _SPECIAL)
 
 
 def _decode(data: bytes) -> None:
@@ -132,7 +151,9 @@ def parse_url(url: str | None) -> Target:
     try:
         parts = urllib.parse.urlsplit((url or "").strip())
         port = parts.port
-    except ValueError as error:
+        path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
+        query = "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]") if parts.query else ""
+    except ValueError as error:  # also half a surrogate pair, which cannot be quoted
         raise FetchError("invalid_url", str(error)) from error
     scheme = parts.scheme.lower()
     if not scheme:
@@ -143,8 +164,6 @@ def parse_url(url: str | None) -> Target:
         raise FetchError("invalid_url", f"{url!r} names no host")
     if len(url or "") > _MAX_URL_CHARACTERS:
         raise FetchError("invalid_url", f"{len(url or '')} characters")
-    path = urllib.parse.quote(parts.path or "/", safe="/%:@!$&'()*+,;=~")
-    query = "?" + urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?[]") if parts.query else ""
     return Target((scheme, parts.hostname, port or (443 if scheme == "https" else 80)), path + query)
 
 
@@ -281,8 +300,10 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
     if (response.length or 0) > max_bytes:
         raise FetchError("too_large", f"{response.length} bytes announced")
     body = bytearray()
+    # `read` takes a chunk of -1 bytes for all that the server ever sends; `read1` never returns more than a buffer.
+    read = response.read1 if response.chunked else response.read
     try:
-        while chunk := response.read(_CHUNK_BYTES):
+        while chunk := read(_CHUNK_BYTES):
             body += chunk
             if len(body) > max_bytes:
                 raise FetchError("too_large", f"more than {max_bytes} bytes")
@@ -324,14 +345,15 @@ def _refuse_opt_out(headers: email.message.Message[Any, Any], limits: FetchLimit
 
 
 def seconds_to_wait(value: str | None) -> float:
-    """Read a ``Retry-After`` header, seconds or an HTTP date; what cannot be read is no wish."""
+    """Read a ``Retry-After`` header, seconds or an HTTP date; what cannot be read is no wish, for ever is a year."""
     text = (value or "").strip()
     if text.isdecimal():
-        return float(text)
+        return min(float(text), _MAX_WAIT_S)  # 400 digits are infinity
     try:
         date = email.utils.parsedate_to_datetime(text)
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
+        # OverflowError: a year or a time zone of twenty digits.
         return 0.0
     if date.tzinfo is None:
         date = date.replace(tzinfo=datetime.UTC)
-    return max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0)
+    return min(max((date - datetime.datetime.now(datetime.UTC)).total_seconds(), 0.0), _MAX_WAIT_S)

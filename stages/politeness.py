@@ -5,7 +5,8 @@ turns, and whoever is free takes a row of a host that may be asked now.
 
 * A host has at most so many connections at once, also as the target of redirects: a redirect sends the row to the queue
   of the other host.
-* A row that failed for a reason that passes waits in its queue, with growing pauses.
+* A row that failed for a reason that passes waits in its queue, with growing pauses, and as long as its server asks
+  (``Retry-After``). A row that is asked to wait for longer than a host may ask ends with its reason.
 * 429, and 503 with ``Retry-After``, pause the whole host. A host that asks for more than the unit has time for is left
   alone: its remaining rows end as ``host_busy``.
 * A host that could not be reached several times in a row is left alone: its remaining rows end as ``host_down``.
@@ -31,6 +32,7 @@ from stages.fetch import parse_url
 from stages.robots import ROBOTS_TXT, RobotsRules, refusal_without_rules
 
 _BACKOFF_MAX_S = 30.0
+_MAX_DOUBLINGS = 64  # more of them say nothing and overflow in the end
 
 HostKey = tuple[str, int]  # name and port
 
@@ -43,7 +45,8 @@ class Courtesy:
         connections_per_host: at once.
         retries: further attempts at a row after a failure that can pass.
         backoff_s: pause before the second attempt, seconds; doubles each time, with jitter.
-        max_host_pause_s: seconds that a host may ask to be left alone, in all, before its remaining rows are given up.
+        max_host_pause_s: seconds that a host may ask to be left alone, in all, before its remaining rows are given up;
+            also the longest ``Retry-After`` that a row waits for, whatever the status.
         circuit_breaker_failures: failures to reach a host in a row after which its remaining rows are given up; 0: off.
         obey_robots_txt: whether ``robots.txt`` is asked for and obeyed.
     """
@@ -109,7 +112,6 @@ class HostQueues:
         courtesy: what the hosts are spared.
         timeout_s: of one attempt at a row, seconds.
         max_redirects: followed in one attempt.
-        user_agent: the name that ``robots.txt`` may address.
         clock: seconds, as ``time.monotonic``.
     """
 
@@ -119,13 +121,11 @@ class HostQueues:
         *,
         timeout_s: float,
         max_redirects: int = 5,
-        user_agent: str = "",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._courtesy = courtesy
         self._timeout_s = timeout_s
         self._max_redirects = max_redirects
-        self._user_agent = user_agent
         self._clock = clock
         self._hosts: dict[HostKey, _Host] = {}
         self._turns: collections.deque[_Host] = collections.deque()
@@ -184,12 +184,17 @@ class HostQueues:
 
     # ---- answers ----------------------------------------------------------------------------------------------------
 
-    def succeeded(self, request: Request, body: bytes) -> None:
-        """Note that a request was answered by a file."""
+    def succeeded(self, request: Request, rules: RobotsRules | None = None) -> None:
+        """Note that a request was answered by a file.
+
+        Args:
+            request: that was taken.
+            rules: the file, if it is a ``robots.txt``.
+        """
         host = self._release(request)
         host.num_failures_in_a_row = 0
         if request.rules_of is not None:
-            self._open(self._hosts[request.rules_of], RobotsRules(body))
+            self._open(self._hosts[request.rules_of], rules or RobotsRules())
         self._look_at(host)
 
     def redirected(self, request: Request, url: str) -> None:
@@ -210,11 +215,14 @@ class HostQueues:
         blames = failure_code(error.reason).blames_host
         host.num_failures_in_a_row = host.num_failures_in_a_row + 1 if blames else 0
         pause = max(self._backoff(request), error.retry_after_s)
+        # Whatever the status: otherwise one header decides how long the whole unit takes.
+        can_wait = error.retry_after_s <= self._courtesy.max_host_pause_s
         if error.reason == "http_429" or (error.reason == "http_503" and error.retry_after_s):
             self._pause(host, pause)
         elif 0 < self._courtesy.circuit_breaker_failures <= host.num_failures_in_a_row:
             self._give_up(host, "host_down")
-        if error.retried and request.num_failures < self._courtesy.retries and host.verdict is None:
+        has_attempts_left = error.retried and request.num_failures < self._courtesy.retries
+        if has_attempts_left and can_wait and host.verdict is None:
             self._retry(request, self._clock() + pause)
         else:
             self._end(request, error.reason)
@@ -236,7 +244,7 @@ class HostQueues:
             if host.rules is None:
                 self._hold(request, host)
                 return
-            if not host.rules.allow(request.url, self._user_agent):
+            if not host.rules.allow(request.url):
                 self._end(request, "robots_txt")
                 return
         (host.waiting.appendleft if first else host.waiting.append)(request)
@@ -329,5 +337,6 @@ class HostQueues:
         self._look_at(host)
 
     def _backoff(self, request: Request) -> float:
-        pause = self._courtesy.backoff_s * 2.0**request.num_failures * random.uniform(0.5, 1.0)
+        doubled = 2.0 ** min(request.num_failures, _MAX_DOUBLINGS)
+        pause = self._courtesy.backoff_s * doubled * random.uniform(0.5, 1.0)
         return min(pause, _BACKOFF_MAX_S)

@@ -126,7 +126,7 @@ class Resolver:
             answers = self._lookup(lookup.host, None, type=socket.SOCK_STREAM)
             addresses = tuple(dict.fromkeys(str(answer[4][0]) for answer in answers))
             self._finish(lookup, addresses, None if addresses else OSError("no addresses"))
-        except (OSError, UnicodeError) as error:
+        except Exception as error:  # whatever it is: somebody waits for an answer
             self._finish(lookup, (), error)
         finally:
             self._running.release()

@@ -2,6 +2,9 @@
 
 A thread asks for the next finished row, not for a row of its own: it works on whatever may be fetched now
 (``stages/politeness.py``) until some row is finished. As many calls as there are rows return all of them.
+
+An exception that nobody foresaw costs the row that met it, as ``unexpected``, not the others of the unit. What is not
+the row's fault (no memory, an interrupt) is raised.
 """
 
 from __future__ import annotations
@@ -25,6 +28,8 @@ from stages.resolver import Resolver
 logger = logging.getLogger(__name__)
 
 _PIXELS_AT_ONCE = 16_000_000
+
+_Answer = bytes | Redirect | robots.RobotsRules | FetchError
 
 
 @dataclass(frozen=True)
@@ -100,17 +105,17 @@ class RowFetcher:
         self._resolver = resolver or Resolver(patience_s=limits.timeout_s, forget_s=forget_s)
         self._connections = Connections(limits.allows, self._resolver)
         self._changed = threading.Condition()
-        self._queues = HostQueues(
-            courtesy,
-            timeout_s=limits.timeout_s,
-            max_redirects=limits.max_redirects,
-            user_agent=limits.user_agent,
-        )
+        self._has_told = False
+        self._queues = HostQueues(courtesy, timeout_s=limits.timeout_s, max_redirects=limits.max_redirects)
         for row, url in enumerate(urls):
             self._queues.add(row, url)
 
     def next_row(self) -> FetchedRow:
-        """Work until some row is finished, and return it; to be called once per row, by any number of threads."""
+        """Work until some row is finished, and return it; to be called once per row, by any number of threads.
+
+        Raises:
+            MemoryError: if there is none left; the row counts as finished.
+        """
         while True:
             item = self._take()
             if isinstance(item, Ended):
@@ -141,20 +146,31 @@ class RowFetcher:
         """Send one request and note the answer; return the file if it is one."""
         limits = self._limits if request.row is not None else self._rules_limits
         started_at = time.monotonic()
-        answer: bytes | Redirect | FetchError
+        answer: _Answer
+        fatal: BaseException | None = None
         try:
             answer = fetch(request.url, limits, self._connections, started_at + request.seconds_left)
+            if request.row is None and isinstance(answer, bytes):
+                answer = robots.RobotsRules(answer, limits.user_agent)
         except FetchError as error:
             logger.debug("%s: %s", request.url, error)
             answer = error
+        except BaseException as error:
+            fatal = None if _is_of_the_row(error) else error
+            answer = self._unexpected(request, error)
         request.seconds_left -= time.monotonic() - started_at
+        # Also what is raised has to be noted: the other threads would wait for ever for a row that nobody works on.
         with self._changed:
             self._note(request, answer)
             self._changed.notify()
+        if fatal is not None:
+            raise fatal
         return answer if isinstance(answer, bytes) else None
 
-    def _note(self, request: Request, answer: bytes | Redirect | FetchError) -> None:
+    def _note(self, request: Request, answer: _Answer) -> None:
         if isinstance(answer, bytes):
+            self._queues.succeeded(request)
+        elif isinstance(answer, robots.RobotsRules):
             self._queues.succeeded(request, answer)
         elif isinstance(answer, Redirect):
             self._queues.redirected(request, answer.url)
@@ -170,4 +186,21 @@ class RowFetcher:
         except FetchError as error:
             logger.debug("%s: %s", request.url, error)
             return FetchedRow(request.row, reason=error.reason)
+        except Exception as error:
+            if not _is_of_the_row(error):
+                raise
+            return FetchedRow(request.row, reason=self._unexpected(request, error).reason)
         return FetchedRow(request.row, data, num_pixels=width * height)
+
+    def _unexpected(self, request: Request, error: BaseException) -> FetchError:
+        """Tell what nobody foresaw, in full once per unit: a mistake that all rows meet must not flood the log."""
+        with self._changed:
+            level = logging.DEBUG if self._has_told else logging.ERROR
+            self._has_told = True
+        logger.log(level, "%s: unexpected; further ones are only counted", request.url, exc_info=error)
+        return FetchError("unexpected", f"{type(error).__name__}: {error}")
+
+
+def _is_of_the_row(error: BaseException) -> bool:
+    """Tell whether another row may well fare better."""
+    return isinstance(error, Exception) and not isinstance(error, MemoryError)

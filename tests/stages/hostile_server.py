@@ -204,7 +204,10 @@ class _Handler(BaseHTTPRequestHandler):
     # ---- statuses ----
 
     def answer_status(self) -> None:
-        self.send(b"", status=int(self.path.rsplit("/", 1)[1]))
+        """Answer with a status, and with a ``Retry-After`` if the query holds one."""
+        status = int(self.path.partition("?")[0].rsplit("/", 1)[1])
+        wish = {"Retry_After": urllib.parse.unquote(self.query)} if self.query else {}
+        self.send(b"", status=status, **wish)
 
     def answer_recovers(self) -> None:
         """Fail as often as the query says, then answer."""
@@ -258,6 +261,12 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_truncated_chunk(self) -> None:
         self.send(b"%x\r\n%s" % (len(PNG), PNG[:50]), Transfer_Encoding="chunked")
         self.close_connection = True
+
+    def answer_negative_chunk(self) -> None:
+        """Announce a chunk of -1 bytes, which may be read as all that ever comes."""
+        self.send(b"-1\r\n", Transfer_Encoding="chunked")
+        while not self.server.is_closing.is_set():
+            self.wfile.write(b"x" * 0x10000)
 
     def answer_reset(self) -> None:
         """Break the connection in the middle of the body."""

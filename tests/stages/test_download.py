@@ -377,6 +377,8 @@ def test_speed_settings_do_not_change_the_identity(tmp_path: Path) -> None:
         ({"connections_per_host": 0}, "connections_per_host: 0 is not above 0"),
         ({"circuit_breaker_failures": -1}, "circuit_breaker_failures: -1 is negative"),
         ({"max_host_pause_s": -1.0}, "max_host_pause_s"),
+        ({"max_host_pause_s": float("inf")}, "max_host_pause_s: inf is not a number of seconds"),
+        ({"timeout_s": float("nan")}, "timeout_s: nan is not a number of seconds"),
         ({"allowed_networks": ("10.0.0.1/8",)}, "allowed_networks.*host bits"),
         ({"max_transient_fraction": 2.0}, "max_transient_fraction"),
     ],

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import email.utils
 import io
+import ipaddress
 import socket
 import time
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from stages.failure_codes import FetchError, is_transient
-from stages.fetch import FetchLimits, check_image, seconds_to_wait
+from stages.fetch import FetchLimits, check_image, parse_url, seconds_to_wait
 from stages.politeness import Courtesy
 from stages.row_fetcher import RowFetcher
 from tests.stages.hostile_server import PNG, HostileServer, encoded, noise, png, serve
@@ -66,6 +67,8 @@ def test_an_image_arrives_as_it_is(server: str) -> None:
         ("/status/204", "http_204"),
         ("/announced", "too_large"),
         ("/endless", "too_large"),
+        ("/negative-chunk", "too_large"),
+        ("/status/500?Fri,%2031%20Dec%2099999999999999999999%2023:59:59%20GMT", "http_500"),
         ("/truncated", "truncated"),
         ("/empty", "empty"),
         ("/special/html.jpg", "decode"),
@@ -92,6 +95,7 @@ def test_reason_codes(server: str, path: str, reason: str) -> None:
         ("http:///a.jpg", "invalid_url"),
         ("http://host:99999/", "invalid_url"),
         ("http://[::1/", "invalid_url"),
+        ("http://a/\ud800.jpg", "invalid_url"),
         ("file:///etc/passwd", "scheme"),
         ("ftp://example.org/a.jpg", "scheme"),
         ("http://127.0.0.1:1/a.jpg", "blocked_address"),
@@ -101,6 +105,9 @@ def test_reason_codes(server: str, path: str, reason: str) -> None:
         ("http://10.0.0.1/", "blocked_address"),
         ("http://169.254.169.254/", "blocked_address"),
         ("http://2130706433/", "blocked_address"),
+        ("http://[::127.0.0.1]/", "blocked_address"),
+        ("http://[::ffff:0:7f00:1]/", "blocked_address"),
+        ("http://168.63.129.16/metadata", "blocked_address"),
         ("http://name.invalid/", "dns"),
         ("http://" + "a" * 70 + ".org/", "dns"),
     ],
@@ -164,9 +171,45 @@ def test_retry_after_is_read_in_both_forms() -> None:
     now = datetime.datetime.now(datetime.UTC)
     later = email.utils.format_datetime(now + datetime.timedelta(seconds=90), usegmt=True)
     assert seconds_to_wait("7") == 7.0
+    year_s = 366 * 86_400
+    assert seconds_to_wait("9" * 400) == seconds_to_wait("Fri, 31 Dec 9999 23:59:59 GMT") == year_s
     assert 88 < seconds_to_wait(later) <= 90
     assert seconds_to_wait("Fri, 31 Dec 1999 23:59:59 GMT") == 0.0
     assert [seconds_to_wait(value) for value in (None, "", "soon", "-5", "1.5", "²")] == [0.0] * 6
+
+
+DATE_PARTS = [
+    "Fri,",
+    "31",
+    "Dec",
+    "9" * 20,
+    "²",
+    "2030",
+    "23:59:59",
+    "0:0",
+    "GMT",
+    "+" + "9" * 20,
+    "-2400",
+    "+2300",
+    "0001",
+]
+
+
+@given(st.one_of(st.text(), st.lists(st.sampled_from(DATE_PARTS), max_size=7).map(" ".join)))
+def test_whatever_retry_after_says_is_a_number_of_seconds(value: str) -> None:
+    assert 0 <= seconds_to_wait(value) <= 366 * 86_400
+
+
+@given(
+    st.text(st.characters(), max_size=30), st.sampled_from(["", "http://", "http://a/", "http://[", "//", "http://a:"])
+)
+def test_whatever_a_url_is_it_is_taken_apart_or_refused(text: str, start: str) -> None:
+    try:
+        target = parse_url(start + text)
+    except FetchError as error:
+        assert error.reason in ("invalid_url", "scheme")
+    else:
+        assert target.path.isascii() and target.path.startswith("/")
 
 
 @pytest.mark.parametrize("path", ["/status/404", "/special/html.jpg", "/opt-out?noai", "/announced"])
@@ -226,21 +269,68 @@ def test_a_cut_jpeg_is_told_as_the_decoder_tells_it(kind: str) -> None:
             image.load()
 
 
+# Networks that are not the public internet, by what they are for (RFC 6890 and others); both ends of each are tried.
+SPECIAL_NETWORKS = {
+    "this host": "0.0.0.0/8",
+    "private": "10.0.0.0/8 172.16.0.0/12 192.168.0.0/16",
+    "loopback": "127.0.0.0/8 ::1/128",
+    "unspecified": "::/128",
+    "link-local, with most clouds' metadata servers": "169.254.0.0/16 169.254.169.254/32 fe80::/10",
+    "shared with the provider": "100.64.0.0/10",
+    "another cloud's metadata server": "100.100.100.200/32",
+    "protocol assignments": "192.0.0.0/24 192.0.0.192/32 192.0.0.9/32 2001::/23 2001:20::/28",
+    "a cloud's wire server": "168.63.129.16/32",
+    "documentation": "192.0.2.0/24 198.51.100.0/24 203.0.113.0/24 2001:db8::/32 3fff::/20",
+    "benchmarks": "198.18.0.0/15",
+    "relays to 6to4": "192.88.99.0/24",
+    "multicast": "224.0.0.0/4 ff00::/8 ff0e::/16",
+    "reserved": "240.0.0.0/4 255.255.255.255/32 100::/64 4000::/3 8000::/3 5f00::/16",
+    "unique local": "fc00::/7 fd00:ec2::254/128",
+    "site-local": "fec0::/10",
+    "IPv4-compatible": "::127.0.0.1/128 ::8.8.8.8/128 ::10.0.0.0/104",
+    "IPv4-translated": "::ffff:0:7f00:1/128 ::ffff:0:0:0/96 ::ffff:0:808:808/128",
+    "IPv4-mapped, not public": "::ffff:7f00:1/128 ::ffff:10.0.0.0/104 ::ffff:a9fe:a9fe/128 ::ffff:168.63.129.16/128",
+    "NAT64, not public": "64:ff9b::7f00:1/128 64:ff9b::a9fe:a9fe/128 64:ff9b::10.0.0.0/104 64:ff9b::168.63.129.16/128",
+    "NAT64 of a site": "64:ff9b:1::/48 64:ff9b:1::808:808/128",
+    "6to4, not public": "2002:7f00:1::/48 2002:a00::/24 2002:a9fe:a9fe::/48 2002:a83f:8110::/48",
+    "Teredo": "2001::/32 2001:0:a00:1::f5ff:fffe/128 2001:0:808:808:0:0:80ff:fffe/128",
+}
+
+
+@pytest.mark.parametrize("purpose", SPECIAL_NETWORKS)
+def test_special_addresses_are_refused_unless_they_are_allowed(purpose: str) -> None:
+    for text in SPECIAL_NETWORKS[purpose].split():
+        network = ipaddress.ip_network(text)
+        for address in (str(network[0]), str(network[-1])):
+            assert not FetchLimits().allows(address, 80), address
+            assert FetchLimits(allowed_networks=(text,)).allows(address, 80), address
+            assert FetchLimits(allowed_endpoints=frozenset({(address, 80)})).allows(address, 80), address
+
+
+def test_a_zone_does_not_hide_an_address() -> None:
+    assert not FetchLimits().allows("fe80::1%eth0", 80)
+
+
 @pytest.mark.parametrize(
     "address",
     [
-        "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
-        "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:10.0.0.1",
-        "2002:7f00:1::", "64:ff9b::7f00:1",
+        "8.8.8.8", "93.184.216.34", "168.63.129.15", "192.0.1.1", "100.63.255.255", "100.128.0.0",
+        "2606:4700:4700::1111", "2001:200::", "2001:4860:4860::8888", "2a00:1450:4001::1", "::ffff:8.8.8.8",
+        "64:ff9b::8.8.8.8", "2002:808:808::1",
     ],
 )  # fmt: skip
-def test_special_addresses_are_refused(address: str) -> None:
-    assert not FetchLimits().allows(address, 80)
-
-
-@pytest.mark.parametrize("address", ["8.8.8.8", "93.184.216.34", "2606:4700:4700::1111"])
 def test_public_addresses_are_allowed(address: str) -> None:
     assert FetchLimits().allows(address, 80)
+
+
+@given(st.ip_addresses(v=4))
+def test_an_ipv4_address_in_ipv6_clothes_is_as_public_as_itself(address: ipaddress.IPv4Address) -> None:
+    expected = FetchLimits().allows(str(address), 80)
+    for base, shift in (("::ffff:0:0", 0), ("64:ff9b::", 0), ("2002::", 80)):
+        dressed = ipaddress.IPv6Address(int(ipaddress.IPv6Address(base)) | int(address) << shift)
+        assert FetchLimits().allows(str(dressed), 80) is expected
+    for base in ("::", "::ffff:0:0:0", "64:ff9b:1::"):
+        assert not FetchLimits().allows(str(ipaddress.IPv6Address(base) + int(address)), 80)
 
 
 @given(st.ip_addresses(v=4, network="10.0.0.0/8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from stages.failure_codes import FetchError
 from stages.politeness import Courtesy, Ended, HostQueues, Request
+from stages.robots import RobotsRules
 
 
 class Clock:
@@ -26,7 +28,6 @@ def queues_of(urls: list[str], clock: Clock, **courtesy: object) -> HostQueues:
     queues = HostQueues(
         Courtesy(**courtesy),  # type: ignore[arg-type]
         timeout_s=10.0,
-        user_agent="tester",
         clock=clock,
     )
     for row, url in enumerate(urls):
@@ -57,7 +58,7 @@ def test_hosts_take_turns_and_none_has_too_many_connections() -> None:
     assert rows_of(active) == [0, 5, 1, 6], "interleaved, two of each"
     assert queues.seconds_to_wait() is None, "nothing happens until one is answered"
     assert isinstance(active[1], Request)
-    queues.succeeded(active[1], b"")
+    queues.succeeded(active[1])
     assert rows_of(take_all(queues)) == [7], "its place goes to the same host"
 
 
@@ -77,7 +78,7 @@ def test_a_row_that_is_tried_again_waits_and_holds_nothing() -> None:
         if failure == 0:
             other = queues.take()
             assert isinstance(other, Request) and other.row == 1, "another row takes the place meanwhile"
-            queues.succeeded(other, b"")
+            queues.succeeded(other)
         assert queues.take() is None
         pause = queues.seconds_to_wait()
         assert pause is not None
@@ -115,7 +116,7 @@ def test_retry_after_pauses_the_whole_host_and_no_other(reason: str) -> None:
     first, other_host, second = take_all(queues)
     assert isinstance(first, Request) and isinstance(second, Request) and other_host.row == 9
     queues.failed(first, FetchError(reason, retry_after_s=7.0))
-    queues.succeeded(second, b"")
+    queues.succeeded(second)
     assert queues.take() is None
     queues.add(10, "http://b/10")
     assert rows_of(take_all(queues)) == [10]
@@ -151,6 +152,33 @@ def test_a_host_that_asks_for_too_long_a_pause_is_left_alone() -> None:
     assert queues.summary()["hosts_busy"] == 1
 
 
+@pytest.mark.parametrize("reason", ["http_500", "http_502", "http_504", "http_408", "http_425"])
+def test_a_row_waits_as_long_as_its_server_asks_up_to_a_limit(reason: str) -> None:
+    clock = Clock()
+    queues = queues_of(urls_on("a", each=2), clock, retries=5, backoff_s=0.1, max_host_pause_s=20.0)
+    first, second = take_all(queues)
+    assert isinstance(first, Request) and isinstance(second, Request)
+    queues.failed(first, FetchError(reason, retry_after_s=20.0))
+    queues.failed(second, FetchError(reason, retry_after_s=20.5))
+    assert take_all(queues) == [Ended(1, reason)]
+    assert queues.seconds_to_wait() == 20.0
+    clock.now += 20.0
+    assert queues.take() is first
+    assert queues.summary()["host_pauses_s"] == 0, "a row's wait is not the host's"
+
+
+def test_any_number_of_retries_has_a_pause() -> None:
+    clock = Clock()
+    queues = queues_of(["http://a/0"], clock, retries=1200, backoff_s=0.5)
+    for _ in range(1200):
+        request = queues.take()
+        assert isinstance(request, Request)
+        queues.failed(request, FetchError("truncated"))
+        pause = queues.seconds_to_wait()
+        assert pause is not None and pause < 30.1
+        clock.now += pause
+
+
 def test_simultaneous_wishes_count_once() -> None:
     clock = Clock()
     queues = queues_of(urls_on("a", each=4), clock, connections_per_host=4, max_host_pause_s=20.0)
@@ -173,7 +201,7 @@ def test_a_host_that_cannot_be_reached_is_given_up(reason: str) -> None:
         elif item.host == ("a", 80):
             queues.failed(item, FetchError(reason))
         else:
-            queues.succeeded(item, b"")
+            queues.succeeded(item)
     assert Counter(item.reason for item in ended) == {reason: 3, "host_down": 5}
     assert sorted(item.row for item in ended) == list(range(8))
     assert queues.summary()["hosts_down"] == 1
@@ -199,13 +227,13 @@ def test_any_answer_closes_the_circuit_again(answer: str) -> None:
             reasons[item.reason] += 1
             continue
         if item.host == ("b", 80):
-            queues.succeeded(item, b"")
+            queues.succeeded(item)
             continue
         asked += 1
         if asked % 3:
             queues.failed(item, FetchError("connect"))
         elif answer == "file":
-            queues.succeeded(item, b"")
+            queues.succeeded(item)
         elif answer == "redirect":
             queues.redirected(item, "http://b/")
         else:
@@ -230,7 +258,7 @@ def test_a_redirect_counts_for_the_host_it_leads_to() -> None:
     assert isinstance(of_a, Request) and isinstance(of_b, Request)
     queues.redirected(of_a, "http://b/elsewhere")
     assert rows_of(take_all(queues)) == [1], "b is busy"
-    queues.succeeded(of_b, b"")
+    queues.succeeded(of_b)
     item = queues.take()
     assert item is of_a and item.url == "http://b/elsewhere", "what has begun comes first"
 
@@ -271,7 +299,7 @@ def test_robots_txt_comes_first_and_is_obeyed() -> None:
     rules = queues.take()
     assert isinstance(rules, Request) and (rules.row, rules.url) == (None, "http://a/robots.txt")
     assert queues.take() is None, "nothing else meanwhile"
-    queues.succeeded(rules, RULES)
+    queues.succeeded(rules, RobotsRules(RULES, "tester"))
     items = take_all(queues)
     assert items[0] == Ended(0, "robots_txt")
     assert rows_of(items[1:]) == [1, 2]
@@ -283,7 +311,7 @@ def test_robots_txt_of_the_host_a_redirect_leads_to_is_obeyed() -> None:
     queues = queues_of(["http://a/0"], Clock(), obey_robots_txt=True)
     rules = queues.take()
     assert isinstance(rules, Request)
-    queues.succeeded(rules, b"")
+    queues.succeeded(rules)
     row = queues.take()
     assert isinstance(row, Request)
     queues.redirected(row, "http://b/secret/0")
@@ -292,7 +320,7 @@ def test_robots_txt_of_the_host_a_redirect_leads_to_is_obeyed() -> None:
     queues.redirected(rules, "http://c/robots.txt")
     elsewhere = queues.take()
     assert elsewhere is rules and rules.host == ("c", 80), "the rules may lie elsewhere; no rules are asked for those"
-    queues.succeeded(rules, RULES)
+    queues.succeeded(rules, RobotsRules(RULES, "tester"))
     assert queues.take() == Ended(0, "robots_txt")
 
 
@@ -327,7 +355,19 @@ def test_without_robots_txt(reason: str, expected: str | None) -> None:
         assert items == [Ended(row, expected) for row in range(3)]
 
 
-REASONS = ["connect", "timeout", "dns", "http_429", "http_503", "http_404", "truncated", "decode"]
+REASONS = [
+    "connect",
+    "timeout",
+    "dns",
+    "http_408",
+    "http_429",
+    "http_500",
+    "http_503",
+    "http_404",
+    "truncated",
+    "decode",
+]
+WISHES_S = [0.0, 5.0, 40.0, 86_400.0, math.inf]
 
 
 @given(
@@ -358,17 +398,18 @@ def test_every_row_comes_out_exactly_once(
         if not active:
             pause = queues.seconds_to_wait()
             assert pause is not None, "rows are left, nothing is under way and nothing will happen"
+            assert pause < Courtesy().max_host_pause_s + 0.1
             clock.now += pause + 1e-6
             continue
         request = active.pop(data.draw(st.integers(0, len(active) - 1)))
         answer = data.draw(st.sampled_from(["file", "redirect", *REASONS]))
         if answer == "file":
-            queues.succeeded(request, b"")
+            queues.succeeded(request)
             finished += [request.row] if request.row is not None else []
         elif answer == "redirect":
             queues.redirected(request, f"http://h{data.draw(st.integers(0, 4))}/elsewhere")
         else:
-            queues.failed(request, FetchError(answer, retry_after_s=data.draw(st.sampled_from([0.0, 5.0, 40.0]))))
+            queues.failed(request, FetchError(answer, retry_after_s=data.draw(st.sampled_from(WISHES_S))))
     assert sorted(finished) == list(range(len(hosts)))
     # A host's rules may still be asked for, on behalf of rows that have ended for another reason meanwhile.
     assert queues.take() is None and all(request.row is None for request in active)

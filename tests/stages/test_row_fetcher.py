@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import socket
 import threading
 import time
@@ -85,6 +86,26 @@ def test_a_host_that_is_never_ready_costs_bounded_time(server: HostileServer) ->
     assert time.monotonic() - started_at < 5
     assert outcomes(rows) == ["http_429"] + ["host_busy"] * 19
     assert len(server.paths) == 1 and summary["hosts_busy"] == 1
+
+
+@pytest.mark.parametrize("wish", ["86400", "9" * 400, "Fri,%2031%20Dec%209999%2023:59:59%20GMT"])
+def test_no_status_makes_a_row_wait_for_longer_than_a_host_may_ask(server: HostileServer, wish: str) -> None:
+    statuses = [500, 502, 504, 507, 408, 425]
+    urls = [f"{server.url}/status/{status}?{wish}" for status in statuses] + [f"{server.url}/image"]
+    started_at = time.monotonic()
+    rows, summary = fetch_all(urls, max_host_pause_s=20.0)
+    assert time.monotonic() - started_at < 5
+    assert outcomes(rows) == [*(f"http_{status}" for status in statuses), None], "and the host is not left alone"
+    assert len(server.paths) == len(urls), "nor asked again before it wants to be"
+    assert summary["host_pauses_s"] == 0
+
+
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_host_that_asks_for_all_eternity_is_left_alone(server: HostileServer, status: int) -> None:
+    wish = "9" * 400
+    rows, summary = fetch_all([f"{server.url}/status/{status}/{status}?{wish}"] * 3, connections_per_host=1)
+    assert outcomes(rows) == [f"http_{status}", "host_busy", "host_busy"]
+    assert math.isfinite(summary["host_pauses_s"]), "metrics are written as JSON"
 
 
 def test_a_dead_host_is_given_up_and_the_others_go_on(server: HostileServer) -> None:
@@ -243,6 +264,22 @@ def test_without_robots_txt(server: HostileServer, answer: Any, reason: str | No
     assert server.num_asked("/robots.txt") == num_asked
 
 
+@pytest.mark.parametrize("line", [b"Crawl-delay: \xc2\xb2", b"Crawl-delay: " + b"9" * 5000, b"Disallow: //[half"])
+def test_a_strange_robots_txt_is_obeyed_as_far_as_it_goes(server: HostileServer, line: bytes) -> None:
+    server.robots_txt = b"User-agent: *\n" + line + b"\nAllow: /\nDisallow: /*.png$\n"
+    rows, _ = fetch_all(
+        [f"{server.url}/image/{row}.{kind}" for row in range(3) for kind in ("jpg", "png")], obey_robots_txt=True
+    )
+    assert outcomes(rows) == [None, "robots_txt"] * 3
+
+
+def test_rules_for_our_name_come_before_those_for_all(server: HostileServer) -> None:
+    server.robots_txt = b"User-agent: *\nDisallow: /\n\nUser-agent: Tester\nDisallow: /image/secret\n"
+    limits = FetchLimits(user_agent="tester/1.0 (+http://a/)", allowed_networks=("127.0.0.0/8",))
+    urls = [f"{server.url}/image/{kind}" for kind in ("open", "secret")]
+    assert outcomes(fetch_all(urls, limits=limits, obey_robots_txt=True)[0]) == [None, "robots_txt"]
+
+
 def test_robots_txt_is_not_asked_for_by_default(server: HostileServer) -> None:
     server.robots_txt = b"User-agent: *\nDisallow: /\n"
     assert outcomes(fetch_all([f"{server.url}/image"])[0]) == [None]
@@ -261,6 +298,86 @@ def test_hashes_are_checked_before_decoding(server: HostileServer, algorithm: st
     rows, _ = fetch_all(urls, hashes=ExpectedHashes(algorithm, digests), retries=3)
     assert outcomes(rows) == [None] * 5 + ["hash_mismatch"] * 3
     assert server.num_asked(page) == 1, "not tried again"
+
+
+# ---- what nobody foresaw ---------------------------------------------------------------------------------------------
+
+
+class Digests(list[str | None]):
+    """Hashes of a list that breaks where it is read."""
+
+    def __init__(self, size: int, broken: dict[int, BaseException]) -> None:
+        super().__init__([None] * size)
+        self.broken = broken
+
+    def __getitem__(self, row: Any) -> Any:
+        if row in self.broken:
+            raise self.broken[row]
+        return super().__getitem__(row)
+
+
+def test_an_unexpected_exception_costs_its_own_row_and_is_told_once(
+    server: HostileServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls = [f"{server.url}/image/{row}" for row in range(10)]
+    broken: dict[int, BaseException] = {2: RuntimeError("two"), 5: RecursionError("five")}
+    rows, _ = fetch_all(urls, num_threads=1, hashes=ExpectedHashes("md5", Digests(10, broken)))
+    assert outcomes(rows) == ["unexpected" if row in broken else None for row in range(10)]
+    told = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(told) == 1 and told[0].exc_info and "/image/2" in told[0].getMessage()
+
+
+def test_an_unexpected_exception_of_a_request_costs_its_own_row(server: HostileServer) -> None:
+    """A network that is none breaks the check of every address that is not public."""
+    limits = FetchLimits(
+        allowed_networks=("nowhere",), allowed_endpoints=frozenset({("127.0.0.1", server.server_port)})
+    )
+    urls = [f"{server.url}/image/0", "http://127.0.0.2/", f"{server.url}/image/1", "http://127.0.0.3/"]
+    rows, summary = fetch_all(urls, limits=limits, retries=2)
+    assert outcomes(rows) == [None, "unexpected", None, "unexpected"]
+    assert summary["retries"] == 0, "it would meet the same"
+    server.robots_txt = b""
+    rows, _ = fetch_all(urls, limits=limits, obey_robots_txt=True)
+    assert outcomes(rows) == [None, "robots_txt_unreachable"] * 2
+
+
+@pytest.mark.parametrize("error", [MemoryError(), KeyboardInterrupt(), SystemExit(3)])
+def test_what_is_not_the_rows_fault_is_raised(server: HostileServer, error: BaseException) -> None:
+    names = Names(good=["127.0.0.1"])
+    hashes = ExpectedHashes("md5", Digests(2, {0: error}))
+    urls = [f"http://good.example:{server.server_port}/image/{row}" for row in range(2)]
+    fetcher = RowFetcher(urls, LIMITS, Courtesy(), hashes=hashes, resolver=Resolver(patience_s=5, lookup=names))
+    with contextlib.closing(fetcher):
+        with pytest.raises(type(error)):
+            fetcher.next_row()
+        assert fetcher.next_row().data == PNG
+
+
+class NoMemory(Resolver):
+    """A resolver that has none left for one of the names."""
+
+    def addresses(self, host: str, deadline: float) -> tuple[str, ...]:
+        if host == "large.example":
+            raise MemoryError
+        return super().addresses(host, deadline)
+
+
+def test_a_row_that_raises_leaves_no_thread_waiting(server: HostileServer) -> None:
+    resolver = NoMemory(patience_s=5, lookup=Names(good=["127.0.0.1"]))
+    urls = ["http://large.example/", f"http://good.example:{server.server_port}/late?0.2"]
+    with contextlib.closing(RowFetcher(urls, LIMITS, Courtesy(), resolver=resolver)) as fetcher:
+        with pytest.raises(MemoryError):
+            fetcher.next_row()
+        with ThreadPoolExecutor(2) as pool:
+            ended = [pool.submit(fetcher.next_row) for _ in urls]
+            assert {one.result(timeout=5).reason for one in ended} == {"unexpected", None}
+
+
+def test_a_lookup_that_breaks_is_a_lookup_that_failed() -> None:
+    resolver = Resolver(patience_s=60, lookup=Names(odd=RuntimeError("not a name")))
+    started_at = time.monotonic()
+    assert outcomes(fetch_all(["http://odd.example/"], resolver=resolver, retries=0)[0]) == ["dns"]
+    assert time.monotonic() - started_at < 5
 
 
 # ---- kept connections -----------------------------------------------------------------------------------------------
