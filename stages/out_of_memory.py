@@ -11,7 +11,14 @@ import torch
 
 from stages.errors import StageError
 
-_CPU_ALLOCATOR = ("DefaultCPUAllocator: can't allocate memory", "DefaultCPUAllocator: not enough memory")
+# What is no ``OutOfMemoryError`` of torch: the machine's memory, pinned memory, and libraries that allocate themselves.
+_SAID = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
 _CHECKPOINTING = "checkpoint_activations"
 _LAST_ZERO_STAGE = 3
 
@@ -40,7 +47,7 @@ def out_of_memory_explained(config: Any, world_size: int, place: str) -> Iterato
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Tell whether an error means that memory, of the GPU or of the machine, is used up."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _CPU_ALLOCATOR)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(text in str(error) for text in _SAID)
 
 
 def what_to_change(config: Any, world_size: int, place: str) -> Sequence[str]:
@@ -66,6 +73,14 @@ def what_to_change(config: Any, world_size: int, place: str) -> Sequence[str]:
             f"set {place}.zero_stage: {config.zero_stage + 1} (now {config.zero_stage}), which parts more over the "
             f"{world_size} ranks"
         )
+    if config.engine == "deepspeed" and config.zero_stage:
+        if config.gpus_per_rank and config.offload_optimizer == "none":
+            advice.append(f"set {place}.offload_optimizer: cpu, which takes masters, moments and averages off the GPU")
+        elif config.offload_optimizer != "nvme":
+            advice.append(
+                f"set {place}.offload_optimizer: nvme and {place}.offload_dir, which takes moments and averages out of "
+                "the machine's memory"
+            )
     if config.gpus_per_rank and config.precision == "fp32":
         advice.append(f"set {place}.precision: bf16 (this one changes the result)")
     if not config.gpus_per_rank:

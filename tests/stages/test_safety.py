@@ -216,6 +216,13 @@ def test_out_of_memory_says_what_to_change(tmp_path: Path) -> None:
         train(Huge(), VectorStream(), CONFIG, make_engine=TorchEngine, seed=0, folder=str(tmp_path), place="tiny")
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
     assert not is_out_of_memory(RuntimeError("shapes differ"))
+    # Pinned memory, and what cuBLAS says of its workspace.
+    assert is_out_of_memory(RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."))
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    on_gpu = dataclasses.replace(CONFIG, gpus_per_rank=1, zero_stage=2)
+    assert any("tiny.offload_optimizer: cpu" in change for change in what_to_change(on_gpu, 1, "tiny"))
+    offloaded = dataclasses.replace(on_gpu, offload_optimizer="cpu")
+    assert any("tiny.offload_optimizer: nvme" in change for change in what_to_change(offloaded, 1, "tiny"))
     advice = " ".join(what_to_change(dataclasses.replace(CONFIG, num_ranks=2, micro_batch_size=None), 2, "tiny"))
     assert "micro_batch_size: 2 (now 4)" in advice and "zero_stage: 2 (now 1)" in advice
 
