@@ -21,7 +21,9 @@ MAY_IMPORT = {
 # library -> the only files that may import it
 CONFINED = {
     "prefect": {"flows/*"},
-    "ray": {f"cluster/{name}.py" for name in ("ray_executor", "training", "group_network", "jobs", "draining")},
+    "ray": {
+        f"cluster/{name}.py" for name in ("ray_executor", "training", "elastic", "group_network", "jobs", "draining")
+    },
     "deepspeed": {"cluster/deepspeed_engine.py"},
     "fsspec": {"stages/storage.py"},
     "s3fs": {"stages/storage.py"},
