@@ -33,7 +33,6 @@ from stages.storage import Written
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-CHECKPOINTS_NAME = "checkpoints"
 RECORD_NAME = "checkpoint.json"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -104,7 +103,7 @@ class CheckpointFolder:
     """
 
     def __init__(self, folder: str, keep_last: int, keep_every: int | None = None) -> None:
-        self._uri = storage.join(folder, CHECKPOINTS_NAME)
+        self._uri = storage.join(folder, "checkpoints")
         self._keep_last = keep_last
         self._keep_every = keep_every
         self.spared_step: int | None = None  # kept too: the best step so far of a training that may stop early

@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stages import storage
-from stages.checkpoints import CHECKPOINTS_NAME
 from stages.manifest import MANIFEST_NAME, Manifest
 from stages.metrics import SAMPLES_NAME, TENSORBOARD_NAME
 from stages.registry import read_versions
 from stages.version import Version
 from stages.weights import ROLE
 
+_CHECKPOINTS = "checkpoints"  # stages/checkpoints.py, which needs torch
 Name = tuple[str, str]  # stage and fingerprint of a result
 
 
@@ -109,7 +109,7 @@ def _pictures(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[s
 
 def _checkpoints(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[str]:
     """List the folders in which these trainings and unfinished ones have checkpoints."""
-    found = (name for folder, name in _left_by(names, trainings) if folder == CHECKPOINTS_NAME)
+    found = (name for folder, name in _left_by(names, trainings) if folder == _CHECKPOINTS)
     return iter(dict.fromkeys("/".join(name.split("/")[:4]) for name in found))
 
 
