@@ -192,7 +192,7 @@ def test_level_zero_samples_the_plain_conditioning_and_a_level_noises_it() -> No
     bare = tiny_upsampler()
     bare.unet.load_state_dict(model.unet.state_dict())
     unet = bare.unet.forward
-    bare.unet.forward = lambda x, t, embedding=None: unet(x, t, embedding=zero.expand(2, -1))  # type: ignore
+    bare.unet.forward = lambda x, t, embedding=None, **given: unet(x, t, embedding=zero.expand(2, -1))  # type: ignore
     assert torch.equal(bare.sample(low, steps=2, generators=seeded_generators([5, 6])), plain)
     noised = sample(noise_level=0.3)
     assert not torch.allclose(noised, plain, atol=1e-3)
