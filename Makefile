@@ -39,7 +39,7 @@ chaos: setup ## the drills: kills, faults and lost nodes, up to a whole run kill
 	$(BIN)/pytest -m chaos $(DRILL)
 
 bench-data: setup ## the data plane against other software: ratios, side by side
-	for name in download embed pca near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+	for name in download embed pca near_duplicates resume lists scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 bench-train: setup ## the training plane against other software, likewise
 	for name in loader models degradation train; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
