@@ -15,7 +15,7 @@ from stages.units import GIB
 if TYPE_CHECKING:
     from stages.audit import Verified
     from stages.base import Stage
-    from stages.garbage import Garbage
+    from stages.garbage import Garbage, Held
 
 _MAX_SHOWN = 50
 
@@ -106,13 +106,19 @@ def gc(args: argparse.Namespace) -> int:
         raise ConfigError(f"{path} and {other}: their stores differ ({first}, {second}); collect one store at a time")
     root = opened[0][0]
     pipelines, fingerprints = [stages for _, stages, _ in opened], [names for _, _, names in opened]
-    garbage = find_garbage(root, pipelines, fingerprints, older_than_days=args.older_than, stale=args.stale)
+    held: list[Held] = []
+    garbage = find_garbage(
+        root, pipelines, fingerprints, older_than_days=args.older_than, stale=args.stale, on_held=held.append
+    )
     if args.apply:
         delete_garbage(root, garbage)
     if args.json:
-        print_json({"root": root, "applied": args.apply, "garbage": [item.to_json() for item in garbage]})
+        found = {"garbage": [item.to_json() for item in garbage], "held": [item.to_json() for item in held]}
+        print_json({"root": root, "applied": args.apply, **found})
         return 0
     _show_garbage(garbage)
+    for item in held:
+        print(f"{item.result.stage} is being made by {item.holding}: all its shards and checkpoints are kept")
     if garbage:
         print("deleted" if args.apply else "nothing is deleted without --apply")
     return 0

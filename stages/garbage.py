@@ -3,13 +3,16 @@
 Named means: by a manifest, by the record of a shard that a manifest names, by a version of the model registry, or by
 the plan of a run that the given configs would go on with. Everything else goes once it is old enough; what is young
 may belong to a run of another config that is in progress.
+
+A run of another config also shows by its lease. What it will name nobody else knows: of a stage whose lease is held all
+shards and checkpoints stay, whatever their age, and so do all results that it may read.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,7 +21,7 @@ from stages import storage
 from stages.audit import Result, all_results
 from stages.base import Stage
 from stages.errors import IntegrityError, NotFoundError, StorageError
-from stages.lease import LEASE_NAME
+from stages.lease import LEASE_NAME, Holding, lease_uri, read_lease
 from stages.manifest import MANIFEST_NAME, TABLE_NAME, Manifest, ShardRecord, manifest_uri
 from stages.registry import read_versions
 from stages.segments import SEGMENTS_FOLDER, read_records
@@ -28,6 +31,9 @@ _THREADS = 16
 _DAY_S = 86_400
 _RESULT = re.compile(r"[0-9a-f]{16}")
 TEMPORARY_DAYS = 1.0
+# A holder writes its lease several times a minute. One that has been silent for so long is dead, however much the
+# clocks of the machines differ.
+SILENT_DAYS = 1.0
 
 TEMPORARY = "half-written temporary file"
 STALE = "result of other settings"
@@ -75,6 +81,27 @@ class _Names:
     planned: set[tuple[str, str]]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """A result that a run is making at this moment.
+
+    Attributes:
+        result: its stage and fingerprint.
+        holding: who makes it.
+    """
+
+    result: Result
+    holding: Holding
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {**asdict(self.result), "owner": str(self.holding)}
+
+
+def _ignore(held: Held) -> None:
+    """Tell nobody."""
+
+
 def find_garbage(
     root: str,
     pipelines: Sequence[Mapping[str, Stage[Any]]],
@@ -82,6 +109,7 @@ def find_garbage(
     *,
     older_than_days: float = 7.0,
     stale: bool = False,
+    on_held: Callable[[Held], None] = _ignore,
 ) -> list[Garbage]:
     """Find what can be deleted; deletes nothing.
 
@@ -91,18 +119,23 @@ def find_garbage(
         fingerprints: names of their results.
         older_than_days: nothing younger goes, except temporary files older than ``TEMPORARY_DAYS``.
         stale: whether results are garbage too that none of the configs reaches and no version is made of.
+        on_held: told of every result that is being made, for whose sake the shards of its stage are kept.
 
     Returns:
         In the order in which they may be deleted: manifests first, then records, then what those name.
 
     Raises:
-        IntegrityError: if a manifest that counts or a version cannot be read: what it names is then not known.
+        IntegrityError: if a manifest that counts, a lease or a version cannot be read: what it names is then not known.
         StorageError: if the store does not answer.
     """
     now_s = time.time()
     stages = list(dict.fromkeys(name for pipeline in pipelines for name in pipeline))
     # The files first: a result that is finished after this is seen below, and names what was listed here.
     listings = {name: storage.list_entries(storage.join(root, name), temporary=True) for name in stages}
+    held = _held(root, listings, now_s)
+    for item in held:
+        on_held(item)
+    making, busy = {item.result for item in held}, {item.result.stage for item in held}
     reached = {Result(stage=name, fingerprint=f) for names in fingerprints for name, f in names.items()}
     live = set(all_results({name: storage.list_entries(storage.join(root, name)) for name in stages}))
     versions = read_versions(root).values()
@@ -110,7 +143,12 @@ def find_garbage(
         registered = {
             Result(stage=name, fingerprint=stage.fingerprint) for v in versions for name, stage in v.stages.items()
         }
-        old = {r for r in live - reached - registered if _age_days(listings, r, now_s) > older_than_days}
+        read = _with_upstream(busy, pipelines)
+        old = {
+            r
+            for r in live - reached - registered
+            if r.stage not in read and _age_days(listings, r, now_s) > older_than_days
+        }
         live -= old
     names = _named(
         root, listings, sorted(live, key=lambda r: (r.stage, r.fingerprint)), reached, pipelines, fingerprints
@@ -121,6 +159,10 @@ def find_garbage(
     for stage, listing in listings.items():
         newest = _newest_by_shard(listing)
         for name, entry in listing.items():
+            folder = name.partition("/")[0]
+            is_made = Result(stage=stage, fingerprint=folder) in making or (folder == "shards" and stage in busy)
+            if is_made and not name.endswith(TEMPORARY_SUFFIX):
+                continue
             reason, written_ns = _why(stage, name, entry, names, newest)
             least_days = TEMPORARY_DAYS if reason == TEMPORARY else older_than_days
             if reason and now_s - written_ns / 1e9 > least_days * _DAY_S:
@@ -140,6 +182,30 @@ def _order(item: Garbage) -> tuple[int, str]:
     if item.path.endswith("/" + MANIFEST_NAME):
         return 0, item.path
     return (1 if item.path.endswith(".json") else 2), item.path
+
+
+def _held(root: str, listings: Mapping[str, Mapping[str, Entry]], now_s: float) -> list[Held]:
+    """Return what is being made: leases that are neither free nor left behind by the dead."""
+    found: list[Held] = []
+    for stage, listing in listings.items():
+        for name, entry in listing.items():
+            folder, _, rest = name.partition("/")
+            if rest != LEASE_NAME or now_s - entry.modified_ns / 1e9 > SILENT_DAYS * _DAY_S:
+                continue
+            holding = read_lease(lease_uri(root, stage, folder))
+            if holding is not None and not holding.is_free and not holding.owner.is_gone():
+                found.append(Held(result=Result(stage=stage, fingerprint=folder), holding=holding))
+    return found
+
+
+def _with_upstream(stages: Iterable[str], pipelines: Sequence[Mapping[str, Stage[Any]]]) -> set[str]:
+    """Return stages and all whose results they read, directly or through others."""
+    found, following = set[str](), set(stages)
+    while following:
+        found |= following
+        given = {up for pipeline in pipelines for name in following & pipeline.keys() for up in pipeline[name].upstream}
+        following = given - found
+    return found
 
 
 def _age_days(listings: Mapping[str, Mapping[str, Entry]], result: Result, now_s: float) -> float:

@@ -7,6 +7,7 @@ more. That is refused unless the config accepts it, with the rows in question.
 
 from __future__ import annotations
 
+import functools
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -102,7 +103,12 @@ def _uri(root: str, settings: str) -> str:
 
 
 def compare_lists(
-    root: str, known: Sequence[KnownRange], present: Mapping[str, str], read: Callable[[str], pa.Table]
+    root: str,
+    known: Sequence[KnownRange],
+    present: Mapping[str, str],
+    *,
+    count: Callable[[str], int],
+    read: Callable[[str, int, int], pa.Table],
 ) -> list[ListChange]:
     """Compare lists with what the store knows of them.
 
@@ -110,7 +116,8 @@ def compare_lists(
         root: the store.
         known: from ``known_lists``.
         present: name -> sha256 of every list there is now.
-        read: returns the rows of a list, as they are stored.
+        count: returns the number of rows of a list.
+        read: returns rows of a list from one to before another, as they are stored; fewer where it ends before.
 
     Returns:
         The lists that are not what they were, known ones first.
@@ -123,22 +130,24 @@ def compare_lists(
         if name not in present:
             changes.append(ListChange(list=name, num_before=ranges[-1].stop, num_after=0))
         elif present[name] != ranges[0].list_sha256:
-            change = _compare(root, name, ranges, read(name))
+            change = _compare(root, ranges, count(name), functools.partial(read, name))
             # A list can be written anew, in another order of columns for example, and still hold the same rows.
             if change.num_changed or change.num_after != change.num_before:
                 changes.append(change)
     if known:
         changes += [
-            ListChange(list=name, num_before=0, num_after=read(name).num_rows) for name in present if name not in before
+            ListChange(list=name, num_before=0, num_after=count(name)) for name in present if name not in before
         ]
     return changes
 
 
-def _compare(root: str, name: str, ranges: Sequence[KnownRange], now: pa.Table) -> ListChange:
+def _compare(
+    root: str, ranges: Sequence[KnownRange], num_after: int, read: Callable[[int, int], pa.Table]
+) -> ListChange:
     num_changed, examples = 0, list[str]()
     for known in ranges:
         old = table_from_bytes(known.rows.read(root)).drop_columns(["list", "row"])
-        new = now.slice(known.start, known.stop - known.start)
+        new = read(known.start, known.stop)
         if new.equals(old):
             continue
         for position, (was, is_) in enumerate(zip_longest(old.to_pylist(), new.to_pylist())):
@@ -149,7 +158,11 @@ def _compare(root: str, name: str, ranges: Sequence[KnownRange], now: pa.Table) 
     if num_changed > len(examples):
         examples.append(f"and {num_changed - len(examples):,} more")
     return ListChange(
-        list=name, num_before=ranges[-1].stop, num_after=now.num_rows, num_changed=num_changed, examples=examples
+        list=ranges[0].list,
+        num_before=ranges[-1].stop,
+        num_after=num_after,
+        num_changed=num_changed,
+        examples=examples,
     )
 
 

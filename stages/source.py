@@ -8,33 +8,28 @@ and leave the old ones as they are.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import datetime
 import difflib
-import gzip
-import io
-import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 
 from stages import shapes, storage
 from stages.base import Result, Shard, Stage, setting
 from stages.errors import InputError, StorageError
 from stages.list_changes import KnownRange, ListChange, compare_lists, known_lists, remember_lists
+from stages.list_reading import FORMATS, UNREADABLE, Contents, RowReader, contents_of, format_of
 from stages.manifest import Manifest, ShardRecord, digest_of
 from stages.partitions import check_date, date_of, is_within
 from stages.samples import table_to_bytes
 from stages.shapes import ShapesConfig
 
-FORMATS = ("parquet", "csv", "tsv", "json", "jsonl", "txt")
 MAX_ROWS_PER_SHARD = 1_000_000
 # Columns that this stage and the download add.
 _OWN_COLUMNS = "list row url caption key status reason sha256 width height original_width original_height"
@@ -80,13 +75,53 @@ class SourceConfig:
             raise ValueError(f"extra_columns: '{taken[0]}' is a column of the pipeline's own; rename it in the list")
 
 
+@dataclass
+class _Seen:
+    """What this process knows of the content of a list: its hash, and what it holds once that was asked."""
+
+    sha256: str
+    contents: Contents | None = None
+
+
 @dataclass(frozen=True)
 class _UrlList:
     """One list: its name in the data set, where it lies, what it holds."""
 
     name: str
     uri: str
-    sha256: str
+    seen: _Seen
+
+    @property
+    def sha256(self) -> str:
+        return self.seen.sha256
+
+
+class _OpenList:
+    """The list whose rows are read: on S3 a copy of this process, and checked to be the one that was planned.
+
+    Raises:
+        InputError: if it is another one by now, or not of its format.
+    """
+
+    def __init__(self, item: _UrlList) -> None:
+        self.item = item
+        self.reader: RowReader | None = None
+        self._scratch = contextlib.ExitStack()
+        # Nobody tells a worker that its work is over: the copy goes with this object, at the latest.
+        self.close = weakref.finalize(self, self._scratch.close)
+        self.path = self._scratch.enter_context(_readable(item.uri))
+        if not storage.is_local(item.uri):
+            _refuse_other(item, storage.sha256_of(self.path))
+        self.check()
+        if item.seen.contents is None:
+            with _explained(item.uri):
+                item.seen.contents = contents_of(self.path)
+        self.contents = item.seen.contents
+
+    def check(self) -> None:
+        """Make sure that a list that is not a copy is still the same; costs no reading unless it was written anew."""
+        if storage.is_local(self.item.uri):
+            _refuse_other(self.item, _look_at(self.item.uri).sha256)
 
 
 class Source(Stage[SourceConfig]):
@@ -99,11 +134,13 @@ class Source(Stage[SourceConfig]):
         super().__init__(config, root=root, seed=seed)
         # Absolute here, on the driver: a worker may have another working directory.
         self._places = tuple(storage.absolute(uri) for uri in config.lists)
-        self._cached: tuple[_UrlList, pa.Table] | None = None
+        # What the driver found out while planning travels to the workers, which need not find it out again.
+        self._planned: dict[str, _UrlList] = {}
+        self._open: _OpenList | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to workers without the rows that the driver read while planning."""
-        return self.__dict__ | {"_cached": None}
+        """Travel to workers without the list that is being read."""
+        return self.__dict__ | {"_open": None}
 
     def external(self) -> Any:
         """Identify the lists by name and content.
@@ -128,10 +165,12 @@ class Source(Stage[SourceConfig]):
         lists = self._lists()
         self._refuse_changed_rows(lists)
         for item in lists:
-            for start, stop in _ranges(self._table(item).num_rows, self.config.rows_per_shard):
+            for start, stop in _ranges(self._num_rows(item), self.config.rows_per_shard):
                 # The content of the list stands for its place.
                 shard = self.shard(len(shards), list=item.name, list_sha256=item.sha256, start=start, stop=stop)
                 shards.append(shard)
+        self._close()
+        self._planned = {item.name: item for item in lists}
         return shards
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
@@ -146,8 +185,7 @@ class Source(Stage[SourceConfig]):
             table = self._shape_rows(start, stop)
         else:
             item = self._planned_list(shard)
-            rows = self._table(item).slice(start, stop - start)
-            table = _with_origin(rows, item.name, start)
+            table = _with_origin(self._rows(item, start, stop), item.name, start)
         files = {"urls": ("parquet", table_to_bytes(table))}
         count = table.num_rows
         # Where the rows are from, for a later comparison with changed lists.
@@ -172,7 +210,13 @@ class Source(Stage[SourceConfig]):
         by_name = {item.name: item for item in lists}
         present = {item.name: item.sha256 for item in lists}
         known = [known for known in known_lists(self.root, self._reading()) if self._is_meant(known.list)]
-        return compare_lists(self.root, known, present, lambda name: self._table(by_name[name]))
+        return compare_lists(
+            self.root,
+            known,
+            present,
+            count=lambda name: self._num_rows(by_name[name]),
+            read=lambda name, start, stop: self._rows(by_name[name], start, stop),
+        )
 
     def _refuse_changed_rows(self, lists: Sequence[_UrlList]) -> None:
         if self.config.changed_rows == "accept":
@@ -224,47 +268,75 @@ class Source(Stage[SourceConfig]):
                 f"source.lists: none is of the days {self.config.since or 'ever'} to {self.config.until or 'now'}; "
                 "correct source.since and source.until"
             )
-        return [_UrlList(name, uri, _content_hash(uri)) for name, uri in named.items()]
+        return [_UrlList(name, uri, _look_at(uri)) for name, uri in named.items()]
 
     def _planned_list(self, shard: Shard) -> _UrlList:
-        name, sha256 = shard.params["list"], shard.params["list_sha256"]
-        if self._cached is not None and (self._cached[0].name, self._cached[0].sha256) == (name, sha256):
-            return self._cached[0]
-        for item in self._lists():
-            if item.name == name and item.sha256 == sha256:
-                return item
-        raise InputError(f"source.lists: '{name}' has changed since this run was planned; run again")
+        """Find the list of a shard: no other list is looked at."""
+        name, sha256 = str(shard.params["list"]), str(shard.params["list_sha256"])
+        if name in self._planned and self._planned[name].sha256 == sha256:
+            return self._planned[name]
+        if name not in (named := _named(self._places)):
+            raise InputError(f"source.lists: '{name}' is gone since this run was planned; run again")
+        self._planned[name] = _UrlList(name, named[name], _Seen(sha256))
+        return self._planned[name]
 
-    def _table(self, item: _UrlList) -> pa.Table:
-        """Return the rows of a list as url, caption and extra columns; the last list stays in memory."""
-        if self._cached is None or self._cached[0] != item:
-            self._cached = (item, self._read(item.uri))
-        return self._cached[1]
+    def _num_rows(self, item: _UrlList) -> int:
+        """Count the rows of a list and make sure that it has the columns; this process counts a list once."""
+        contents = item.seen.contents or self._opened(item).contents
+        if not contents.num_rows:
+            raise InputError(f"source.lists: {item.uri} holds no rows; remove it from the lists")
+        self._columns_of(contents.schema.empty_table(), item.uri)
+        return contents.num_rows
 
-    def _read(self, uri: str) -> pa.Table:
-        with _readable(uri) as path:
-            try:
-                table = _READERS[_format_of(uri)](path)
-            except (pa.ArrowException, ValueError, OSError, EOFError) as error:
-                message = " ".join(str(error).split())
-                raise InputError(f"source.lists: {uri} is not a readable {_format_of(uri)} file: {message}") from error
-        if not table.num_rows:
-            raise InputError(f"source.lists: {uri} holds no rows; remove it from the lists")
-        return self._columns_of(table, uri)
+    def _rows(self, item: _UrlList, start: int, stop: int) -> pa.Table:
+        """Return rows of a list as url, caption and extra columns; fewer where the list ends before."""
+        try:
+            opened = self._opened(item)
+            with _explained(item.uri):
+                return self._reader(opened).slice(start, stop - start)
+        except BaseException:
+            self._close()
+            raise
+
+    def _opened(self, item: _UrlList) -> _OpenList:
+        """Return the list, opened; the last one stays open, so that its shards verify and copy it once."""
+        if self._open is None or (self._open.item.uri, self._open.item.sha256) != (item.uri, item.sha256):
+            self._close()
+            self._open = _OpenList(item)
+        self._open.check()
+        return self._open
+
+    def _reader(self, opened: _OpenList) -> RowReader:
+        if opened.reader is None:
+            schema, uri = opened.contents.schema, opened.item.uri
+            wanted = {column for column, _ in self._wanted(uri).values()}
+            columns = [name for name in schema.names if name in wanted]
+            opened.reader = RowReader(opened.path, opened.contents, columns, lambda part: self._columns_of(part, uri))
+        return opened.reader
+
+    def _close(self) -> None:
+        if self._open is not None:
+            if self._open.reader is not None:
+                self._open.reader.close()
+            self._open.close()
+        self._open = None
 
     def _columns_of(self, table: pa.Table, uri: str) -> pa.Table:
-        is_text = _format_of(uri) == "txt"
-        url_column = "url" if is_text else self.config.url_column
-        caption_column = None if is_text else self.config.caption_column
-        columns = {"url": _text(table, url_column, uri, "url_column")}
-        if caption_column is None:
-            columns["caption"] = pa.nulls(table.num_rows, pa.string())
+        columns: dict[str, Any] = {"caption": pa.nulls(table.num_rows, pa.string())}
+        for name, (column, field) in self._wanted(uri).items():
+            _require(table, column, uri, field)
+            columns[name] = table[column] if field == "extra_columns" else _text(table, column, uri, field)
+        return pa.table({name: columns[name] for name in ("url", "caption", *self.config.extra_columns)})
+
+    def _wanted(self, uri: str) -> dict[str, tuple[str, str]]:
+        """Return the columns that are read: name -> its name in the list, and the setting that says so."""
+        if format_of(uri) == "txt":
+            wanted = {"url": ("url", "url_column")}
         else:
-            columns["caption"] = _text(table, caption_column, uri, "caption_column")
-        for name in self.config.extra_columns:
-            _require(table, name, uri, "extra_columns")
-            columns[name] = table[name]
-        return pa.table(columns).combine_chunks()
+            wanted = {"url": (self.config.url_column, "url_column")}
+            if self.config.caption_column is not None:
+                wanted["caption"] = (self.config.caption_column, "caption_column")
+        return wanted | {name: (name, "extra_columns") for name in self.config.extra_columns}
 
 
 def _ranges(num_rows: int, rows_per_shard: int) -> Iterator[tuple[int, int]]:
@@ -279,13 +351,6 @@ def _with_origin(rows: pa.Table, name: str, start: int) -> pa.Table:
 
 
 # ---- finding lists --------------------------------------------------------------------------------------------------
-
-
-def _format_of(uri: str) -> str:
-    """Return the format that a file's name says, one of ``FORMATS``, or an empty text."""
-    extension = uri.lower().removesuffix(".gz").rpartition(".")[2]
-    extension = {"ndjson": "jsonl", "pq": "parquet"}.get(extension, extension)
-    return extension if extension in FORMATS else ""
 
 
 def _named(places: Sequence[str]) -> dict[str, str]:
@@ -316,13 +381,13 @@ def _named(places: Sequence[str]) -> dict[str, str]:
 def _expand(place: str) -> dict[str, str]:
     """Return the lists that an entry of ``source.lists`` brings, itself or those in a folder: name -> URI."""
     if storage.exists(place):
-        if not _format_of(place):
+        if not format_of(place):
             raise InputError(f"source.lists: {place}: the name must end in {', '.join('.' + f for f in FORMATS)}")
         return {place.rpartition("/")[2]: place}
     names = storage.list_files(place)
     # Beside its tables img2dataset leaves statistics.
     statistics = {name.removesuffix(".parquet") + "_stats.json" for name in names if name.endswith(".parquet")}
-    found = {name: storage.join(place, name) for name in names if _format_of(name) and name not in statistics}
+    found = {name: storage.join(place, name) for name in names if format_of(name) and name not in statistics}
     if not found:
         raise InputError(
             f"source.lists: {place} is neither a file nor a folder with {', '.join('.' + f for f in FORMATS)} files; "
@@ -331,19 +396,42 @@ def _expand(place: str) -> dict[str, str]:
     return found
 
 
-_HASHES: dict[tuple[str, int, int], str] = {}
+_SEEN: dict[tuple[str, str], _Seen] = {}
 
 
-def _content_hash(uri: str) -> str:
-    """Hash a list; a local file that has not changed is not read again by this process."""
+def _look_at(uri: str) -> _Seen:
+    """Hash a list; one that has not changed since this process read it is not read again."""
+    try:
+        entry = storage.entry_of(uri)
+    except StorageError as error:
+        raise InputError(f"source.lists: {error}") from error
+    key = (uri, entry.version)
+    if key in _SEEN:
+        return _SEEN[key]
     with _readable(uri) as path:
-        if not storage.is_local(uri):
-            return storage.sha256_of(path)
-        status = path.stat()
-        key = (uri, status.st_size, status.st_mtime_ns)
-        if key not in _HASHES:
-            _HASHES[key] = storage.sha256_of(path)
-        return _HASHES[key]
+        seen = _Seen(storage.sha256_of(path))
+        if format_of(uri) == "parquet" and not storage.is_local(uri):
+            # The footer costs nothing while the copy is here. A file that has none is refused when its rows are asked.
+            with contextlib.suppress(*UNREADABLE):
+                seen.contents = contents_of(path)
+    # Times on S3 are too coarse to tell two versions of one size.
+    if storage.is_local(uri) or entry.etag:
+        _SEEN[key] = seen
+    return seen
+
+
+def _refuse_other(item: _UrlList, sha256: str) -> None:
+    if sha256 != item.sha256:
+        raise InputError(f"source.lists: '{item.name}' has changed since this run was planned; run again")
+
+
+@contextlib.contextmanager
+def _explained(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except UNREADABLE as error:
+        message = " ".join(str(error).split())
+        raise InputError(f"source.lists: {uri} is not a readable {format_of(uri)} file: {message}") from error
 
 
 @contextlib.contextmanager
@@ -355,70 +443,7 @@ def _readable(uri: str) -> Iterator[Path]:
         raise InputError(f"source.lists: {error}") from error
 
 
-# ---- reading lists --------------------------------------------------------------------------------------------------
-
-
-def _bytes_of(path: Path) -> bytes:
-    data = path.read_bytes()
-    return gzip.decompress(data) if path.name.lower().endswith(".gz") else data
-
-
-def _read_parquet(path: Path) -> pa.Table:
-    return pq.read_table(path, memory_map=False)
-
-
-def _read_delimited(path: Path, delimiter: str) -> pa.Table:
-    data = _bytes_of(path)
-    # Everything is read as text: a caption such as 1999 stays the caption it is.
-    header = next(csv.reader(io.StringIO(data.split(b"\n", 1)[0].decode("utf-8-sig")), delimiter=delimiter), [])
-    return pa_csv.read_csv(
-        io.BytesIO(data),
-        parse_options=pa_csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        convert_options=pa_csv.ConvertOptions(column_types=dict.fromkeys(header, pa.string())),
-    )
-
-
-def _read_json(path: Path) -> pa.Table:
-    rows = json.loads(_bytes_of(path))
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError("it must hold a list of objects, one per row")
-    return _table_of(rows)
-
-
-def _read_json_lines(path: Path) -> pa.Table:
-    rows = []
-    for number, line in enumerate(_bytes_of(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"line {number}: not an object")
-        rows.append(row)
-    return _table_of(rows)
-
-
-def _table_of(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: pa.array([row.get(name) for row in rows]) for name in names})
-
-
-def _read_text(path: Path) -> pa.Table:
-    """Read one URL a line; an empty line is a row without URL, which the download counts as such."""
-    lines = [line.strip() for line in _bytes_of(path).decode().rstrip().splitlines()]
-    return pa.table({"url": pa.array(lines, pa.string())})
-
-
-_READERS: dict[str, Callable[[Path], pa.Table]] = {
-    "parquet": _read_parquet,
-    "csv": lambda path: _read_delimited(path, ","),
-    "tsv": lambda path: _read_delimited(path, "\t"),
-    "json": _read_json,
-    "jsonl": _read_json_lines,
-    "txt": _read_text,
-}
+# ---- columns of lists -----------------------------------------------------------------------------------------------
 
 
 def _require(table: pa.Table, name: str, uri: str, field: str) -> None:

@@ -112,6 +112,18 @@ def exists(uri: str) -> bool:
         return False
 
 
+def entry_of(uri: str) -> Entry:
+    """Return what a listing would say of one object, without reading it.
+
+    Raises:
+        NotFoundError: if there is no such object.
+    """
+    if is_local(uri):
+        return explained("look up", uri, lambda: _entry_of(Path(uri).stat()))
+    info = explained("look up", uri, lambda: _remote().info(uri))
+    return _entry_of_item({"ETag": "", **info, "Size": info["size"]})
+
+
 def list_files(uri: str) -> dict[str, int]:
     """List all objects below a folder in one sweep.
 

@@ -153,6 +153,22 @@ def test_gc_of_stale_results_keeps_what_the_configs_reach(
     assert main(["verify", new, "--all"]) == 0
 
 
+def test_gc_says_whose_shards_it_keeps(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(open_project(config, []).config.root)
+    orphan = root / "download/shards/0123456789abcdef.tar"
+    orphan.write_bytes(b"x")
+    os.utime(orphan, (time.time() - 30 * 86_400,) * 2)
+    with hold(str(root), "download", "0" * 16, ttl_s=30.0, run="another"):
+        assert main(["gc", config, "--apply"]) == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert "nothing to collect" in said and "run another" in said
+        assert "download is being made by process" in said and "all its shards and checkpoints are kept" in said
+        assert main(["gc", config, "--json"]) == 0
+        (held,) = json.loads(capsys.readouterr().out)["held"]
+        assert (held["stage"], held["fingerprint"]) == ("download", "0" * 16)
+    assert orphan.exists() and main(["gc", config, "--apply"]) == 0 and not orphan.exists()
+
+
 def test_gc_refuses_two_stores_and_negative_ages(
     config: str, made: tuple[Path, int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

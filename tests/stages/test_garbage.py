@@ -22,14 +22,17 @@ from stages.garbage import (
     STALE,
     TEMPORARY,
     Garbage,
+    Held,
     delete_garbage,
     find_garbage,
 )
 from stages.gate import PromotionGateConfig
+from stages.lease import LEASE_NAME, hold
 from stages.manifest import Manifest
 from stages.registry import register, version_uri
 from stages.runner import run_stage
 from tests.stages.finished_run import publish_stage
+from tests.stages.test_lease import holder
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
 
 DAY_S = 86_400
@@ -57,9 +60,12 @@ class Pipeline:
         return found
 
 
-def collect(*pipelines: Pipeline, older_than_days: float = 0.0, stale: bool = False) -> list[Garbage]:
+def collect(
+    *pipelines: Pipeline, older_than_days: float = 0.0, stale: bool = False, held: list[Held] | None = None
+) -> list[Garbage]:
     stages, names = [p.stages for p in pipelines], [p.names for p in pipelines]
-    return find_garbage(pipelines[0].root, stages, names, older_than_days=older_than_days, stale=stale)
+    on_held = (held if held is not None else []).append
+    return find_garbage(pipelines[0].root, stages, names, older_than_days=older_than_days, stale=stale, on_held=on_held)
 
 
 def reasons(garbage: list[Garbage]) -> dict[str, str]:
@@ -144,6 +150,65 @@ def test_age_is_that_of_the_newest_file_of_a_shard(tmp_path: Path) -> None:
         "squares/shards/bb.powers.json": NO_MANIFEST,
         "squares/shards/.bb.json.0f.tmp": TEMPORARY,
     }
+
+
+def make_old(folder: Path, days: float = 30) -> None:
+    """Date every file below a folder back."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != LEASE_NAME:
+            os.utime(path, (time.time() - days * DAY_S,) * 2)
+
+
+@pytest.mark.parametrize("machine", [(), ("another boot",)])
+def test_a_held_lease_keeps_the_work_of_a_config_that_is_not_given(tmp_path: Path, machine: tuple[str, ...]) -> None:
+    """A training of a month must find its checkpoints, whoever collects meanwhile."""
+    root, shards = str(tmp_path), tmp_path / "numbers" / "shards"
+    given = Pipeline(root, 7, 8)
+    given.run()
+    with holder(root, *machine) as child:
+        checkpoint = shards / "fedcba9876543210" / "checkpoints" / "step-000002" / "checkpoint.json"
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.write_bytes(b"{}")
+        (shards / ".dd.tmp").write_bytes(b"{}")
+        (tmp_path / "squares" / "shards" / "aa.json").write_bytes(b"{}")
+        make_old(tmp_path)
+        held: list[Held] = []
+        found = collect(given, older_than_days=7, held=held)
+        assert reasons(found) == {"numbers/shards/.dd.tmp": TEMPORARY, "squares/shards/aa.json": NO_MANIFEST}
+        (item,) = held
+        assert (item.result.stage, item.holding.owner.pid) == ("numbers", child.pid)
+        delete_garbage(root, found)
+        assert checkpoint.exists() and len(list(shards.glob("*.json"))) == 2 * (2 + 3)
+        child.kill()
+        child.wait()
+    lease = tmp_path / "numbers" / item.result.fingerprint / LEASE_NAME
+    if machine:
+        # Whether a process of another machine lives can only be told by its silence.
+        assert collect(given, older_than_days=7) == []
+        os.utime(lease, (time.time() - 2 * DAY_S,) * 2)
+    gone = reasons(collect(given, older_than_days=7))
+    assert sorted(gone.values()) == sorted([CHECKPOINT] + [NO_MANIFEST] * 3 * 2)
+
+
+def test_a_free_lease_keeps_nothing(tmp_path: Path) -> None:
+    given, other = Pipeline(str(tmp_path)), Pipeline(str(tmp_path), power=5)
+    given.run()
+    with hold(str(tmp_path), "squares", other.names["squares"], ttl_s=30.0):
+        (tmp_path / "squares" / "shards" / "aa.json").write_bytes(b"{}")
+        assert collect(given) == []
+    assert set(reasons(collect(given))) == {"squares/shards/aa.json", f"squares/{other.names['squares']}/{LEASE_NAME}"}
+
+
+def test_what_a_held_stage_may_read_is_not_stale(tmp_path: Path) -> None:
+    """Nobody knows which of the old results the other run reads."""
+    old, new = Pipeline(str(tmp_path), power=2), Pipeline(str(tmp_path), 7, power=3)
+    old.run()
+    new.run()
+    with hold(str(tmp_path), "squares", "0" * 16, ttl_s=30.0):
+        assert collect(new, stale=True) == []
+    with hold(str(tmp_path), "numbers", "0" * 16, ttl_s=30.0):
+        assert {item.stage for item in collect(new, stale=True)} == {"squares"}
+    assert {item.stage for item in collect(new, stale=True)} == {"numbers", "squares"}
 
 
 def test_an_unreadable_manifest_stops_the_collection(root: str) -> None:

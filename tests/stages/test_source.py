@@ -7,7 +7,12 @@ import datetime
 import gzip
 import json
 import pickle
-from collections.abc import Callable
+import subprocess
+import sys
+import urllib.parse
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages import shapes
+from stages import shapes, storage
 from stages.errors import InputError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import Manifest
@@ -26,6 +31,8 @@ from stages.runner import run_stage
 from stages.samples import table_from_bytes
 from stages.shapes import ShapesConfig
 from stages.source import Source, SourceConfig, _ranges
+from tests.large_lists import write_large_list
+from tests.s3_forwarding import ForwardingHandler, serving
 
 ROWS = [
     {"url": f"https://example.org/{i}.jpg", "caption": caption, "licence": f"cc-{i}"}
@@ -120,6 +127,21 @@ def test_ranges_partition_the_rows(num_rows: int, rows_per_shard: int) -> None:
     assert all(0 < stop - start <= rows_per_shard for start, stop in _ranges(num_rows, rows_per_shard))
 
 
+def test_names_of_work_are_those_of_earlier_versions(tmp_path: Path) -> None:
+    """Stores that exist must be found again; the numbers were taken before lists were streamed."""
+    for name in ("csv", "tsv", "json", "jsonl"):
+        WRITERS[name](tmp_path / f"pairs.{name}")
+    (tmp_path / "urls.txt").write_text("http://a/1.jpg\n\nhttp://a/2.jpg\n\n")
+    names = ("pairs.csv", "pairs.tsv", "pairs.json", "pairs.jsonl", "urls.txt")
+    stage = make(tmp_path, *(tmp_path / name for name in names), rows_per_shard=3)
+    assert stage.fingerprint({}) == "85f4c1a3159d343f"
+    assert " ".join(shard.id for shard in stage.plan({})) == (
+        "ea0ff54930e5108b 747698061bea15b9 6e040d1002bad0d8 b4dcf76f0ffb0652 b43af2455281394b b38b1d0abea59ee8 "
+        "e687914a8ecb855d 2edc1f5f836813bf 778b569c7161e574 e19e5e7109953090 965770ff343eccc3 d6f6c70cc02c7efe "
+        "e760e01b3629e7e5"
+    )
+
+
 def test_appended_rows_and_lists_leave_old_shards_as_they_are(tmp_path: Path) -> None:
     folder = tmp_path / "lists"
     folder.mkdir()
@@ -180,7 +202,7 @@ def test_relative_lists_are_found_from_another_working_directory(
     stage = make(tmp_path, "pairs.json")
     (shard,) = stage.plan({})
     travelled = pickle.loads(pickle.dumps(stage))
-    assert travelled._cached is None
+    assert travelled._open is None
     monkeypatch.chdir("/")
     assert travelled.process(shard, f"{tmp_path}/out").num_kept == len(ROWS)
 
@@ -401,3 +423,136 @@ def test_a_range_of_days_leaves_other_lists_as_they_are(tmp_path: Path) -> None:
 def test_wrong_days_are_refused(bounds: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SourceConfig(lists=("x.csv",), **bounds)
+
+
+# ---- ranges of rows -------------------------------------------------------------------------------------------------
+
+MANY = 25_000  # rows: several parts of a stream
+
+
+def write_many(path: Path) -> None:
+    """Write rows whose types show only late: a number is whole in all parts but one, a column begins in the last."""
+    rows: list[dict[str, Any]] = [
+        {"url": f"http://h/{i}", "caption": f"{i}", "n": i, "o": {"a": i}} for i in range(MANY)
+    ]
+    rows[5] |= {"n": None, "caption": None}
+    rows[21_000] |= {"n": 0.5, "late": [1], "o": {"b": "x"}}
+    for row in rows[:20_000]:
+        row["late"] = None
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7000)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("extension", ["parquet", "jsonl"])
+def test_a_range_is_the_same_wherever_the_reader_comes_from(tmp_path: Path, extension: str) -> None:
+    path = tmp_path / f"pairs.{extension}"
+    write_many(path)
+    stage = make(tmp_path, path, extra_columns=("n", "late", "o"), rows_per_shard=3000)
+    shards = stage.plan({})
+    orders = [shards, shards[::-1], [shards[i] for i in (7, 0, 8, 3, 4, 1, 2, 6, 5)]]
+    found = []
+    for order in orders:
+        worker = make(tmp_path, path, extra_columns=("n", "late", "o"), rows_per_shard=3000)
+        records = {shard.id: worker.process(shard, str(tmp_path / "out")) for shard in order}
+        found.append([records[shard.id].files["urls"].sha256 for shard in shards])
+    assert found[0] == found[1] == found[2]
+    data = [(tmp_path / "out" / f"{shard.id}.parquet").read_bytes() for shard in shards]
+    table = pa.concat_tables([table_from_bytes(item) for item in data])  # one schema, or this is refused
+    assert table["row"].to_pylist() == list(range(MANY))
+    assert table["url"].to_pylist() == [f"http://h/{i}" for i in range(MANY)]
+    assert table["n"].to_pylist() == [None if i == 5 else 0.5 if i == 21_000 else float(i) for i in range(MANY)]
+    assert table["late"][21_000].as_py() == [1] and table["late"].null_count == MANY - 1
+    assert table["o"].type == pa.struct([("a", pa.int64()), ("b", pa.string())])
+
+
+def test_only_the_row_groups_of_a_range_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.parquet"
+    write_many(path)
+    start = pq.read_metadata(path).row_group(0).column(0).data_page_offset
+    content = bytearray(path.read_bytes())
+    content[start : start + 100] = bytes(100)
+    path.write_bytes(content)
+    stage = make(tmp_path, path, rows_per_shard=3500)
+    first, *_, last = stage.plan({})
+    assert stage.process(last, str(tmp_path / "out")).num_kept == MANY % 3500
+    with pytest.raises(InputError, match=r"pairs\.parquet is not a readable parquet file"):
+        stage.process(first, str(tmp_path / "out"))
+
+
+def test_dictionaries_are_those_of_the_whole_list(tmp_path: Path) -> None:
+    """As they were when lists were read whole: the download knows its work by the bytes of a shard."""
+    path = tmp_path / "pairs.parquet"
+    table = pa.Table.from_pylist(ROWS)
+    table = table.set_column(2, "licence", table["licence"].dictionary_encode())
+    pq.write_table(table, path, row_group_size=2)
+    stage = make(tmp_path, path, extra_columns=("licence",), rows_per_shard=3)
+    rows = table_from_bytes(run(stage).records[2].files["urls"].read(stage.root))
+    assert rows["licence"].to_pylist() == ["cc-6"]
+    assert len(rows["licence"].chunk(0).dictionary) == len(ROWS)
+
+
+# ---- what reading lists costs ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def counting_proxy(endpoint: str) -> Iterator[tuple[str, Counter[str]]]:
+    """Serve ``endpoint``; yield the address and the bytes of bodies that were read, by path."""
+    num_bytes: Counter[str] = Counter()
+
+    class Handler(ForwardingHandler):
+        target = urllib.parse.urlsplit(endpoint).netloc
+
+        def do_GET(self) -> None:
+            answer = self.forward(self.body())
+            if self.command == "GET":
+                num_bytes[self.path.partition("?")[0]] += len(answer.content)
+            self.answer(answer)
+
+    with serving(Handler) as address:
+        yield address, num_bytes
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv", "jsonl", "json"])
+def test_work_on_s3_grows_with_the_lists_and_not_with_their_square(
+    s3_root: str, s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extension: str
+) -> None:
+    """The driver reads a list to identify it and once more to count its rows; a worker reads it once."""
+    num_lists = 6
+    with counting_proxy(s3_server) as (address, num_bytes):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", address)
+        plain = tmp_path / f"pairs.{extension}"
+        WRITERS[extension](plain)
+        for i in range(num_lists):
+            storage.upload(plain, f"{s3_root}/lists/{i}/{plain.name}")
+        config = SourceConfig(lists=(f"{s3_root}/lists",), rows_per_shard=3)
+        driver = Source(config, root=str(tmp_path / "store"))
+        driver.fingerprint({})
+        shards = driver.plan({})
+        assert len(shards) == 3 * num_lists
+        planned = times_read(num_bytes, plain)
+        worker = pickle.loads(pickle.dumps(driver))
+        for shard in shards:
+            worker.process(shard, str(tmp_path / "out"))
+        assert planned == [1 if extension == "parquet" else 2] * num_lists
+        assert times_read(num_bytes, plain) == [times + 1 for times in planned]
+
+
+@pytest.mark.parametrize("extension", ["parquet", "csv", "jsonl"])
+def test_memory_does_not_grow_with_a_list(tmp_path: Path, extension: str) -> None:
+    """Of 200 MiB of rows neither the driver that counts them nor the worker that writes some holds more than a part."""
+    path = tmp_path / f"large.{extension}"
+    num_rows = write_large_list(path, 200)
+    assert path.stat().st_size > 170 * 2**20
+    command = [sys.executable, "-m", "tests.large_lists", str(tmp_path / "store"), str(path), "3"]
+    done = subprocess.run(command, check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    found = json.loads(done.stdout)
+    assert found["num_rows"] == num_rows
+    assert found["plan_mib"] - found["at_rest_mib"] < 150
+    assert found["peak_mib"] - found["at_rest_mib"] < 200
+
+
+def times_read(num_bytes: Counter[str], plain: Path) -> list[float]:
+    size = plain.stat().st_size
+    return [count / size for path, count in sorted(num_bytes.items()) if path.endswith(plain.name)]
