@@ -13,7 +13,7 @@ from tests.cluster.machines import Machines, machines
 
 TOP = Path(__file__).parents[2]
 TINY = str(TOP / "tests" / "tiny.yaml")
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 @pytest.fixture(scope="module")
@@ -44,5 +44,5 @@ def test_the_address_of_the_head_is_for_its_nodes(cluster: Machines, tmp_path: P
     expected = f"cluster.address: '{cluster.gcs}': this machine is not a node of that cluster, so it cannot drive it"
     assert expected in refused.stderr and f"cluster.submit: http://{cluster.head.address}:8265" in refused.stderr
     inside = cluster.on_head(command(tmp_path, cluster.gcs), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    said, _ = inside.communicate(timeout=120)
+    said, _ = inside.communicate(timeout=300)
     assert inside.returncode == 0, said.decode()
