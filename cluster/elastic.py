@@ -34,17 +34,15 @@ def with_room(stage: Stage[Any]) -> Stage[Any]:
     while not _is_room(stage.resources):
         if time.monotonic() - began_at < config.shrink_after_minutes * 60:
             continue
+        began_at = time.monotonic()
         room = num_ranks_on(_alive_nodes(), stage.resources)
-        if room >= config.num_ranks:  # others are using it
-            began_at = time.monotonic()
-            continue
-        fewer = shrunk(config, room)
-        if fewer is None:
+        if room >= config.num_ranks:
+            continue  # others are using it
+        if (fewer := shrunk(config, room)) is None:
             logger.warning(
                 "%s: the nodes that are left have room for %d ranks, fewer than min_ranks: %d; the training waits",
                 *(stage.name, room, config.min_ranks),
             )
-            began_at = time.monotonic()
             continue
         logger.warning(
             "%s: the nodes that are left have room for %d of %d ranks; the training goes on with %d",
@@ -52,7 +50,6 @@ def with_room(stage: Stage[Any]) -> Stage[Any]:
         )
         stage = copy.copy(stage)
         stage.config = config = fewer
-        began_at = time.monotonic()
     return stage
 
 

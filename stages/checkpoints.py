@@ -118,13 +118,7 @@ class CheckpointFolder:
         Returns:
             On every rank: what went wrong, or None.
         """
-        problem = None
-        if engine.rank == 0:
-            try:
-                storage.delete(storage.join(self.uri_of(step), RECORD_NAME))  # of a damaged one that is done again
-            except StorageError as error:
-                problem = f"{error}"
-        return engine.gather(problem)[0]
+        return self._forget_records(engine, [step])  # of a damaged one that is done again
 
     def commit(
         self, engine: Engine, step: int, files: Mapping[str, Written], error: Exception | None = None
@@ -176,7 +170,9 @@ class CheckpointFolder:
                 if not problems:
                     assert not isinstance(fetched, _Unusable)
                     engine.load(fetched[0])
-                    self._discard(engine, steps[:number])
+                    # Among the newest ones they would push out whole ones.
+                    if (problem := self._forget_records(engine, steps[:number])) is not None:
+                        raise StorageError(problem)
                     return Resumed(step, *fetched[1:])
             if not problems[0].is_damaged:
                 raise StorageError(
@@ -191,8 +187,8 @@ class CheckpointFolder:
             )
         return None
 
-    def _discard(self, engine: Engine, steps: Sequence[int]) -> None:
-        """Take the records of damaged checkpoints away: among the newest ones they would push out whole ones."""
+    def _forget_records(self, engine: Engine, steps: Sequence[int]) -> str | None:
+        """Let checkpoints count no more (collective); return, on every rank, what went wrong, or None."""
         problem = None
         if engine.rank == 0:
             try:
@@ -200,8 +196,7 @@ class CheckpointFolder:
                     storage.delete(storage.join(self.uri_of(step), RECORD_NAME))
             except StorageError as error:
                 problem = f"{error}"
-        if (problem := engine.gather(problem)[0]) is not None:
-            raise StorageError(problem)
+        return engine.gather(problem)[0]
 
     def forget_after(self, step: int) -> None:
         """Delete the checkpoints of later steps, newest first; for one rank."""

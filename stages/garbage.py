@@ -193,7 +193,7 @@ def _held(root: str, listings: Mapping[str, Mapping[str, Entry]], now_s: float) 
             if rest != LEASE_NAME or now_s - entry.modified_ns / 1e9 > SILENT_DAYS * _DAY_S:
                 continue
             holding = read_lease(lease_uri(root, stage, folder))
-            if holding is not None and not holding.is_free and not holding.owner.is_gone():
+            if holding is not None and not holding.is_over:
                 found.append(Held(result=Result(stage=stage, fingerprint=folder), holding=holding))
     return found
 

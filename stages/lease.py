@@ -106,6 +106,11 @@ class Holding:
     num_done: int = 0
     num_shards: int = 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether certainly nobody works under it: it is free, or its process is gone, as far as that is seen here."""
+        return self.is_free or self.owner.is_gone()
+
     def to_bytes(self) -> bytes:
         """Return it as JSON."""
         return (json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n").encode()
@@ -158,7 +163,7 @@ def working(root: str, *, ttl_s: float) -> dict[str, Holding]:
     for name in names:
         found = swap.read(storage.join(root, name))
         holding = Holding.from_bytes(found.data, name) if found is not None else None
-        if found is None or holding is None or holding.is_free or holding.owner.is_gone():
+        if found is None or holding is None or holding.is_over:
             continue
         if holding.owner.machine == _this_machine() != "":
             alive[name] = holding
@@ -379,7 +384,7 @@ def claim(uri: str, *, ttl_s: float, run: str = "", on_wait: Callable[[Holding],
         holding = Holding.from_bytes(found.data, uri) if found is not None else None
         if found is not None and found.version != seen:
             seen, seen_at = found.version, time.monotonic()
-        if holding is None or holding.is_free or holding.owner.is_gone() or time.monotonic() - seen_at > ttl_s:
+        if holding is None or holding.is_over or time.monotonic() - seen_at > ttl_s:
             if holding is not None and not holding.is_free:
                 logger.warning("%s: taking over from %s", uri.rsplit("/", 3)[-3], holding)
             token = holding.token + 1 if holding is not None else 1

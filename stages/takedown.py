@@ -125,6 +125,8 @@ def take_down(root: str, tombstones: Tombstones) -> Affected:
 
 def _matches(root: str, tombstones: Tombstones) -> Iterator[tuple[ShardRecord, list[dict[str, Any]]]]:
     """Yield the download shards with rows that have a tombstone and are not yet forgotten, and those rows."""
+    if not tombstones:
+        return
 
     def look(record: ShardRecord) -> list[dict[str, Any]]:
         table = table_from_bytes(record.files["table"].read(root), ["key", "url", "sha256", "reason"])

@@ -278,9 +278,9 @@ class _Loop:
         self.window.pause(seen.seconds or 0.0)
         if self.log is not None and seen.picture is not None:
             self.log.show(done, seen.picture)
-        began_at = time.monotonic()
         if saving:
             self.watchdog.enter("checkpoint", done)
+            began_at = time.monotonic()
             self.saver.finish()
             self.window.add_saving(time.monotonic() - began_at)
         lost = self.insight.lose(self.saver.take_failed())

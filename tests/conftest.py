@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Set before any library that phones home, or that starts as many threads as there are cores, is imported.
@@ -48,6 +50,19 @@ def _rclone() -> str:
     found = str(beside) if beside.exists() else shutil.which("rclone")
     assert found, "rclone is not installed; run `make setup`"
     return found
+
+
+@contextmanager
+def kept_logging() -> Iterator[None]:
+    """Put handlers and levels of loggers back, which commands that are called in this process set."""
+    from flows.logs import PACKAGES
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

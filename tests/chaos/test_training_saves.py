@@ -22,22 +22,9 @@ from tests.chaos.s3_proxy import Schedule, faulty_proxy
 from tests.chaos.test_full_disk import small_disk  # noqa: F401 - a fixture
 from tests.stages import train_until_killed
 from tests.stages.train_until_killed import CONFIG
-from tests.stages.training_data import VectorStream
+from tests.stages.training_data import Disturbed, VectorStream
 
 BACKGROUND = dataclasses.replace(CONFIG, checkpoint_in_background=True)
-
-
-class Disturbed(VectorStream):
-    """Calls a function before it gives the batch of a step."""
-
-    def __init__(self, **calls: Any) -> None:
-        super().__init__()
-        self._calls = {int(name.removeprefix("at_")): call for name, call in calls.items()}
-
-    def batches(self, first_step: int, rank: int, world_size: int) -> Any:
-        for batch in super().batches(first_step, rank, world_size):
-            self._calls.get(batch.step, lambda: None)()
-            yield batch
 
 
 def run(folder: str, stream: VectorStream, config: TrainingConfig = BACKGROUND) -> Trained:

@@ -25,7 +25,7 @@ from stages.stragglers import StragglerWatch
 from stages.training import TrainingStoppedError, model_loss, train
 from stages.training_config import TrainingConfig, engine_settings
 from tests.cluster.ranks import joined
-from tests.stages.training_data import TinyModel, VectorStream
+from tests.stages.training_data import Disturbed, TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
 
 ZERO_STAGES = (0, 1, 2, 3)
@@ -212,40 +212,33 @@ def lose_a_save(folder: Path, world_size: int) -> dict[str, Any]:
     """Train while the last rank's file of the first checkpoint cannot be written: no rank counts that checkpoint."""
     (folder / "lost" / "checkpoints" / "step-000004" / rank_file(world_size - 1)).mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"make_engine": DeepSpeedEngine, "seed": 2, "folder": str(folder / "lost")}
-    seen: list[list[int]] = []
-
-    class Watched(VectorStream):
-        def batches(self, first_step: int, rank: int, world_size: int) -> Any:
-            for batch in super().batches(first_step, rank, world_size):
-                if batch.step == 8:
-                    seen.append(CheckpointFolder(options["folder"], 2).steps())
-                yield batch
-
-    train(TinyModel(), Watched(), replace(CONFIG, checkpoint_in_background=False), place="tiny", **options)
-    return {"at_step_8": seen, "at_the_end": CheckpointFolder(options["folder"], 2).steps()}
+    return _watched_training(CONFIG, options)
 
 
 def lose_a_snapshot(folder: Path) -> dict[str, Any]:
     """Train while the state of the first checkpoint cannot be copied, for want of the folder for such copies."""
     offload, aside = folder / "offload", folder / "aside"
     options: dict[str, Any] = {"make_engine": DeepSpeedEngine, "seed": 2, "folder": str(folder / "training")}
-    seen: list[list[int]] = []
 
-    class Watched(VectorStream):
-        def batches(self, first_step: int, rank: int, world_size: int) -> Any:
-            for batch in super().batches(first_step, rank, world_size):
-                if batch.step == 8:
-                    seen.append(CheckpointFolder(options["folder"], 2).steps())
-                if rank == 0 and batch.step == 2:
-                    offload.rename(aside)
-                    offload.touch()
-                if rank == 0 and batch.step == 7:
-                    offload.unlink()
-                yield batch
+    def obstruct() -> None:
+        if dist.get_rank() == 0:
+            offload.rename(aside)
+            offload.touch()
 
-    more = {"offload_optimizer": "nvme", "offload_dir": str(offload), "checkpoint_in_background": False}
-    train(TinyModel(), Watched(), replace(CONFIG, **more), place="tiny", **options)
-    return {"at_step_8": seen, "at_the_end": CheckpointFolder(options["folder"], 2).steps()}
+    def clear() -> None:
+        if dist.get_rank() == 0:
+            offload.unlink()
+
+    config = replace(CONFIG, offload_optimizer="nvme", offload_dir=str(offload))
+    return _watched_training(config, options, at_2=obstruct, at_7=clear)
+
+
+def _watched_training(config: TrainingConfig, options: dict[str, Any], **calls: Any) -> dict[str, Any]:
+    """Train, and tell which checkpoints count at step 8, behind the second one, and at the end."""
+    checkpoints, seen = CheckpointFolder(options["folder"], 2), list[list[int]]()
+    stream = Disturbed(at_8=lambda: seen.append(checkpoints.steps()), **calls)
+    train(TinyModel(), stream, replace(config, checkpoint_in_background=False), place="tiny", **options)
+    return {"at_step_8": seen, "at_the_end": checkpoints.steps()}
 
 
 def roll_back(folder: Path, make_engine: Any) -> dict[str, Any]:

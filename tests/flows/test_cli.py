@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -18,18 +17,15 @@ from flows.cli import main
 from flows.selection import check_upstream, select
 from stages.errors import ConfigError
 from stages.graph import STAGE_NAMES
+from tests.conftest import kept_logging
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
 
 
 @pytest.fixture(autouse=True)
 def keep_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    for name in ("flows", "stages", "cluster", "unclip_models"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+    with kept_logging():
+        yield
 
 
 def arguments(root: Path, num_images: int = 40, executor: str = "local") -> list[str]:

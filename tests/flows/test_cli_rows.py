@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from flows.cli import main
 from flows.project import open_project
 from stages import storage
 from stages.manifest import Manifest
+from tests.conftest import kept_logging
 from tests.stages.data_run import Pictures, serving, write_list
 from tests.stages.small_store import run, small_clip
 from tests.stages.test_adopt import MAKE
@@ -31,12 +31,14 @@ STAGES = ("source", "download", "filter", "clip", "embed", "curate")
 def keep_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Torch sees no GPU then, whatever the machine has.
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    for name in ("flows", "stages", "cluster", "unclip_models"):
-        logging.getLogger(name).setLevel(logging.NOTSET)
+    with kept_logging():
+        yield
+
+
+@pytest.fixture
+def served_state(prefect_state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the commands of a test find the session's Prefect server."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(prefect_state))
 
 
 @pytest.fixture
@@ -102,14 +104,10 @@ def test_what_if_needs_neither_images_nor_a_gpu(config: str, capsys: pytest.Capt
     assert "what-if: no change given" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("served_state")
 def test_what_may_have_passed_is_fetched_again(
-    config: str,
-    server: Pictures,
-    prefect_state: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    config: str, server: Pictures, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(prefect_state))
     assert finish(config)["download"].dropped == {"http_503": 1}
     server.failing = set()
     server.num_requests.clear()
@@ -132,14 +130,10 @@ def test_retries_need_a_finished_download(config: str, capsys: pytest.CaptureFix
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("served_state")
 def test_an_output_of_img2dataset_becomes_the_download(
-    tmp_path: Path,
-    server: Pictures,
-    prefect_state: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, server: Pictures, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(prefect_state))
     rows = [{"url": server.url(i), "caption": f"picture {i}"} for i in range(NUM_ROWS)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "list.parquet")
     made = tmp_path / "made"

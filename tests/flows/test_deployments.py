@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -33,11 +32,10 @@ from prefect.utilities.templating import apply_values
 from ray.job_submission import JobSubmissionClient
 
 from flows.cli import main
-from flows.logs import PACKAGES
 from stages.code_version import code_version
 from stages.lease import read_lease
 from tests.cluster.machines import machines
-from tests.conftest import free_port
+from tests.conftest import free_port, kept_logging
 from tests.flows.prefect_setup import (
     TOP,
     end,
@@ -151,16 +149,6 @@ def _none_stays(place: Place) -> Iterator[None]:
     while runs := place.client.read_flow_runs(flow_run_filter=planned):
         for run in runs:
             place.client.delete_flow_run(run.id)
-
-
-@contextlib.contextmanager
-def kept_logging() -> Iterator[None]:
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
-    for name in PACKAGES:
-        logging.getLogger(name).setLevel(logging.NOTSET)
 
 
 def written(folder: Path, name: str, **sections: Any) -> Path:

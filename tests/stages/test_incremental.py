@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,18 @@ def server() -> Iterator[Pictures]:
         yield found
 
 
-def write(folder: Path, name: str, rows: range, server: Pictures) -> None:
+def write(folder: Path, name: str, rows: Iterable[int], server: Pictures) -> None:
     write_list(folder / name, [(server.url(i), f"picture {i}") for i in rows])
+
+
+def finished(folder: Path, server: Pictures) -> tuple[str, Path, dict[str, Manifest], dict[str, str]]:
+    """Bring all lists to their end; return the store, the folder of the lists, the manifests and the shards."""
+    root, lists = str(folder / "store"), folder / "lists"
+    for name, rows in LISTS.items():
+        write(lists, name, rows, server)
+    before = run_all(root, lists)
+    server.num_requests.clear()
+    return root, lists, before, shards_of(root)
 
 
 def run_all(root: str, lists: Path) -> dict[str, Manifest]:
@@ -54,13 +64,8 @@ def captions(*ranges: range) -> list[str]:
 
 
 def test_a_removed_list_takes_its_rows_along_and_nothing_else(tmp_path: Path, server: Pictures) -> None:
-    root, lists = str(tmp_path / "store"), tmp_path / "lists"
-    for name, rows in LISTS.items():
-        write(lists, name, rows, server)
-    before = run_all(root, lists)
-    written = shards_of(root)
+    root, lists, before, written = finished(tmp_path, server)
     assert captions_of(before["ledger"]) == captions(*LISTS.values())
-    server.num_requests.clear()
     (lists / "b.jsonl").unlink()
     after = run_all(root, lists)
     assert server.num_requests == {}
@@ -80,13 +85,8 @@ def test_a_removed_list_takes_its_rows_along_and_nothing_else(tmp_path: Path, se
 
 
 def test_of_a_list_that_grows_the_last_partial_shard_is_done_again(tmp_path: Path, server: Pictures) -> None:
-    root, lists = str(tmp_path / "store"), tmp_path / "lists"
-    for name, rows in LISTS.items():
-        write(lists, name, rows, server)
-    before = run_all(root, lists)
-    written = shards_of(root)
-    server.num_requests.clear()
-    write_list(lists / "b.jsonl", [(server.url(i), f"picture {i}") for i in [*LISTS["b.jsonl"], *range(36, 46)]])
+    root, lists, before, written = finished(tmp_path, server)
+    write(lists, "b.jsonl", [*LISTS["b.jsonl"], *range(36, 46)], server)
     after = run_all(root, lists)
     # Rows 8 to 11 of the list, which were its partial shard, and those that are new.
     assert set(server.num_requests) == {f"/{i}.png" for i in [*range(20, 24), *range(36, 46)]}

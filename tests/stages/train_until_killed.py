@@ -53,7 +53,7 @@ def run(
     config: TrainingConfig = CONFIG,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Trained:
-    """Train with dropout, so that torch's own generator matters too."""
+    """Train with dropout, whose masks must be those of before."""
     where: dict[str, Any] = {"folder": folder, "place": "tiny", "num_timesteps": 100, "should_stop": should_stop}
     return train(TinyModel(dropout=0.2), stream, config, make_engine=TorchEngine, seed=5, **where)
 

@@ -146,3 +146,16 @@ class VectorStream:
                 vectors[0, 0] = torch.nan
             yield Batch(step, indices, {"image_embedding": vectors})
             step += 1
+
+
+class Disturbed(VectorStream):
+    """Calls a function before it gives the batch of a step."""
+
+    def __init__(self, **calls: Any) -> None:
+        super().__init__()
+        self._calls = {int(name.removeprefix("at_")): call for name, call in calls.items()}
+
+    def batches(self, first_step: int, rank: int, world_size: int) -> Any:
+        for batch in super().batches(first_step, rank, world_size):
+            self._calls.get(batch.step, lambda: None)()
+            yield batch
