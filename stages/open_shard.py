@@ -7,6 +7,7 @@ import hashlib
 import io
 import os
 import tarfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,6 +91,7 @@ class OpenShard:
         self._side = image_size_px
         self._images: dict[int, np.ndarray] = {}
         self._bad: dict[int, str] = {}
+        self._keeping = threading.Lock()
         self._stack = contextlib.ExitStack()
         self.vectors: Mapping[str, np.ndarray] = {}
         self._captions: Sequence[str] | None = None
@@ -108,7 +110,7 @@ class OpenShard:
             self._join_images(shard.images, captions and self._captions is None)
 
     def image(self, row: int, *, keep: bool) -> np.ndarray:
-        """Decode an image; uint8 ``(S, S, 3)``.
+        """Decode an image; uint8 ``(S, S, 3)``. Any number of threads may ask at once.
 
         Args:
             row: of the sample.
@@ -129,9 +131,15 @@ class OpenShard:
                 self._bad[row] = str(error)
                 raise
             if keep:
-                self._images[row] = found
-                self.num_bytes += found.nbytes
+                self._keep(row, found)
         return found
+
+    def _keep(self, row: int, image: np.ndarray) -> None:
+        """Keep an image in memory; two threads may have decoded the same one, where a batch holds a sample twice."""
+        with self._keeping:
+            if row not in self._images:
+                self._images[row] = image
+                self.num_bytes += image.nbytes
 
     def caption(self, row: int) -> str:
         """Return a caption."""

@@ -157,7 +157,7 @@ class Decoder(nn.Module):
         drop_embedding = random.bernoulli("embedding_dropout", self.config.embedding_dropout)
         drop_caption = random.bernoulli("caption_dropout", self.config.caption_dropout)
 
-        seeds = dropout_seeds(random)
+        seeds = dropout_seeds(random) if self.unet.drops else None
         z, tokens, clip_text = batch[self.config.condition_on], batch["tokens"], features_of(batch)
 
         def denoiser(x_t: Tensor, timesteps: Tensor) -> Tensor:

@@ -266,6 +266,11 @@ class UNet(nn.Module):
         )
         number_dropouts(self)
 
+    @property
+    def drops(self) -> bool:
+        """Whether its forward pass needs seeds of dropout now: in training mode, if there is dropout at all."""
+        return self.training and self.config.dropout > 0.0
+
     def _step(self, channels: int, out_channels: int, side: int) -> list[nn.Module]:
         layers: list[nn.Module] = [ResBlock(channels, out_channels, self.config)]
         if side in self.config.attention_resolutions:

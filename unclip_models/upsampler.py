@@ -222,7 +222,7 @@ class Upsampler(nn.Module):
         low_res, level = self._augmented(low_res, random)
         t = random.integers("timestep", 0, self.diffusion.num_timesteps)
         noise = random.normal("noise", tuple(x_start.shape[1:]))
-        seeds = dropout_seeds(random)
+        seeds = dropout_seeds(random) if self.unet.drops else None
         loss, terms = self.diffusion.training_loss(
             lambda x_t, timesteps: self(x_t, timesteps, low_res, level, seeds), x_start, t, noise
         )

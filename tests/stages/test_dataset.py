@@ -7,6 +7,7 @@ import io
 import itertools
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from PIL import Image
 
 from stages.dataset import Batch, TrainingStream
 from stages.errors import IntegrityError, StorageError
-from stages.open_shard import TrainingShard, decode_image
+from stages.open_shard import OpenShard, TrainingShard, decode_image
 from stages.samples import selection_table, table_to_bytes
 from tests.stages.training_data import DIM, put, unit_vector, write_dataset
 from unclip_models.randomness import SampleRandom
@@ -80,6 +81,25 @@ def test_resume_and_world_size_do_not_change_the_samples(tmp_path: Path) -> None
     for whole, left, right in zip(straight, *halves, strict=True):
         assert [*left.indices, *right.indices] == list(whole.indices)
         assert numbers(left) + numbers(right) == numbers(whole)
+
+
+def test_what_threads_keep_of_one_sample_counts_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a batch holds a sample twice, two threads decode it; both are held up until the other has begun."""
+    root = str(tmp_path)
+    meeting = threading.Barrier(2, timeout=30)
+
+    def decode_together(data: bytes, side_px: int, place: str) -> np.ndarray:
+        meeting.wait()
+        return decode_image(data, side_px, place)
+
+    monkeypatch.setattr("stages.open_shard.decode_image", decode_together)
+    (shard,) = write_dataset(root, (3,))
+    opened = OpenShard(shard, root, image_size_px=8, captions=False, vectors=False)
+    before = opened.num_bytes
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda row: opened.image(row, keep=True), [1, 1])
+    assert np.array_equal(one, other) and opened.num_bytes - before == one.nbytes == 8 * 8 * 3
+    opened.close()
 
 
 def test_pairs_prepared_by_the_stream_are_those_of_the_step(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,3 +94,22 @@ def test_without_seeds_it_says_so() -> None:
     (unet,) = (module for module in make("decoder").modules() if isinstance(module, UNet))
     with pytest.raises(ValueError, match=r"in training mode it needs dropout_seeds\(random\); pass them, or call eval"):
         unet(torch.zeros(1, 3, 8, 8), torch.zeros(1), context=torch.zeros(1, 2, unet.context_dim))
+
+
+class Asked(SampleRandom):
+    """Remembers what it was asked for."""
+
+    def generator(self, tag: str) -> list[np.random.Generator]:
+        self.__dict__.setdefault("tags", []).append(tag)
+        return super().generator(tag)
+
+
+@pytest.mark.parametrize("name", ["decoder", "upsampler_blur"])
+@pytest.mark.parametrize(("dropout", "training"), [(0.1, True), (0.1, False), (0.0, True)])
+def test_seeds_are_drawn_only_where_something_is_dropped(name: str, dropout: float, training: bool) -> None:
+    config = CONFIGS[name]
+    model = build(dataclasses.replace(config, unet=dataclasses.replace(config.unet, dropout=dropout)))
+    random = Asked(3, 5, range(BATCH))
+    model.train(training).loss(make_batch() | images_for(config), random)  # type: ignore[operator]
+    tags = vars(random)["tags"]
+    assert ("dropout" in tags) == (training and dropout > 0) and "noise" in tags
