@@ -1,4 +1,4 @@
-"""What the user sees while stages run: live bars on a terminal, two log lines per stage elsewhere."""
+"""What the user sees while stages run: live bars on a terminal; elsewhere log lines, fewer the longer a stage takes."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ from stages.runner import StageProgress
 logger = logging.getLogger(__name__)
 
 _REFRESH_HZ = 5
+_FIRST_LINE_AFTER_S = 60.0  # of a stage that runs; the next one comes after twice as long
+_LINE_EVERY_S = 900.0  # at most
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +182,12 @@ class Meter:
             parts += [f"{name} {format_number(value)}" for name, value in self.latest.inner.numbers.items()]
         return "  ".join(parts)
 
+    @property
+    def summary(self) -> str:
+        """Counts, details and the time left, on one line."""
+        left = f", left {format_duration(self.eta_s)}" if self.eta_s is not None else ""
+        return f"{self.counts}  {self.details}".rstrip() + left
+
 
 def format_number(value: float) -> str:
     """Write a number in about three digits."""
@@ -216,24 +224,49 @@ def describe(outcome: Outcome) -> str:
     return ", ".join(parts)
 
 
-class LogDisplay:
-    """For logs and pipes: one line when a stage starts, one when it ends."""
+@dataclass
+class _Running:
+    """A stage that runs: its meter, when the next line of it is due, and how long after the last one that is."""
 
-    def __init__(self) -> None:
-        self._started: set[str] = set()
+    meter: Meter
+    due_at: float
+    wait_s: float = _FIRST_LINE_AFTER_S
+
+
+class LogDisplay:
+    """For logs and pipes: one line when a stage starts, one when it ends, and on the way one now and then.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._running: dict[str, _Running] = {}
         self._lock = threading.Lock()
 
     def update(self, progress: StageProgress) -> None:
         """See ``Display``."""
         with self._lock:
-            if progress.stage in self._started:
-                return
-            self._started.add(progress.stage)
-        before = f", {progress.num_done:,} of them done before" if progress.num_done else ""
-        plural = "s" if progress.num_shards != 1 else ""
-        logger.info(
-            "started: %s shard%s%s", f"{progress.num_shards:,}", plural, before, extra={"stage": progress.stage}
-        )
+            line = self._line_of(progress)
+        if line:
+            logger.info("%s", line, extra={"stage": progress.stage})
+
+    def _line_of(self, progress: StageProgress) -> str:
+        """Say what is due of a stage; nothing, most of the time."""
+        now = self._clock()
+        running = self._running.get(progress.stage)
+        if running is None:
+            self._running[progress.stage] = running = _Running(Meter(self._clock), now + _FIRST_LINE_AFTER_S)
+            running.meter.update(progress)
+            before = f", {progress.num_done:,} of them done before" if progress.num_done else ""
+            return f"started: {progress.num_shards:,} shard{'s' if progress.num_shards != 1 else ''}{before}"
+        running.meter.update(progress)
+        if now < running.due_at:
+            return ""
+        running.wait_s = min(2 * running.wait_s, _LINE_EVERY_S)
+        running.due_at = now + running.wait_s
+        return f"running for {format_duration(running.meter.elapsed_s)}: {running.meter.summary}"
 
     def end(self, outcome: Outcome) -> None:
         """See ``Display``."""

@@ -18,7 +18,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.context import FlowRunContext, TaskRunContext
 
-from flows.progress import Meter, Outcome, describe, format_duration
+from flows.progress import Meter, Outcome, describe
 from stages.redaction import hide_secrets
 from stages.runner import StageProgress
 
@@ -61,8 +61,7 @@ class ProgressArtifacts:
         with self._lock:
             bar = self._bar(progress.stage)
             bar.meter.update(progress)
-            left = f", left {format_duration(bar.meter.eta_s)}" if bar.meter.eta_s is not None else ""
-            self._show(bar, 100 * bar.meter.fraction, f"{bar.meter.counts}  {bar.meter.details}{left}")
+            self._show(bar, 100 * bar.meter.fraction, bar.meter.summary)
 
     def end(self, outcome: Outcome) -> None:
         """See ``Display``."""

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey, FlowRunFilter, FlowRunFilterName
 from prefect.logging.handlers import APILogHandler
 
 from flows.interrupt import Cancelled
 from flows.pipeline import run_pipeline
 from flows.prefect_server import PrivateServer, prefect_api
-from flows.progress import Outcome
+from flows.progress import LogDisplay, Outcome
 from flows.selection import Selection
 from flows.tasks import Run, worth_retrying
+from stages import storage
 from stages.base import Shard, Stage
+from stages.engine import TorchEngine
 from stages.errors import ConfigError, InputError, ShardError, StageError, StorageError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.manifest import Manifest, ShardRecord
 from stages.orchestration import PrefectConfig
 from stages.runner import StageProgress, StageState, inspect_stage
+from stages.training import train
+from stages.training_config import TrainingConfig
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
+from tests.stages.training_data import Disturbed, TinyModel
 
 PLANTED, PLANTED_URL = "planted-secret-token", "http://ann:planted-in-a-url@127.0.0.1:1"
 
@@ -272,6 +277,69 @@ def test_no_secret_reaches_the_server(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "first: shard" in told["states"] and "[Errno 5] refused: 'http://***@127.0.0.1:1'" in told["states"]
     assert "failed: numbers: 2 of 3 shards failed" in told["artifacts"] and "paid with ***" in told["artifacts"]
     assert "AwaitingRetry" in told["states"], "an error keeps its type, by which it is tried again"
+
+
+class Training(Numbers):
+    """A real training of twelve steps, which calls functions before some of them."""
+
+    calls: Mapping[str, Callable[[], None]] = {}
+
+    def process(self, shard: Shard, output: str) -> ShardRecord:
+        config = TrainingConfig(num_steps=12, global_batch_size=8, tensorboard=False)
+        trained = train(
+            TinyModel(),
+            Disturbed(**self.calls),
+            config,
+            make_engine=TorchEngine,
+            seed=1,
+            folder=storage.join(output, shard.id),
+            place=self.name,
+            report=self.report,
+        )
+        return self.commit(shard, output, {"metrics": ("jsonl", trained.metrics_log)}, started_at=0.0)
+
+
+def test_a_training_is_seen_to_move(tmp_path: Path, server: PrivateServer, caplog: pytest.LogCaptureFixture) -> None:
+    """The training stands still until Prefect's page shows how far it has come, goes on, and does so again; without a
+    terminal, lines of the log tell the same."""
+    caplog.set_level(logging.INFO, "flows.progress")
+    now = 0.0
+    shown: list[tuple[float, str]] = []
+
+    def bar() -> tuple[float, str]:
+        with get_client(sync_client=True) as client:
+            key = ArtifactFilter(key=ArtifactFilterKey(any_=["progress-numbers"]))
+            found = client.read_artifacts(artifact_filter=key, flow_run_filter=FlowRunFilter(name={"any_": ["moves"]}))
+            return (float(found[0].data), found[0].description or "") if found else (0.0, "")
+
+    def last_for_a_while() -> None:
+        nonlocal now
+        now += 61
+        time.sleep(0.6)  # signs of life come twice a second
+
+    def wait_for_the_bar() -> None:
+        before, deadline = shown[-1][0] if shown else 0.0, time.monotonic() + 30
+        while (state := bar())[0] <= before and time.monotonic() < deadline:
+            time.sleep(0.1)
+        shown.append(state)
+
+    stage = Training(NumbersConfig(counts=(1,)), root=str(tmp_path))
+    stage.calls = {"at_2": last_for_a_while, "at_3": wait_for_the_bar}
+    stage.calls |= {"at_6": last_for_a_while, "at_7": wait_for_the_bar, "at_8": last_for_a_while}
+    run = new_run(str(tmp_path), {"numbers": stage})
+    run.display = LogDisplay(lambda: now)
+    with prefect_api(server):
+        assert run_pipeline(run, name="moves", server=None) is None  # taken for the user's, with pages to look at
+        shown.append(bar())
+    percents = [percent for percent, _ in shown]
+    assert 0 < percents[0] < percents[1] < percents[2] == 100.0
+    for percent, text in shown[:2]:
+        assert text.startswith(f"{percent * 12 / 100:.0f}/12 steps") and "loss " in text
+    lines = [record.getMessage() for record in caplog.records if record.name == "flows.progress"]
+    assert len(lines) == 4 and lines[0] == "started: 1 shard" and lines[3].startswith("done in")
+    assert lines[1].startswith("running for 1:01: 3/12 steps") and "loss " in lines[1]
+    # The next line waits for two minutes more, which are over after the third stop.
+    assert lines[2].startswith("running for 3:03: 9/12 steps") and ", left " in lines[2]
 
 
 def test_what_is_worth_retrying() -> None:

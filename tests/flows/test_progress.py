@@ -106,6 +106,21 @@ def test_log_display_says_two_things_per_stage(caplog: pytest.LogCaptureFixture)
     ]
 
 
+def test_log_display_tells_of_a_long_stage_ever_less_often(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "flows")
+    clock = Clock()
+    display = LogDisplay(clock)
+    display.update(StageProgress(stage="prior", num_done=0, num_shards=1))
+    told_at = []
+    for second in range(1, 4001):
+        clock.now += 1
+        display.update(training(second // 8))
+        if len(caplog.records) > 1 + len(told_at):
+            told_at.append(second)
+    assert told_at == [60, 180, 420, 900, 1800, 2700, 3600]
+    assert caplog.records[2].getMessage() == "running for 3:00: 22/1,000 steps  0.123 steps/s  loss 0.25, left 2:12:37"
+
+
 def test_live_display_shows_running_stages_and_what_became_of_them() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
     clock = Clock()
