@@ -24,6 +24,7 @@ from stages.sharded_state import rank_file
 from stages.stragglers import StragglerWatch
 from stages.training import TrainingStoppedError, model_loss, train
 from stages.training_config import TrainingConfig, engine_settings
+from tests.cluster.deepspeed_models import MODELS, compute_twice
 from tests.cluster.ranks import joined
 from tests.stages.training_data import Disturbed, TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
@@ -173,17 +174,19 @@ def steep_loss(model: Any, batch: Any, random: Any) -> Any:
     return loss * 16, terms
 
 
-def half(zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Train in fp16, with overflows at first; save, train on, go back and repeat; do the same in plain torch."""
-    config = TrainingConfig(**{**vars(CONFIG), "precision": "fp16", "zero_stage": zero_stage})
-    engine = DeepSpeedEngine(TinyModel(), steep_loss, engine_settings(config, world_size))
+def half(precision: str, zero_stage: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Train in half precision, fp16 with overflows at first; save, train on, go back and repeat; do the same in plain
+    torch."""
+    loss = steep_loss if precision == "fp16" else model_loss
+    config = TrainingConfig(**{**vars(CONFIG), "precision": precision, "zero_stage": zero_stage})
+    engine = DeepSpeedEngine(TinyModel(), loss, engine_settings(config, world_size))
     found: dict[str, Any] = {"first": steps(engine, 0, 5)}
     save(engine, folder)
     found["on"] = steps(engine, 5, 8)
     load(engine, folder, engine.layout)
     found["again"] = steps(engine, 5, 8)
     engine.close()
-    plain = TorchEngine(TinyModel(), steep_loss, engine_settings(config, world_size))
+    plain = TorchEngine(TinyModel(), loss, engine_settings(config, world_size))
     found["plain"] = steps(plain, 0, 8)
     return found
 
@@ -288,7 +291,11 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         found["compiler"] = "torch._dynamo" in sys.modules
         found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
         found["ways"] = {name: go_a_way(way, world_size, folder / name) for name, way in WAYS.items()}
-        found["fp16"] = {str(stage): half(stage, world_size, folder / f"fp16-{stage}") for stage in ZERO_STAGES}
+        for precision in ("fp16", "bf16"):
+            found[precision] = {
+                str(stage): half(precision, stage, world_size, folder / f"{precision}-{stage}") for stage in ZERO_STAGES
+            }
+        found["twice"] = {name: compute_twice(name, world_size) for name in MODELS}
         dist.barrier()
         if rank == 0:
             (folder / "found.json").write_text(json.dumps(found))

@@ -14,6 +14,7 @@ from stages.engine import TorchEngine
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
 from stages.training import model_loss
+from tests.cluster import deepspeed_models
 from tests.cluster.deepspeed_rank import WAYS, ZERO_STAGES, settings, steps
 from tests.cluster.ranks import run_ranks
 from tests.stages.training_data import TinyModel
@@ -70,6 +71,30 @@ def test_fp16_scales_as_plain_torch_does_and_resumes_its_scale(found: dict[str, 
         assert row[0] == pytest.approx(wanted[0], rel=1e-2)
         assert not row[2] or row[1] == pytest.approx(wanted[1], rel=1e-2)
     assert rows["again"] == rows["on"]
+
+
+@pytest.mark.parametrize("stage", ZERO_STAGES)
+def test_bf16_trains_as_plain_torch_does(found: dict[str, Any], reference: list[list[Any]], stage: int) -> None:
+    rows = found["bf16"][str(stage)]
+    straight = [*rows["first"], *rows["on"]]
+    for row, wanted in zip(straight, rows["plain"], strict=True):
+        assert row[:2] == pytest.approx(wanted[:2], **CLOSE) and row[2] is True
+    assert rows["again"] == rows["on"]
+    pairs = list(zip(straight, reference, strict=False))
+    assert any(row[0] != pytest.approx(wanted[0], rel=1e-4) for row, wanted in pairs), "rounded to bfloat16"
+    assert all(row[0] == pytest.approx(wanted[0], rel=2e-2) for row, wanted in pairs)
+
+
+@pytest.mark.parametrize("stage", deepspeed_models.ZERO_STAGES)
+@pytest.mark.parametrize("name", deepspeed_models.MODELS)
+def test_activations_computed_twice_change_no_bit(found: dict[str, Any], name: str, stage: int) -> None:
+    kept, twice = (found["twice"][name][f"{how} {stage}"] for how in ("kept", "twice"))
+    assert twice["rows"] == kept["rows"]
+    assert twice["calls"] > 1.3 * kept["calls"], "they are computed twice"
+    # Stage 3 has a linear layer of its own, which rounds differently.
+    close = {"rel": 1e-2} if deepspeed_models.MODELS[name] == "bf16" and stage == 3 else CLOSE
+    for row, wanted in zip(kept["rows"], found["twice"][name]["plain"]["rows"], strict=True):
+        assert row == pytest.approx(wanted, **close)
 
 
 def test_a_save_that_fails_on_one_rank_counts_on_none(found: dict[str, Any]) -> None:
