@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.checkpoints import CheckpointFolder
 from stages.engine import Accept, Engine, TorchEngine, files_to_load, is_finite
 from stages.engine_settings import EngineSettings
+from stages.insight import Watch
+from stages.metrics import read_metrics
 from stages.sharded_state import rank_file
-from stages.stragglers import StragglerWatch
 from stages.training import TrainingStoppedError, model_loss, train
 from stages.training_config import TrainingConfig, engine_settings
 from tests.cluster.deepspeed_models import MODELS, compute_twice
@@ -32,6 +34,8 @@ from unclip_models.randomness import SampleRandom
 ZERO_STAGES = (0, 1, 2, 3)
 MICRO_BATCH_SIZE = 2
 POISONED_STEP = 9
+LAG_S = 0.3  # long beside a step
+FLOP_PER_SAMPLE, PEAK_TFLOPS = 3e9, 0.5
 CONFIG = TrainingConfig(
     num_steps=12,
     global_batch_size=8,
@@ -265,18 +269,20 @@ def roll_back(folder: Path, make_engine: Any) -> dict[str, Any]:
     return {"num_rollbacks": straight.metrics.get("num_rollbacks"), "same": same}
 
 
-def lag(world_size: int) -> dict[str, Any]:
-    """Let the second rank wait for data; return the numbers and what was warned of."""
+def lag(folder: Path, world_size: int) -> dict[str, Any]:
+    """Train while the last rank waits for every batch; return the lines and what was warned of."""
     heard: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: heard.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("stages.stragglers").addHandler(handler)
-    engine = TorchEngine(TinyModel(), model_loss, settings(world_size, 0))
-    watch, numbers = StragglerWatch(engine, "tiny", 1.5), {}
-    for _ in range(5):
-        watch.add(compute_s=0.125, data_s=0.5 * engine.rank)
-        numbers = watch.close()
-    return {"numbers": numbers, "heard": heard}
+    config = replace(CONFIG, num_steps=8, log_every_steps=1, peak_tflops=PEAK_TFLOPS)
+    is_last = dist.get_rank() == world_size - 1
+    stream = Disturbed(**{f"at_{step}": lambda: time.sleep(LAG_S * is_last) for step in range(config.num_steps)})
+    options: dict[str, Any] = {"make_engine": DeepSpeedEngine, "seed": 2, "folder": str(folder), "place": "tiny"}
+    started_at = time.monotonic()
+    trained = train(TinyModel(), stream, config, watch=Watch(flops_per_sample=FLOP_PER_SAMPLE), **options)
+    took_s = time.monotonic() - started_at
+    return {"lines": read_metrics(trained.metrics_log), "heard": heard, "took_s": took_s, "world_size": world_size}
 
 
 def main(rank: int, world_size: int, folder: Path) -> None:
@@ -287,7 +293,7 @@ def main(rank: int, world_size: int, folder: Path) -> None:
         found["lost_snapshot"] = lose_a_snapshot(folder / "snapshots")
         for name, make_engine in (("deepspeed", DeepSpeedEngine), ("torch", TorchEngine)):
             found[f"rollback_{name}"] = roll_back(folder / f"rollback-{name}", make_engine)
-        found["lag"] = lag(world_size)
+        found["lag"] = lag(folder / "lag", world_size)
         found["compiler"] = "torch._dynamo" in sys.modules
         found |= {str(stage): exercise(stage, world_size, folder) for stage in ZERO_STAGES}
         found["ways"] = {name: go_a_way(way, world_size, folder / name) for name, way in WAYS.items()}

@@ -15,7 +15,7 @@ from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
 from stages.training import model_loss
 from tests.cluster import deepspeed_models
-from tests.cluster.deepspeed_rank import WAYS, ZERO_STAGES, settings, steps
+from tests.cluster.deepspeed_rank import FLOP_PER_SAMPLE, LAG_S, PEAK_TFLOPS, WAYS, ZERO_STAGES, settings, steps
 from tests.cluster.ranks import run_ranks
 from tests.stages.training_data import TinyModel
 
@@ -153,13 +153,28 @@ def test_ranks_roll_back_together_and_resume_bit_for_bit(found: dict[str, Any], 
 
 
 def test_a_slow_rank_is_named_with_its_cause(found: dict[str, Any]) -> None:
-    lag = found["lag"]
-    if not lag["numbers"]:  # a rank alone has nobody to be slower than
-        assert lag["heard"] == []
+    lines, heard = found["lag"]["lines"], found["lag"]["heard"]
+    if found["lag"]["world_size"] == 1:  # a rank alone has nobody to be slower than
+        assert heard == [] and not any("slowest_rank" in line for line in lines)
         return
-    assert lag["numbers"] == {"slowest_rank": 1.0, "slowest_rank_ratio": 5.0}
-    (warning,) = lag["heard"]
-    assert "tiny: rank 1 on" in warning and "0.500 s of each step go into waiting for data, 0.000 s" in warning
+    named = [line["slowest_rank"] == 1 and line["slowest_rank_ratio"] > 1.5 for line in lines]
+    assert sum(named) >= 6, "the machine may hold up the other one now and then"
+    assert heard and all("tiny: rank 1 on" in warning for warning in heard)
+    assert "of each step go into waiting for data" in heard[0]
+
+
+def test_what_a_loop_records_of_speed_is_what_it_did(found: dict[str, Any]) -> None:
+    """The last rank waits a known time for every batch, and the lines follow one another without a gap."""
+    lines, world_size = found["lag"]["lines"], found["lag"]["world_size"]
+    took_s = [8 / line["samples_per_s"] for line in lines]
+    assert len(lines) == 8 and 8 * LAG_S <= sum(took_s) <= found["lag"]["took_s"]
+    waited_s = [
+        line["data_wait_fraction"] * elapsed_s * world_size for line, elapsed_s in zip(lines, took_s, strict=True)
+    ]
+    assert min(waited_s) > 0.99 * LAG_S and sum(waited_s) < sum(took_s) + 0.5, "the other rank hardly waits"
+    for line in lines:
+        assert line["tflops_per_s"] == pytest.approx(FLOP_PER_SAMPLE * line["samples_per_s"] / world_size / 1e12)
+        assert line["mfu"] == pytest.approx(line["tflops_per_s"] / PEAK_TFLOPS)
 
 
 def test_train_stop_resume_is_the_same_bit_for_bit(found: dict[str, Any]) -> None:

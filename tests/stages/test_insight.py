@@ -37,6 +37,7 @@ from unclip_models.checkpoint import build, load_model
 from unclip_models.randomness import SampleRandom
 
 MODELS = ("prior", "ar_prior", "decoder", "upsampler_256")
+PEAK_TFLOPS = 0.25
 VALIDATED = ValidationConfig(num_samples=4, every_steps=2)
 
 
@@ -82,7 +83,8 @@ def test_looking_changes_nothing(name: str, inputs: dict[str, Manifest], tmp_pat
         own = fresh(inputs, tmp_path / how)
         validation = dataclasses.replace(VALIDATED, every_steps=every, weights="both")
         samples = SamplesConfig(every_steps=3 * (every > 0), num_samples=2, steps=2)
-        found[how] = run(training(name, own["curate"].root, validation=validation, samples=samples), own)
+        settings = {"validation": validation, "samples": samples, "peak_tflops": PEAK_TFLOPS}
+        found[how] = run(training(name, own["curate"].root, **settings), own)
     seen, alone = (weights_of(found[how]) for how in ("looked at", "left alone"))
     assert all(torch.equal(seen[key], alone[key]) for key in alone)
     kept = ("loss", "grad_norm", "step")
@@ -96,6 +98,12 @@ def test_looking_changes_nothing(name: str, inputs: dict[str, Manifest], tmp_pat
     assert list(validated) == [2, 4, 6] and all(loss > 0 for loss in validated.values())
     raw = [line["validation_raw_loss"] for line in lines if "validation_raw_loss" in line]
     assert len(raw) == 3 and raw != list(validated.values())
+    model = build(TRAININGS[name][1].model)
+    flops = flops_per_sample(model, model_loss, _batch(name, model))
+    for line in lines:
+        assert line["tflops_per_s"] == pytest.approx(flops * line["samples_per_s"] / 1e12, rel=1e-3)
+        assert line["mfu"] == pytest.approx(line["tflops_per_s"] / PEAK_TFLOPS)
+        assert 0 < line["data_wait_fraction"] < 1
 
 
 def test_validation_does_not_depend_on_the_training(inputs: dict[str, Manifest], tmp_path: Path) -> None:  # noqa: F811
