@@ -170,6 +170,10 @@ class DeepSpeedEngine:
         """See ``Engine.snapshot``; in stage 0 all ranks hold the same, so the first one's counts."""
         return self._state.snapshot(self.rank) if self.rank == 0 or self._settings.zero_stage > 0 else None
 
+    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """See ``Engine.needed``."""
+        return self._state.needed(files)
+
     def load(self, files: Sequence[Path]) -> None:
         """See ``Engine.load``."""
         self._state.load(files)

@@ -26,7 +26,7 @@ from stages import storage
 from stages.engine import Engine, files_to_load
 from stages.errors import IntegrityError, NotFoundError, StorageError, UnclipError
 from stages.metrics import METRICS_NAME
-from stages.sharded_state import RANK_FILE, assemble
+from stages.sharded_state import RANK_FILE, assemble, stored_stretches
 from stages.step_guard import GUARD_NAME
 from stages.storage import Written
 
@@ -226,12 +226,27 @@ class CheckpointFolder:
         """Get this rank's files of a checkpoint, checked; or say in a few words why that is impossible."""
         try:
             record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
-            names = files_to_load(record.files, record.layout, engine)
+            names = self._needed(record, files_to_load(record.files, record.layout, engine), engine)
             paths = [self._fetch(record, name, stack) for name in names]
             guard = self._fetch(record, GUARD_NAME, stack).read_bytes() if GUARD_NAME in record.files else b""
             return paths, self._fetch(record, METRICS_NAME, stack).read_bytes(), guard
         except UnclipError as error:
             return _Unusable(f"{error}", isinstance(error, IntegrityError | NotFoundError))
+
+    def _needed(self, record: Checkpoint, names: list[str], engine: Engine) -> list[str]:
+        """Leave out the files that hold nothing of this rank; each of the others is read whole, to check it."""
+        if len(names) < 2:
+            return names
+        try:
+            needed = engine.needed(
+                {name: stored_stretches(storage.join(self.uri_of(record.step), name)) for name in names}
+            )
+        except IntegrityError:
+            return names  # a damaged head, or one spoiled on its way: to read the whole file tells which
+        logger.debug(
+            "checkpoint of step %d: rank %d reads %d of %d files", record.step, engine.rank, len(needed), len(names)
+        )
+        return needed
 
     def _fetch(self, record: Checkpoint, name: str, stack: contextlib.ExitStack) -> Path:
         uri = storage.join(self.uri_of(record.step), name)

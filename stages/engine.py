@@ -131,11 +131,22 @@ class Engine(Protocol):
         """Copy this rank's part of the state; None where another rank holds the same and writes it."""
         ...
 
+    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """Choose the state files that hold something of this rank.
+
+        Args:
+            files: of a checkpoint: name -> key of a stretch -> elements, as ``stored_stretches`` reads them.
+
+        Returns:
+            Their names in the same order, one at least; all of them, if together they lack something.
+        """
+        ...
+
     def load(self, files: Sequence[Path]) -> None:
         """Take up a saved state.
 
         Args:
-            files: the files named by ``files_to_load``.
+            files: those named by ``files_to_load``, or of these the ``needed`` ones.
 
         Raises:
             IntegrityError: if the files do not hold the whole state of this model.
@@ -156,10 +167,10 @@ class EngineFactory(Protocol):
 
 
 def files_to_load(names: Iterable[str], saved_layout: str, engine: Engine) -> list[str]:
-    """Choose the files of a checkpoint that this rank has to read.
+    """Choose the files of a checkpoint that this rank may have to read.
 
-    A rank of the same layout needs its own file alone; after a change of world size, ZeRO stage or engine every rank
-    picks its fragments out of all files.
+    A rank of the same layout needs its own file alone; after a change of world size, ZeRO stage or engine its fragments
+    are spread over files, and ``Engine.needed`` tells which.
     """
     files = sorted(name for name in names if RANK_FILE.fullmatch(name))
     own = rank_file(engine.rank)
@@ -252,6 +263,10 @@ class TorchEngine:
     def snapshot(self) -> Snapshot | None:
         """See ``Engine.snapshot``; all ranks hold the same, so the first one's counts."""
         return self._state.snapshot(0) if self.rank == 0 else None
+
+    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """See ``Engine.needed``."""
+        return self._state.needed(files)
 
     def load(self, files: Sequence[Path]) -> None:
         """See ``Engine.load``."""

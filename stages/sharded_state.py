@@ -10,6 +10,8 @@ Buffers of the model are not kept: in these models they are constants, set befor
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from stages import storage
 from stages.adamw import FlatAdamW
 from stages.errors import IntegrityError
 from stages.loss_scale import LossScale
@@ -30,6 +33,7 @@ from unclip_models.ema import ema_update, warmed_up_decay
 # What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
 KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
 _EXCHANGED = 1 << 24  # elements swapped at once: 64 MiB of memory beside weights and averages
+_SIZE_BYTES, _MOST_OF_A_HEAD = 8, 100_000_000  # of safetensors: the size of the head in front of it, and its limit
 RANK_FILE = re.compile(r"rank-\d{4}\.safetensors")
 
 
@@ -137,9 +141,25 @@ class ShardedState:
                 weights.copy_(averages)
                 averages.copy_(kept)
 
+    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+        """See ``Engine.needed``."""
+        targets = self._targets()
+        found = {}
+        for file, stretches in files.items():
+            parts = ((*split_key(key), length) for key, length in stretches.items())
+            found[file] = sum(
+                max(0, min(start + length, f.start + f.length) - max(start, f.start))
+                for kind, name, start, length in parts
+                if kind == KINDS[0]  # every kind is kept of every stretch
+                for f in targets.get(name, ())
+            )
+        if sum(found.values()) != sum(f.length for f in self.fragments):
+            return list(files)  # something is missing or was misread: to load all tells what
+        return [file for file in files if found[file]] or list(files)[:1]  # which also counts the updates
+
     def load(self, files: Sequence[Path]) -> None:
         """Fill every fragment from the files; see ``Engine.load``."""
-        targets = {name: [f for f in self.fragments if f.name == name] for name in {f.name for f in self.fragments}}
+        targets = self._targets()
         for master in self.masters:
             self.optimizer.reset(master)
         wanted = sum(f.length for f in self.fragments) * len(KINDS)
@@ -159,6 +179,13 @@ class ShardedState:
             )
         for master in self.masters:
             self.optimizer.state[master]["step"].fill_(float(self.num_updates))
+
+    def _targets(self) -> dict[str, list[Fragment]]:
+        """Return the fragments by parameter."""
+        found: dict[str, list[Fragment]] = {}
+        for fragment in self.fragments:
+            found.setdefault(fragment.name, []).append(fragment)
+        return found
 
     def _copy(self, file: Any, key: str, kind: str, start: int, target: Fragment) -> int:
         """Copy where a stored stretch and a fragment overlap; return how many elements that were."""
@@ -198,6 +225,23 @@ def split_key(key: str) -> tuple[str, str, int]:
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("/")
     return kind, name, int(start)
+
+
+def stored_stretches(uri: str) -> dict[str, int]:
+    """Read from the head of a state file, and nothing else of it, which stretches it holds: key -> elements.
+
+    Raises:
+        IntegrityError: if that is no head of a state file.
+        StorageError: if it cannot be read.
+    """
+    num_bytes = int.from_bytes(storage.read_range(uri, 0, _SIZE_BYTES), "little")
+    try:
+        if num_bytes > _MOST_OF_A_HEAD:
+            raise ValueError(f"of {num_bytes} bytes")
+        head = json.loads(storage.read_range(uri, _SIZE_BYTES, _SIZE_BYTES + num_bytes))
+        return {key: math.prod(entry["shape"]) for key, entry in head.items() if key != "__metadata__"}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"{uri}: not the head of a state file ({error})") from error
 
 
 def assemble(files: Sequence[Path], shapes: Mapping[str, torch.Size], kind: str = "ema") -> dict[str, Tensor]:

@@ -170,6 +170,24 @@ def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
     return data
 
 
+def read_range(uri: str, start: int, end: int) -> bytes:
+    """Read the bytes from ``start`` to before ``end`` of an object; fewer, if it is shorter.
+
+    Raises:
+        NotFoundError: if there is no such object.
+        StorageError: if it cannot be read.
+    """
+
+    def request() -> bytes:
+        if not is_local(uri):
+            return bytes(_remote().cat_file(uri, start=start, end=end))
+        with Path(uri).open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+
+    return explained("read", uri, request)
+
+
 def read_json(uri: str) -> Any:
     """Read a JSON object.
 

@@ -23,7 +23,7 @@ from stages.engine import Accept, Engine, TorchEngine, files_to_load, is_finite
 from stages.engine_settings import EngineSettings
 from stages.insight import Watch
 from stages.metrics import read_metrics
-from stages.sharded_state import rank_file
+from stages.sharded_state import rank_file, stored_stretches
 from stages.training import TrainingStoppedError, model_loss, train
 from stages.training_config import TrainingConfig, engine_settings
 from tests.cluster.deepspeed_models import MODELS, compute_twice
@@ -80,6 +80,8 @@ def save(engine: Engine, folder: Path) -> None:
 
 def load(engine: Engine, folder: Path, layout: str) -> None:
     names = files_to_load([path.name for path in folder.iterdir()], layout, engine)
+    if len(names) > 1:
+        names = engine.needed({name: stored_stretches(str(folder / name)) for name in names})
     engine.load([folder / name for name in names])
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pickle
 import signal
@@ -65,7 +66,7 @@ class Died(Exception):
 
 
 def work(run: Run, inputs: Mapping[str, Manifest]) -> None:
-    """Do one run on this rank; what every batch held is written beside its shards."""
+    """Do one run on this rank; what every batch held, and what was read to resume, is written beside its shards."""
     num_steps = 0
 
     def count_steps() -> bool:
@@ -91,6 +92,8 @@ def work(run: Run, inputs: Mapping[str, Manifest]) -> None:
                 yield batch
 
     TrainingStream.batches = noted  # type: ignore[assignment, method-assign]
+    told = logging.FileHandler(rows.with_name(f"told-{dist.get_rank()}-of-{dist.get_world_size()}.txt"))
+    logging.getLogger("stages.checkpoints").addHandler(told)
     try:
         own = {name: inputs[name] for name in run.stage.upstream}
         shard = run.stage.plan(own)[0]
@@ -100,6 +103,8 @@ def work(run: Run, inputs: Mapping[str, Manifest]) -> None:
         pass
     finally:
         TrainingStream.batches = make_batches  # type: ignore[method-assign]
+        logging.getLogger("stages.checkpoints").removeHandler(told)
+        told.close()
     dist.barrier()
 
 
@@ -116,6 +121,7 @@ def _digests(batch: Batch) -> dict[int, str]:
 
 def main(rank: int, world_size: int, job: Job) -> None:
     """Be one rank."""
+    logging.getLogger("stages.checkpoints").setLevel(logging.DEBUG)
     with joined(rank, world_size, job.meeting):
         for run in job.runs:
             work(run, job.inputs)

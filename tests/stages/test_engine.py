@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from stages.engine import MicroBatch, TorchEngine, files_to_load, make_optimizer
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError, IntegrityError
-from stages.sharded_state import Fragment, ShardedState, assemble, rank_file
+from stages.sharded_state import Fragment, ShardedState, assemble, rank_file, stored_stretches
 from stages.step_guard import StepGuard
 from stages.training import model_loss
 from tests.stages.training_data import TinyModel, VectorStream
@@ -189,10 +190,18 @@ def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: lis
         state.num_updates = 3
         state.snapshot(rank).write(tmp_path)
     files = sorted(tmp_path.iterdir())
+    heads = {path.name: stored_stretches(str(path)) for path in files}
     for rank in range(len(loaded) + 1):
         state = sharded(loaded, rank)
-        state.load(files)
         fragment = state.fragments[0]
+        needed = state.needed(heads)
+        bounds = list(pairwise([0, *saved, 10]))
+        assert needed == [
+            rank_file(number)
+            for number, (first, last) in enumerate(bounds)
+            if first < fragment.start + fragment.length and last > fragment.start
+        ]
+        state.load([tmp_path / name for name in needed])
         stretch = slice(fragment.start, fragment.start + fragment.length)
         assert torch.equal(state.masters[0][: fragment.length], values[stretch])
         assert torch.equal(state.averages[0][: fragment.length], values[stretch])
@@ -202,11 +211,18 @@ def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: lis
 
 def test_missing_parts_are_noticed(tmp_path: Path) -> None:
     sharded([4], 0, torch.ones(10)).snapshot(0).write(tmp_path)
+    heads = {name: stored_stretches(str(tmp_path / rank_file(0))) for name in ("first", "second")}
+    assert sharded([4], 1).needed(heads) == ["first", "second"], "neither holds it: loading says so"
+    with pytest.raises(IntegrityError, match="hold 0 of the 24 numbers"):
+        sharded([4], 1).load([tmp_path / rank_file(0)])
     with pytest.raises(IntegrityError, match="hold 16 of the 40 numbers"):
         sharded([], 0).load([tmp_path / rank_file(0)])
     with pytest.raises(IntegrityError, match="lacks parts of w"):
         assemble([tmp_path / rank_file(0)], {"w": torch.Size([10])})
-    (tmp_path / "x").write_bytes(b"not a file of tensors")
+    for content in (b"not a file of tensors", b"", b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'):
+        (tmp_path / "x").write_bytes(content)
+        with pytest.raises(IntegrityError, match="x: not the head of a state file"):
+            stored_stretches(str(tmp_path / "x"))
     with pytest.raises(IntegrityError, match="not a whole state file"):
         assemble([tmp_path / "x"], {"w": torch.Size([10])})
 

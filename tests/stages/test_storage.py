@@ -24,6 +24,14 @@ def test_written_bytes_are_read_back(root: str) -> None:
     assert not storage.exists(storage.join(root, "a"))
 
 
+def test_a_range_is_read_of_what_there_is(root: str) -> None:
+    uri = storage.join(root, "a")
+    storage.write_bytes(uri, b"0123456789")
+    assert [storage.read_range(uri, *ends) for ends in ((0, 3), (4, 10), (8, 20))] == [b"012", b"456789", b"89"]
+    with pytest.raises(NotFoundError):
+        storage.read_range(storage.join(root, "b"), 0, 3)
+
+
 def test_upload_and_local_copy(root: str, tmp_path: Path) -> None:
     source = tmp_path / "source.bin"
     source.write_bytes(os.urandom(6 << 20))  # larger than one multipart chunk
