@@ -16,6 +16,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,10 +238,9 @@ class CheckpointFolder:
         """Leave out the files that hold nothing of this rank; each of the others is read whole, to check it."""
         if len(names) < 2:
             return names
+        uris = {name: storage.join(self.uri_of(record.step), name) for name in names}
         try:
-            needed = engine.needed(
-                {name: stored_stretches(storage.join(self.uri_of(record.step), name)) for name in names}
-            )
+            needed = engine.needed({name: stored_stretches(partial(storage.read_range, uris[name])) for name in names})
         except IntegrityError:
             return names  # a damaged head, or one spoiled on its way: to read the whole file tells which
         logger.debug(

@@ -13,7 +13,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stages import storage
 from stages.adamw import FlatAdamW
 from stages.errors import IntegrityError
 from stages.loss_scale import LossScale
@@ -227,21 +226,23 @@ def split_key(key: str) -> tuple[str, str, int]:
     return kind, name, int(start)
 
 
-def stored_stretches(uri: str) -> dict[str, int]:
+def stored_stretches(read: Callable[[int, int], bytes]) -> dict[str, int]:
     """Read from the head of a state file, and nothing else of it, which stretches it holds: key -> elements.
+
+    Args:
+        read: gives the bytes of the file from its first argument to before its second.
 
     Raises:
         IntegrityError: if that is no head of a state file.
-        StorageError: if it cannot be read.
     """
-    num_bytes = int.from_bytes(storage.read_range(uri, 0, _SIZE_BYTES), "little")
+    num_bytes = int.from_bytes(read(0, _SIZE_BYTES), "little")
     try:
         if num_bytes > _MOST_OF_A_HEAD:
             raise ValueError(f"of {num_bytes} bytes")
-        head = json.loads(storage.read_range(uri, _SIZE_BYTES, _SIZE_BYTES + num_bytes))
+        head = json.loads(read(_SIZE_BYTES, _SIZE_BYTES + num_bytes))
         return {key: math.prod(entry["shape"]) for key, entry in head.items() if key != "__metadata__"}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"{uri}: not the head of a state file ({error})") from error
+        raise IntegrityError(f"not the head of a state file ({error})") from error
 
 
 def assemble(files: Sequence[Path], shapes: Mapping[str, torch.Size], kind: str = "ema") -> dict[str, Tensor]:

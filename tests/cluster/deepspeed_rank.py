@@ -11,6 +11,7 @@ import logging
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.deepspeed_engine import DeepSpeedEngine
+from stages import storage
 from stages.checkpoints import CheckpointFolder
 from stages.engine import Accept, Engine, TorchEngine, files_to_load, is_finite
 from stages.engine_settings import EngineSettings
@@ -81,8 +83,13 @@ def save(engine: Engine, folder: Path) -> None:
 def load(engine: Engine, folder: Path, layout: str) -> None:
     names = files_to_load([path.name for path in folder.iterdir()], layout, engine)
     if len(names) > 1:
-        names = engine.needed({name: stored_stretches(str(folder / name)) for name in names})
+        names = engine.needed({name: stretches_of(folder / name) for name in names})
     engine.load([folder / name for name in names])
+
+
+def stretches_of(path: Path) -> dict[str, int]:
+    """Read which stretches a state file holds."""
+    return stored_stretches(partial(storage.read_range, str(path)))
 
 
 def look(engine: Engine) -> dict[str, Any]:
