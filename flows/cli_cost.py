@@ -87,7 +87,7 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
 
 def _memory(project: Project, machines: PriceTable | None) -> dict[str, RankMemory]:
     """Estimate the trainings that are still to run; refuse those that do not fit the GPUs of the table."""
-    from cluster.memory import check_fits, rank_memory
+    from cluster.memory_plan import check_fits, rank_memory
     from stages.generator_config import GeneratorTraining
 
     found = {}

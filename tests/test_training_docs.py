@@ -88,7 +88,8 @@ def test_memory_and_hours_are_what_the_code_says(name: str, configs: Mapping[int
     for zero_stage in (1, 2, 3):
         for num_gpus in SIZES:
             training = dataclasses.replace(getattr(configs[num_gpus], name), zero_stage=zero_stage)
-            planned = states_and_passing(training, training.num_ranks, sizes, fixed, activations)
+            settings = engine_settings(training, training.num_ranks)
+            planned = states_and_passing(settings, training.num_ranks, sizes, fixed, activations)
             memory.append(planned.on_device / GIB)
     assert numbers(" ".join(rows_of("a rank's memory")[name])) == pytest.approx(memory, abs=0.06)
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from cluster.memory import RankMemory, check_fits, rank_memory, states_and_passing
+from cluster.memory import RankMemory, states_and_passing
+from cluster.memory_plan import check_fits, rank_memory
 from stages.activation_memory import ActivationMemory
 from stages.errors import ConfigError
+from stages.training_config import engine_settings
 from stages.units import GIB
 from tests.stages.small_config import quickstart
 
@@ -111,7 +113,9 @@ def test_partitioning_and_offload_take_less_on_the_device() -> None:
     )
 
     def rank(**changes: Any) -> RankMemory:
-        return states_and_passing(dataclasses.replace(config, **changes), 8, sizes, fixed, activations)
+        changed = dataclasses.replace(config, **changes)
+        plain = changed.engine == "torch"
+        return states_and_passing(engine_settings(changed, 8), 8, sizes, fixed, activations, plain=plain)
 
     def device(**changes: Any) -> int:
         return rank(**changes).on_device
