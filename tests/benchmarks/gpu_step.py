@@ -1,7 +1,8 @@
-"""One training step of one model on one device: how fast, how much memory, and where the time goes.
+"""Training steps of one model on one device: how fast, how much memory, and where the time goes.
 
 Needs torch, numpy, safetensors and PyYAML; DeepSpeed for ZeRO alone. ``bench_gpu.py`` runs each job in a process of its
-own: ``python -m tests.benchmarks.gpu_step JOB`` prints what it found as JSON.
+own: ``python -m tests.benchmarks.gpu_step JOB`` prints what it has found so far as a line of JSON, again and again, so
+that whatever ends it costs the last measurement alone.
 """
 
 from __future__ import annotations
@@ -14,8 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from cluster.memory import memory_of
 from stages.engine import Engine, TorchEngine
 from stages.engine_settings import EngineSettings
 from stages.example_batch import example_batch
 from stages.flops import flops_per_sample
 from stages.out_of_memory import is_out_of_memory
 from stages.units import GIB
+from tests.benchmarks.gpu_job import Found, Job, Operation, Trial, next_size
 from tests.resident import resident_mib
 from unclip_models.checkpoint import build, config_from_dict
 from unclip_models.efficiency import make_efficient
@@ -58,104 +60,64 @@ _KINDS = (
     ("communication", r"c10d|nccl|gloo|all_?(reduce|gather)"),
 )
 _REST = "elementwise and reductions"
-MODEL_WORK = ("matrix product", "convolution", "attention")  # what the count of FLOPs consists of
 
 
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What to measure.
+def measure(job: Job) -> Iterator[Found]:
+    """Measure a job in this process; yield what is found so far after every micro batch, and at the end.
 
-    Attributes:
-        config: file with the sizes; its section ``model`` is read.
-        model: a stage's name.
-        engine: ``torch``, ``zero 1`` to ``zero 3``, or one of these with ``, offloaded``: the optimizer on the CPU.
-        options: of ``channels_last`` and ``compile``, with spaces between.
-        micro_batch: samples of a step.
-        device: ``cuda`` or ``cpu``.
-        min_seconds: steps are repeated for so long, three times at least.
+    Raises:
+        RuntimeError: of torch, if not even the first micro batch fits.
     """
-
-    config: str
-    model: str
-    engine: str = "torch"
-    options: str = ""
-    micro_batch: int = 1
-    device: str = "cuda"
-    min_seconds: float = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Operation:
-    """What one operation of torch took of a step: its name, what kind of work it is, and its share of the step."""
-
-    name: str
-    kind: str
-    share: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class Found:
-    """What was measured.
-
-    Attributes:
-        num_parameters: of the model.
-        flop_per_sample: counted on the model, forward and backward, nothing twice.
-        step_s: seconds of every step.
-        peak_gib: the most memory that was in use; allocated on a GPU, resident on a CPU.
-        reserved_gib: what torch had taken of the GPU.
-        shares: share of a step by kind of work, the largest first; ``idle`` is when the device waited.
-        operations: the largest.
-    """
-
-    num_parameters: int
-    flop_per_sample: float
-    step_s: list[float]
-    peak_gib: float
-    reserved_gib: float
-    shares: dict[str, float]
-    operations: list[Operation]
-
-    def samples_per_s(self, micro_batch: int) -> float:
-        """Return the median speed."""
-        return micro_batch / statistics.median(self.step_s)
-
-    @property
-    def bottleneck(self) -> str:
-        """Name the largest kind of work that is not the model's own arithmetic: what to make faster next."""
-        kind = next(kind for kind in self.shares if kind not in MODEL_WORK)
-        worst = next((operation.name for operation in self.operations if operation.kind == kind), None)
-        return f"{kind} {self.shares[kind]:.0%}" + (f" ({worst})" if worst else "")
-
-
-def measure(job: Job) -> Found:
-    """Measure a job in this process."""
-    device = torch.device(job.device)
+    started_at, device, config = time.monotonic(), torch.device(job.device), model_config(job)
     with contextlib.ExitStack() as stack:
-        config = model_config(job)
         with device:  # where there is room for the weights
             model = build(config)
-        num_parameters = sum(parameter.numel() for parameter in model.parameters())
-        flop = flops_per_sample(model, model_loss, example_batch(config))
+        with torch.device("meta"):
+            twin = build(config)
+        found = Found(
+            num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+            flop_per_sample=flops_per_sample(twin, model_loss, example_batch(config)),
+        )
         options = job.options.split()
         make_efficient(model, compile="compile" in options, channels_last="channels_last" in options)
-        step = _step_of(_engine(job, model, stack), batch_of(config, job.micro_batch, device), job)
-        for _ in range(_NUM_WARM_UP_STEPS):
-            step()
-        _forget_peak(device)
-        step_s: list[float] = []
-        while len(step_s) < 3 or sum(step_s) < job.min_seconds:
-            step_s.append(seconds_of(step, device))
-        peak_gib, reserved_gib = memory_of(device)
-        shares, operations = profiled(step, device)
-    return Found(
-        num_parameters=num_parameters,
-        flop_per_sample=flop,
-        step_s=step_s,
-        peak_gib=peak_gib,
-        reserved_gib=reserved_gib,
-        shares=shares,
-        operations=operations[:_NUM_SHOWN],
-    )
+        engine = _engine(job, model, stack)
+        size: int | None = job.micro_batch
+        while size is not None:
+            try:
+                found = _with_trial(found, _step_of(engine, batch_of(config, size, device), size), size, device, job)
+            except (MemoryError, RuntimeError) as error:
+                if not (found.trials and is_out_of_memory(error)):
+                    raise
+                found = dataclasses.replace(found, end=f"{size} does not fit")
+                break
+            size, end = next_size(found.trials, job.largest)
+            if size is not None and time.monotonic() - started_at > job.limit_s / 2:
+                size, end = None, "out of time"
+            found = dataclasses.replace(found, end=end)
+            yield found
+    settings = settings_of(job, found.best.micro_batch)
+    planned = memory_of(twin, model_loss, example_batch(config), settings, world_size=1, plain=job.engine == "torch")
+    yield dataclasses.replace(found, planned_gib=planned.on_device / GIB)
+
+
+def _with_trial(found: Found, step: Callable[[], None], micro_batch: int, device: torch.device, job: Job) -> Found:
+    """Try a micro batch, and profile a step of it if none before was faster."""
+    trial = _try(step, micro_batch, device, job.min_seconds)
+    if found.trials and trial.samples_per_s <= found.best.samples_per_s:
+        return dataclasses.replace(found, trials=[*found.trials, trial])
+    shares, operations = profiled(step, device, statistics.median(trial.step_s))
+    return dataclasses.replace(found, trials=[*found.trials, trial], shares=shares, operations=operations[:_NUM_SHOWN])
+
+
+def _try(step: Callable[[], None], micro_batch: int, device: torch.device, min_seconds: float) -> Trial:
+    for _ in range(_NUM_WARM_UP_STEPS):
+        step()
+    _forget_peak(device)
+    step_s: list[float] = []
+    while len(step_s) < 3 or sum(step_s) < min_seconds:
+        step_s.append(seconds_of(step, device))
+    peak_gib, reserved_gib = memory_in_use(device)
+    return Trial(micro_batch=micro_batch, step_s=step_s, peak_gib=peak_gib, reserved_gib=reserved_gib)
 
 
 def model_config(job: Job) -> Any:
@@ -185,16 +147,26 @@ def batch_of(config: Any, micro_batch: int, device: torch.device) -> dict[str, T
     return batch
 
 
+def settings_of(job: Job, micro_batch: int) -> EngineSettings:
+    """Write the engine's settings for a micro batch."""
+    settings = EngineSettings(micro_batch_size=micro_batch, precision="bf16", device=job.device)
+    if job.engine == "torch":
+        return settings
+    name, _, offloaded = job.engine.partition(", ")
+    return dataclasses.replace(
+        settings,
+        zero_stage=int(name.removeprefix("zero ")),
+        offload_optimizer="cpu" if offloaded else "none",
+        offload_parameters="cpu" if offloaded == "all offloaded" else "none",
+    )
+
+
 def _engine(job: Job, model: nn.Module, stack: contextlib.ExitStack) -> Engine:
-    settings = EngineSettings(micro_batch_size=job.micro_batch, precision="bf16", device=job.device)
+    settings = settings_of(job, job.micro_batch)
     if job.engine == "torch":
         return TorchEngine(model, model_loss, settings)
     from cluster.deepspeed_engine import DeepSpeedEngine
 
-    stage = int(job.engine.split()[1].rstrip(","))
-    settings = dataclasses.replace(settings, zero_stage=stage)
-    if "offloaded" in job.engine:
-        settings = dataclasses.replace(settings, offload_optimizer="cpu")
     meeting = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "meeting"
     backend = "nccl" if job.device == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, init_method=f"file://{meeting}", rank=0, world_size=1)
@@ -204,12 +176,12 @@ def _engine(job: Job, model: nn.Module, stack: contextlib.ExitStack) -> Engine:
     return engine
 
 
-def _step_of(engine: Engine, batch: Mapping[str, Tensor], job: Job) -> Callable[[], None]:
+def _step_of(engine: Engine, batch: Mapping[str, Tensor], micro_batch: int) -> Callable[[], None]:
     num_done = 0
 
     def step() -> None:
         nonlocal num_done
-        random = SampleRandom(0, num_done, range(job.micro_batch), engine.device)
+        random = SampleRandom(0, num_done, range(micro_batch), engine.device)
         engine.step([(batch, random)], _LEARNING_RATE)
         num_done += 1
 
@@ -247,7 +219,7 @@ def _forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def memory_of(device: torch.device) -> tuple[float, float]:
+def memory_in_use(device: torch.device) -> tuple[float, float]:
     """Return the peak of what was in use, and of what torch had taken, GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
@@ -255,12 +227,11 @@ def memory_of(device: torch.device) -> tuple[float, float]:
     return peak_gib, peak_gib
 
 
-def profiled(step: Callable[[], Any], device: torch.device) -> tuple[dict[str, float], list[Operation]]:
-    """Profile one step: shares by kind of work and by operation, of the time that an unprofiled step takes.
+def profiled(step: Callable[[], Any], device: torch.device, whole_s: float) -> tuple[dict[str, float], list[Operation]]:
+    """Profile one step: shares by kind of work and by operation, of the ``whole_s`` that an unprofiled step takes.
 
     Time is that of the device, booked on the operation of torch that asked for it.
     """
-    whole_s = statistics.median(seconds_of(step, device) for _ in range(3))
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities) as profiler:
@@ -295,16 +266,12 @@ def _kinds(operations: Iterable[Operation]) -> Sequence[str]:
     return sorted({operation.kind for operation in operations})
 
 
-def found_from_json(values: Mapping[str, Any]) -> Found:
-    """Read what ``main`` printed."""
-    return Found(**{**values, "operations": [Operation(**operation) for operation in values["operations"]]})
-
-
 def main() -> None:
-    """Measure the job given as an argument; print what was found, or why it does not run."""
+    """Measure the job given as an argument; print what was found so far, or why it does not run."""
     job = Job(**json.loads(sys.argv[1]))
     try:
-        print(json.dumps(dataclasses.asdict(measure(job))))
+        for found in measure(job):
+            print(json.dumps(dataclasses.asdict(found)), flush=True)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise

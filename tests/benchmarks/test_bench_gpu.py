@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from stages.config import load_config
-from tests.benchmarks.bench_gpu import PAPER, REPOSITORY, Card, Measurement, report, run
+from stages.out_of_memory import is_out_of_memory
+from tests.benchmarks import gpu_step
+from tests.benchmarks.bench_gpu import PAPER, REPOSITORY, ZERO, Card, Measurement, jobs, measurement_of, report, run
+from tests.benchmarks.gpu_job import MODEL_WORK, Found, Job, Trial, found_from_json, next_size
 from tests.benchmarks.gpu_step import (
     CONFIG_TYPES,
-    MODEL_WORK,
-    Found,
-    Job,
     breakdown,
-    found_from_json,
     kind_of,
     measure,
     measured_peak_tflops,
     model_config,
+    settings_of,
 )
 
 QUICKSTART = REPOSITORY / "configs" / "quickstart.yaml"
@@ -38,13 +38,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Job:
     models = {name: {"model": asdict(getattr(config, name).model)} for name in CONFIG_TYPES}
     path = tmp_path_factory.mktemp("config") / "models.yaml"
     path.write_text(json.dumps(models))
-    return Job(config=str(path), model="prior", device="cpu", micro_batch=2, min_seconds=0.0)
+    return Job(config=str(path), model="prior", device="cpu", micro_batch=2, largest=2, min_seconds=0.0)
 
 
 @pytest.fixture(scope="module")
 def found(tiny: Job) -> Found:
     """What is found of it."""
-    return measure(tiny)
+    return list(measure(tiny))[-1]
 
 
 @pytest.mark.parametrize("model", CONFIG_TYPES)
@@ -56,9 +56,10 @@ def test_the_models_are_those_of_the_config(model: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", CONFIG_TYPES)
 def test_every_model_is_measured_and_profiled(model: str, tiny: Job) -> None:
-    found = measure(replace(tiny, model=model))
-    assert found.num_parameters > 1000 and found.flop_per_sample > 0 and found.peak_gib > 0
-    assert len(found.step_s) >= 3 and min(found.step_s) > 0
+    *_, found = measure(replace(tiny, model=model))
+    assert found.num_parameters > 1000 and found.flop_per_sample > 0 and found.best.peak_gib > 0
+    assert found.planned_gib is not None and found.planned_gib > 16 * found.num_parameters / (1 << 30)
+    assert len(found.best.step_s) >= 3 and min(found.best.step_s) > 0
     assert sum(found.shares.values()) == pytest.approx(1.0)
     assert any(found.shares.get(kind, 0.0) > 0.01 for kind in MODEL_WORK)
     assert found.shares["optimizer"] > 0
@@ -66,15 +67,87 @@ def test_every_model_is_measured_and_profiled(model: str, tiny: Job) -> None:
 
 
 @pytest.mark.slow
-def test_zero_is_measured_in_a_process_of_its_own(tiny: Job) -> None:
-    measured = run(replace(tiny, engine="zero 2, offloaded"))
-    assert measured.found is not None and measured.samples_per_s > 0
+def test_zero_is_measured_in_a_process_of_its_own_in_growing_micro_batches(tiny: Job) -> None:
+    measured = run(replace(tiny, engine="zero 3, all offloaded", micro_batch=1, largest=4))
+    assert measured.found is not None and not measured.problem and measured.samples_per_s > 0
+    assert [trial.micro_batch for trial in measured.found.trials] == [1, 4]
+    assert measured.found.end in ("the largest", "no faster")
+    assert measured.found.planned_gib is not None
 
 
 def test_a_job_that_fails_is_told_and_ends_nothing(tiny: Job) -> None:
     measured = run(replace(tiny, engine="zero 7"))
     assert measured.found is None
     assert measured.problem.startswith("failed: ") and measured.samples_per_s == 0.0
+
+
+def test_a_job_that_takes_too_long_is_ended_and_what_it_found_counts(tiny: Job, found: Found) -> None:
+    measured = run(replace(tiny, limit_s=0.2))
+    assert measured.found is None and measured.problem == "took longer than 0 s"
+    line = json.dumps(asdict(found))
+    measured = measurement_of(tiny, f"{line}\n{line[:50]}", "took longer than 90 s")
+    assert measured.found == found and measured.problem == "took longer than 90 s"
+    assert measurement_of(tiny, '{"out_of_memory": "CUDA"}\n').problem == "does not fit"
+
+
+def test_micro_batches_grow_while_they_get_faster_and_there_is_time(tiny: Job) -> None:
+    def after(*speeds: tuple[int, float]) -> tuple[int | None, str]:
+        trials = [
+            Trial(micro_batch=size, step_s=[size / speed], peak_gib=1.0, reserved_gib=1.0) for size, speed in speeds
+        ]
+        return next_size(trials, 64)
+
+    assert after((1, 10)) == (4, "") and after((1, 10), (4, 20)) == (16, "") and after((4, 10), (16, 20)) == (32, "")
+    assert after((16, 10), (32, 20)) == (64, "") and after((32, 10), (64, 20)) == (None, "the largest")
+    assert after((4, 10), (16, 10.1)) == (None, "no faster")
+    hurried = list(measure(replace(tiny, micro_batch=1, largest=64, limit_s=0.0)))
+    assert [len(found.trials) for found in hurried] == [1, 1] and hurried[-1].end == "out of time"
+    assert hurried[0].planned_gib is None and hurried[1].planned_gib is not None
+
+
+def test_memory_that_ends_ends_the_search_alone(tiny: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch that is asked for and cannot be made stands for a step that does not fit."""
+    make = gpu_step.batch_of
+
+    def batch_of(config: Any, micro_batch: int, device: torch.device) -> dict[str, torch.Tensor]:
+        torch.empty(1 << 60 if micro_batch > 1 else 1, dtype=torch.uint8)
+        return make(config, micro_batch, device)
+
+    monkeypatch.setattr(gpu_step, "batch_of", batch_of)
+    *_, found = measure(replace(tiny, micro_batch=1, largest=64))
+    assert [trial.micro_batch for trial in found.trials] == [1] and found.end == "4 does not fit"
+    with pytest.raises(RuntimeError) as error:
+        next(measure(replace(tiny, micro_batch=2)))
+    assert is_out_of_memory(error.value)
+
+
+def test_every_model_has_a_row_before_any_has_two(tiny: Job, found: Found) -> None:
+    templates = [replace(tiny, model=model, micro_batch=1, largest=64) for model in CONFIG_TYPES]
+    done: list[Measurement] = []
+    for job in jobs(templates, ZERO, done):
+        done.append(Measurement(job=job, found=found if job.model != "decoder" else None))
+    rows = [measured.job for measured in done]
+    assert rows[:4] == templates and [job.engine for job in rows[:28:4]] == ["torch", *ZERO]
+    options = {(job.model, job.options) for job in rows[28:]}
+    assert all(job.micro_batch == job.largest == found.best.micro_batch for job in rows[28:])
+    assert options == {("prior", "compile")} | {
+        (model, way)
+        for model in ("upsampler_256", "upsampler_1024")
+        for way in ("channels_last", "channels_last compile")
+    }
+
+
+def test_engines_are_what_their_names_say(tiny: Job) -> None:
+    found = {}
+    for engine in ZERO:
+        settings = settings_of(replace(tiny, engine=engine), 8)
+        found[engine] = (settings.zero_stage, settings.offload_optimizer, settings.offload_parameters)
+        assert settings.micro_batch_size == 8 and settings.precision == "bf16"
+    assert found == {
+        **{f"zero {stage}": (stage, "none", "none") for stage in (1, 2, 3)},
+        **{f"zero {stage}, offloaded": (stage, "cpu", "none") for stage in (2, 3)},
+        "zero 3, all offloaded": (3, "cpu", "cpu"),
+    }
 
 
 def test_kinds_of_operations() -> None:
@@ -114,9 +187,15 @@ def test_the_peak_is_that_of_a_matrix_product() -> None:
 def test_the_report_computes_mfu_from_the_measured_peak(tiny: Job, found: Found) -> None:
     fits = Measurement(job=tiny, found=found)
     text = report(CARD, [fits, Measurement(job=replace(tiny, micro_batch=4), found=None, problem="does not fit")])
-    mfu = found.flop_per_sample * 2 / statistics.median(found.step_s) / 1e12 / CARD.measured_tflops
+    mfu = found.flop_per_sample * found.best.samples_per_s / 1e12 / CARD.measured_tflops
     assert f"| {mfu:.1%} |" in text
+    assert found.planned_gib is not None
+    assert (
+        f"| {found.best.peak_gib:.1f} | {found.planned_gib:.1f} ({found.planned_gib / found.best.peak_gib:.2f}) |"
+        in text
+    )
     assert "| prior | torch | 4 | does not fit |" in text
+    assert f"prior, torch: 2: {found.best.samples_per_s:.2f} img/s" in text and "; the largest." in text
     assert "| operation | kind | share of a step |" in text
 
 
