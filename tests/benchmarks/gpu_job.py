@@ -110,7 +110,7 @@ def next_size(trials: Sequence[Trial], largest: int) -> tuple[int | None, str]:
     *before, last = trials
     if before and last.samples_per_s < _WORTHWHILE * max(trial.samples_per_s for trial in before):
         return None, "no faster"
-    size = last.micro_batch * (4 if last.micro_batch < 16 else 2)
+    size = last.micro_batch * (4 if last.micro_batch < 4 else 2)
     return (size, "") if size <= largest else (None, "the largest")
 
 

@@ -97,7 +97,7 @@ def test_micro_batches_grow_while_they_get_faster_and_there_is_time(tiny: Job) -
         ]
         return next_size(trials, 64)
 
-    assert after((1, 10)) == (4, "") and after((1, 10), (4, 20)) == (16, "") and after((4, 10), (16, 20)) == (32, "")
+    assert after((1, 10)) == (4, "") and after((1, 10), (4, 20)) == (8, "") and after((4, 10), (8, 20)) == (16, "")
     assert after((16, 10), (32, 20)) == (64, "") and after((32, 10), (64, 20)) == (None, "the largest")
     assert after((4, 10), (16, 10.1)) == (None, "no faster")
     hurried = list(measure(replace(tiny, micro_batch=1, largest=64, limit_s=0.0)))
