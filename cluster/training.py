@@ -28,6 +28,7 @@ from stages.base import Resources, Shard, Stage, record_uri
 from stages.checkpoints import CheckpointFolder
 from stages.engine import EngineFactory, TorchEngine
 from stages.errors import ShardError, StorageError, UnclipError
+from stages.huge_pages import prefer_huge_pages
 from stages.manifest import ShardRecord
 from stages.training import TrainingStoppedError
 
@@ -171,6 +172,7 @@ def _group_timeout_s(stage: Stage[Any]) -> int:
 
 def run_rank(config: dict[str, Any]) -> None:
     """Do one rank's part; called by Ray Train on every worker of the group."""
+    prefer_huge_pages()
     import torch
     import torch.distributed as dist
 

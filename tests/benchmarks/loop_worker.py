@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stages.dataset import Batch, TrainingStream
 from stages.engine import EngineFactory, TorchEngine
+from stages.huge_pages import prefer_huge_pages
 from stages.training import model_loss, train
 from stages.training_config import TrainingConfig
 from tests.benchmarks.bench_loader import read_shards
@@ -257,4 +258,5 @@ def measure(task: Task, replies: TextIO) -> None:
 
 
 if __name__ == "__main__":
+    prefer_huge_pages()  # as the ranks of a group do; here both sides
     serve_tasks(measure)

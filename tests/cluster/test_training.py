@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,6 +81,18 @@ class AccidentalStream(VectorStream):
             os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def huge_pages_of_a_tensor() -> int:
+    """Return how many KiB of huge pages come with a tensor of 32 MiB."""
+
+    def held() -> int:
+        found = re.search(r"^AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)
+        return int(found[1]) if found else 0
+
+    before = held()
+    tensor = torch.ones(8 << 20)
+    return held() - before if len(tensor) else 0
+
+
 class Tiny(Stage[TinyConfig]):
     """A training stage over the tiny model."""
 
@@ -116,6 +129,7 @@ class Tiny(Stage[TinyConfig]):
         if trained.weights is not None:
             flat = torch.cat([tensor.reshape(-1) for _, tensor in sorted(trained.weights.items())])
             files["weights"] = ("bin", flat.numpy().tobytes())
+            files["huge_kib"] = ("txt", str(huge_pages_of_a_tensor()).encode())
             self.commit(shard, output, files, started_at=0.0)
         if dist.is_initialized():
             dist.barrier()
@@ -158,6 +172,9 @@ def test_groups_at_once_each_meet_their_own_end(
         outcomes = list(pool.map(fail, (1, 2)))
     assert torch.allclose(weights(calm.result(), tmp_path / "calm"), alone, atol=1e-5)
     assert (seen[-1].done, seen[-1].total, seen[-1].unit) == (12, 12, "steps")
+    if "[never]" not in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text():
+        record = calm.result()
+        assert int(record.files["huge_kib"].read(str(tmp_path / "calm"))) > 0
     for outcome in outcomes:
         assert isinstance(outcome, ShardFailure) and outcome.kind == "fatal"
         assert type(outcome.error) is InputError and str(outcome.error) == "tiny: the data is wrong; mend it"
