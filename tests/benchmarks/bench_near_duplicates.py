@@ -13,8 +13,9 @@ import time
 
 import numpy as np
 
+from stages.hash_tables import Hashes, Tones
 from stages.image_hash import NUM_TONES
-from stages.near_duplicates import Hashes, Tones, near_duplicates, plan_search
+from stages.near_duplicates import near_duplicates, plan_search
 from tests.resident import resident_mib
 
 
