@@ -3,9 +3,9 @@
 The decision depends on the samples, their order and the settings alone. Of equal or nearly equal images the earliest
 that no other rule drops stays.
 
-What these rules look at is kept as a few numbers per sample: 93 bytes with the default rules, 110 with all. Image
+What these rules look at is kept as a few numbers per sample: 93 bytes with the default rules, 109 with all. Image
 files and captions are known by 128 bits of their hash: that any two different ones of 5 billion agree in them has a
-chance of 1 in 10**19. The decision takes about as much as 40 bytes more, and what the search of near duplicates needs
+chance below 1 in 10**19. The decision takes about as much as 40 bytes more, and what the search of near duplicates needs
 (``stages/near_duplicates.py``).
 """
 
@@ -58,7 +58,7 @@ class Facts:
         hashes: perceptual hashes; uint64 ``(n,)``.
         tones: uint8 ``(n, 48)``.
         files: identity of the image file; uint64 ``(n, 2)``.
-        urls: identity of the URL; uint64 ``(n,)``.
+        urls: hash of the URL; int64 ``(n,)``.
         captions: identity of the caption without outer spaces; uint64 ``(n, 2)``.
     """
 
@@ -69,7 +69,7 @@ class Facts:
         self.tones: Tones = np.zeros((compared, NUM_TONES), np.uint8)
         counted = num_samples if config.placeholder_min_urls is not None else 0
         self.files: Identities = np.zeros((num_samples if config.drop_duplicates else counted, 2), np.uint64)
-        self.urls: npt.NDArray[np.uint64] = np.zeros(counted, np.uint64)
+        self.urls = np.zeros(counted, np.int64)
         self.captions: Identities = np.zeros((num_samples if config.max_caption_repeats else 0, 2), np.uint64)
 
     def note(self, part: slice, samples: pa.Table, codes: Codes) -> None:
@@ -88,9 +88,11 @@ class Facts:
             sums = np.frombuffer(bytes.fromhex("".join(samples["sha256"].to_pylist())), np.uint64)
             self.files[part] = sums.reshape(-1, 4)[:, :2]
         if len(self.urls):
-            self.urls[part] = _identities(samples["url"].to_pylist(), 1)[:, 0]
+            # Python's own hash differs from process to process; all of these are of this one.
+            hashed = (hash(url) if url else _MISSING for url in samples["url"].to_pylist())
+            self.urls[part] = np.fromiter(hashed, np.int64, samples.num_rows)
         if len(self.captions):
-            self.captions[part] = _identities(plain_captions(samples).to_pylist(), 2)
+            self.captions[part] = _identities(plain_captions(samples).to_pylist())
 
     def sort(self, order: Rows) -> None:
         """Bring the samples into another order, ``(n,)``."""
@@ -130,11 +132,10 @@ def _tones_of(samples: pa.Table) -> Tones:
     return values[column.offset * NUM_TONES :][: len(column) * NUM_TONES].reshape(-1, NUM_TONES)
 
 
-def _identities(texts: Sequence[str | None], num_words: int) -> Identities:
-    """Hash texts to words of 64 bits, ``(n, num_words)``; an empty text and none at all are ``_MISSING``."""
-    missing = bytes(8 * num_words)
-    hashed = (hashlib.blake2b(text.encode(), digest_size=8 * num_words).digest() if text else missing for text in texts)
-    return np.frombuffer(b"".join(hashed), np.uint64).reshape(-1, num_words)
+def _identities(texts: Sequence[str]) -> Identities:
+    """Hash texts, ``(n, 2)``; an empty one is ``_MISSING``."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=16).digest() if text else bytes(16) for text in texts)
+    return np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------
