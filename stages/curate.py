@@ -38,6 +38,7 @@ RULE_VERSION = 2  # of what the rules mean; raised whenever equal settings would
 REASONS = ("clip_score_min", "concept_<name>", "semantic_duplicate", "keep_fraction")
 KEPT, LEFT_OUT = -1, -2
 _IO_THREADS = 16
+_FINISH_BYTES = 30  # per sample; concepts come on top
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
 Scores = npt.NDArray[np.float32]
@@ -209,6 +210,11 @@ class Curate(Stage[CurateConfig]):
             **{f"clip_score_p{q:02d}": float(np.percentile(clip_scores, q)) for q in _QUANTILES},
         }
         return Result(records=selected, metrics=metrics)
+
+    def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
+        """See ``Stage.finish_bytes``; measured by ``tests/benchmarks/bench_decisions.py``."""
+        per_sample = _FINISH_BYTES + 8 * len(self.config.concepts)
+        return per_sample * sum(record.num_in for record in records)
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,7 @@ from stages.ranks import Ranks, in_given_order, parts_of
 from stages.samples import read_tar, selection_table, table_from_bytes, table_to_bytes
 
 _IO_THREADS = 16
+_FINISH_BYTES = 140  # per sample
 _ORIGIN = {
     "key": pa.large_string(),
     "list": pa.large_string(),
@@ -168,6 +169,10 @@ class Filter(Stage[FilterConfig]):
             listed = ", ".join(f"{reason}: {count}" for reason, count in totals.most_common())
             raise StageError(f"filter: none of {totals.total()} samples is kept ({listed}); loosen these rules")
         return Result(records=final)
+
+    def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
+        """See ``Stage.finish_bytes``; measured by ``tests/benchmarks/bench_decisions.py``."""
+        return _FINISH_BYTES * sum(record.num_in for record in records)
 
     def _check_languages(self) -> None:
         if not self.config.caption_languages:
