@@ -42,7 +42,7 @@ chaos: setup ## the drills: kills, faults and lost nodes, up to a whole run kill
 bench-data: setup ## the data plane against other software: ratios, side by side (CLIP_RETRIEVAL=python SKLEARN=python)
 	$(BIN)/python -m tests.benchmarks.bench_embed $(if $(CLIP_RETRIEVAL),--clip-retrieval-python $(CLIP_RETRIEVAL))
 	$(BIN)/python -m tests.benchmarks.bench_pca $(if $(SKLEARN),--sklearn-python $(SKLEARN))
-	for name in lists download near_duplicates resume scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
+	for name in lists download near_duplicates decisions resume requests scale; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done
 
 bench-train: setup ## the training plane against other software, likewise
 	for name in loader models degradation train; do $(BIN)/python -m tests.benchmarks.bench_$$name || exit 1; done

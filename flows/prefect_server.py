@@ -1,6 +1,6 @@
 """Where the flow talks to Prefect: the user's own server, or a private one on loopback that needs no care.
 
-A private server is one process per user, shared by all runs that overlap, and gone about a second after the last of
+A private server is one process per user and machine, shared by all runs that overlap, and gone about a second after the last of
 them has ended, however it ended: every run holds a shared lock on a file, and the server stops when it can take that
 lock alone. Its database stays in the user's state folder, so the history of runs is kept. Prefect's own ephemeral mode
 does the same work with a start-up limit shorter than its migrations and with a traceback when the run ends.
@@ -13,6 +13,7 @@ import fcntl
 import importlib.metadata
 import json
 import os
+import platform
 import secrets
 import subprocess
 import sys
@@ -54,20 +55,20 @@ class ServerError(UnclipError):
 
 
 def state_folder() -> Path:
-    """Return the folder of the private server: one per Prefect version, since their databases differ.
+    """Return the folder of the private server: one per Prefect version, since their databases differ, and machine.
 
-    It lies in ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that is not writable.
+    Machines may share the home folder and its locks, but not the loopback on which the server listens. It lies in ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that is not writable.
     """
-    version = importlib.metadata.version("prefect")
+    name = f"prefect-{importlib.metadata.version('prefect')}-{platform.node() or 'localhost'}"
     base = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
-    folder = base / "unclip" / f"prefect-{version}"
+    folder = base / "unclip" / name
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if os.access(folder, os.W_OK):
             return folder
     except OSError:
         pass
-    folder = Path(tempfile.gettempdir()) / f"unclip-{os.getuid()}-prefect-{version}"
+    folder = Path(tempfile.gettempdir()) / f"unclip-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise ServerError(f"{folder}: belongs to another user; set XDG_STATE_HOME to a folder of yours")

@@ -268,6 +268,10 @@ class Stage(ABC, Generic[C]):
         """
         return Result(records=records)
 
+    def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
+        """Estimate the memory that ``finish`` holds, bytes; 0 where any worker has it."""
+        return 0
+
     # ---- tools for subclasses -------------------------------------------------------------------------------------
 
     def uri(self, file: File) -> str:

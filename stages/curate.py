@@ -26,9 +26,10 @@ from stages import storage
 from stages.base import Result, Shard, Stage, setting
 from stages.concepts import NAME, Concept, Head, ZeroShot, head_sums, load_heads, load_zero_shot, score_concepts
 from stages.errors import InputError, IntegrityError
+from stages.keeper_keys import KeeperKeys
 from stages.keepers import NONE, Rows
 from stages.manifest import Manifest, ShardRecord
-from stages.ranks import in_given_order, parts_of, rank_order
+from stages.ranks import Ranks, in_given_order, parts_of
 from stages.samples import embeddings_of, selection_table, table_from_bytes, table_to_bytes
 from stages.semantic_duplicates import Embeddings, semantic_duplicates
 from stages.weights import weights_of
@@ -37,6 +38,7 @@ RULE_VERSION = 2  # of what the rules mean; raised whenever equal settings would
 REASONS = ("clip_score_min", "concept_<name>", "semantic_duplicate", "keep_fraction")
 KEPT, LEFT_OUT = -1, -2
 _IO_THREADS = 16
+_FINISH_BYTES = 30  # per sample; concepts come on top
 _QUANTILES = (1, 5, 25, 50, 75, 95, 99)
 
 Scores = npt.NDArray[np.float32]
@@ -193,13 +195,13 @@ class Curate(Stage[CurateConfig]):
         Raises:
             InputError: if nothing is left.
         """
-        scores, verdicts = self._decided(records)
-        clip_scores = _clip_scores(scores)
+        clip_scores, verdicts = self._decided(records)
         kept = clip_scores[verdicts.codes == KEPT]
         if not len(kept):
             raise InputError(self._nothing_left(clip_scores, verdicts.codes))
+        keys = KeeperKeys(records, verdicts.keepers, self._keys)
         with ThreadPoolExecutor(_IO_THREADS) as pool:
-            select = partial(self._select, scores, verdicts, output)
+            select = partial(self._select, verdicts, keys, output)
             selected = list(pool.map(select, records, parts_of(records)))
         metrics = {
             "clip_score_mean": float(clip_scores.mean(dtype=np.float64)),
@@ -208,6 +210,11 @@ class Curate(Stage[CurateConfig]):
             **{f"clip_score_p{q:02d}": float(np.percentile(clip_scores, q)) for q in _QUANTILES},
         }
         return Result(records=selected, metrics=metrics)
+
+    def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
+        """See ``Stage.finish_bytes``; measured by ``tests/benchmarks/bench_decisions.py``."""
+        per_sample = _FINISH_BYTES + 8 * len(self.config.concepts)
+        return per_sample * sum(record.num_in for record in records)
 
     # ---- scores -----------------------------------------------------------------------------------------------------
 
@@ -238,39 +245,58 @@ class Curate(Stage[CurateConfig]):
 
     def _decided(
         self, records: Sequence[ShardRecord], among: npt.NDArray[np.bool_] | None = None
-    ) -> tuple[pa.Table, Verdicts]:
-        """Return the scores of all samples in the order of the records, and the verdicts on them."""
+    ) -> tuple[Scores, Verdicts]:
+        """Return CLIP scores of all samples in the order of the records, and the verdicts on them."""
         if not any(record.num_in for record in records):
             raise InputError("curate: no embedded sample came in; see what `unclip status` says of embed and filter")
-        with ThreadPoolExecutor(_IO_THREADS) as pool:
-            scores = pa.concat_tables(pool.map(self._scores, records))
-        order = rank_order(scores["list"], scores["row"])
+        scores, order = self._all_scores(records)
+        clip_scores = scores["clip_score"]
         left_out = np.zeros(0, np.int64)
         if among is not None:
-            order, left_out = order[among[order]], order[~among[order]]
-        duplicates = partial(self._duplicates, records, order)
-        ranked = decide(scores.take(order), self.config, duplicates)
-        codes = np.concatenate([ranked.codes, np.full(len(left_out), LEFT_OUT, np.int16)])
-        keepers = np.concatenate([ranked.keepers, np.full(len(left_out), NONE, np.int64)])
-        return scores, Verdicts(*in_given_order(np.concatenate([order, left_out]), codes, keepers))
+            ranked = np.arange(len(clip_scores)) if order is None else order
+            order, left_out = ranked[among[ranked]], ranked[~among[ranked]]
+        if order is not None:
+            scores = {name: values[order] for name, values in scores.items()}
+        verdicts = decide(scores, self.config, partial(self._duplicates, records, order))
+        codes = np.concatenate([verdicts.codes, np.full(len(left_out), LEFT_OUT, np.int16)])
+        keepers = np.concatenate([verdicts.keepers, np.full(len(left_out), NONE, np.int64)])
+        whole = None if order is None else np.concatenate([order, left_out])
+        return clip_scores, Verdicts(*in_given_order(whole, codes, keepers))
 
-    def _scores(self, record: ShardRecord) -> pa.Table:
-        table = table_from_bytes(record.files["scores"].read(self.root))
+    def _all_scores(self, records: Sequence[ShardRecord]) -> tuple[dict[str, Scores], Rows | None]:
+        """Return the scores of all samples in the order of the records, and the samples by rank if that is another."""
+        names = ("clip_score", *(f"concept_{name}" for name in sorted(self.config.concepts)))
+        parts, ranks = parts_of(records), Ranks(records)
+        scores = {name: np.zeros(parts[-1].stop, np.float32) for name in names}
+
+        def read(shard: int) -> None:
+            own = self._scores(records[shard], ("list", "row", *names))
+            ranks.note(shard, own)
+            for name in names:
+                scores[name][parts[shard]] = own[name]
+
+        with ThreadPoolExecutor(_IO_THREADS) as pool:
+            list(pool.map(read, range(len(records))))
+        return scores, ranks.order()
+
+    def _scores(self, record: ShardRecord, columns: Sequence[str] | None = None) -> pa.Table:
+        table = table_from_bytes(record.files["scores"].read(self.root), columns)
         if table.num_rows != record.num_in:
             raise IntegrityError(
                 f"{self.uri(record.files['scores'])}: {table.num_rows} scores where the record says {record.num_in}; "
                 "run curate again with --force"
             )
-        # Texts get long offsets, for those of a large data set exceed 2 GiB.
-        texts = {name: table[name].cast(pa.large_string()) for name in ("key", "list")}
-        return pa.table({name: texts.get(name, table[name]) for name in table.column_names})
+        return table
 
-    def _duplicates(self, records: Sequence[ShardRecord], order: Rows, ranks: Rows) -> Rows:
+    def _keys(self, record: ShardRecord) -> pa.ChunkedArray:
+        return self._scores(record, ("key",))["key"]
+
+    def _duplicates(self, records: Sequence[ShardRecord], order: Rows | None, ranks: Rows) -> Rows:
         """Find the semantic duplicates among some samples.
 
         Args:
             records: of all samples.
-            order: positions, in the order of the records, of those decided about, by rank.
+            order: positions, in the order of the records, of those decided about, by rank; None: all, as they come.
             ranks: the samples to search, ascending.
 
         Returns:
@@ -281,7 +307,7 @@ class Curate(Stage[CurateConfig]):
             return np.zeros(0, np.int64)
         num_samples = sum(record.num_in for record in records)
         place = np.full(num_samples, NONE, np.int64)  # of every sample, its row among those searched
-        place[order[ranks]] = np.arange(len(ranks))
+        place[ranks if order is None else order[ranks]] = np.arange(len(ranks))
         with tempfile.TemporaryFile(prefix="unclip-") as file:
             embeddings: Embeddings | None = None
             for record, part in zip(records, parts_of(records), strict=True):
@@ -296,12 +322,13 @@ class Curate(Stage[CurateConfig]):
             return semantic_duplicates(embeddings, min_cosine=self.config.semantic_duplicate_cosine)
 
     def _select(
-        self, scores: pa.Table, verdicts: Verdicts, output: str, record: ShardRecord, part: slice
+        self, verdicts: Verdicts, keys: KeeperKeys, output: str, record: ShardRecord, part: slice
     ) -> ShardRecord:
         """Publish one shard's selection and return its final record."""
-        own, codes, keepers = scores[part], verdicts.codes[part], verdicts.keepers[part]
+        own, codes = self._scores(record), verdicts.codes[part]
         columns = {name: own[name] for name in own.column_names if name != "key"}
-        columns["duplicate_of"] = scores["key"].take(pa.array(keepers, mask=keepers == NONE))
+        columns["list"] = own["list"].cast(pa.large_string())
+        columns["duplicate_of"] = keys.of(verdicts.keepers[part])
         columns["rule_version"] = pa.array(np.full(len(codes), RULE_VERSION, np.int32))
         selection = selection_table(own["key"].to_pylist(), self._reasons(codes), columns)
         file = self.publish(storage.join(output, f"{record.shard_id}.selection.parquet"), table_to_bytes(selection))
@@ -334,24 +361,24 @@ class Curate(Stage[CurateConfig]):
         return f"curate: nothing is left: {len(scores)} samples came in and all were dropped ({listed}); loosen these"
 
 
-def decide(scores: pa.Table, config: CurateConfig, duplicates: Callable[[Rows], Rows]) -> Verdicts:
+def decide(scores: Mapping[str, Scores], config: CurateConfig, duplicates: Callable[[Rows], Rows]) -> Verdicts:
     """Decide over all samples of a dataset.
 
     A sample is dropped for the first rule that applies, in the order of ``config.reasons``. Of the n samples that pass
     all others, ``keep_fraction`` keeps the ``ceil(keep_fraction * n)`` best; of equal CLIP scores the earlier.
 
     Args:
-        scores: one row per sample in rank order, with columns ``clip_score`` and ``concept_<name>``.
+        scores: ``clip_score`` and ``concept_<name>`` of all samples in rank order, each float32 ``(n,)``.
         config: the thresholds.
         duplicates: finds semantic duplicates among rows (ascending): of each, the position of its keeper, or ``NONE``.
     """
-    clip_scores = _clip_scores(scores)
+    clip_scores = scores["clip_score"]
     codes, keepers = np.full(len(clip_scores), KEPT, np.int16), np.full(len(clip_scores), NONE, np.int64)
     code_of = {reason: code for code, reason in enumerate(config.reasons)}
     if config.clip_score_min is not None:
         codes[clip_scores < config.clip_score_min] = code_of["clip_score_min"]
     for name, concept in sorted(config.concepts.items()):
-        too_much = scores[f"concept_{name}"].to_numpy() > np.float32(concept.max)
+        too_much = scores[f"concept_{name}"] > np.float32(concept.max)
         codes[(codes == KEPT) & too_much] = code_of[f"concept_{name}"]
     if config.semantic_duplicate_cosine is not None:
         open_ = np.flatnonzero(codes == KEPT)
@@ -364,7 +391,3 @@ def decide(scores: pa.Table, config: CurateConfig, duplicates: Callable[[Rows], 
     best_first = remaining[np.argsort(-clip_scores[remaining], kind="stable")]
     codes[best_first[num_kept:]] = code_of["keep_fraction"]
     return Verdicts(codes, keepers)
-
-
-def _clip_scores(scores: pa.Table) -> Scores:
-    return np.asarray(scores["clip_score"].to_numpy(), np.float32)

@@ -69,7 +69,9 @@ class DownloadConfig:
     )
     hash_algorithm: Literal["md5", "sha256"] = setting("md5", "of `hash_column`")
     num_threads: int = setting(16, "connections at once", affects="nothing")
-    connections_per_host: int = setting(4, "connections to one host (name and port) at once", affects="nothing")
+    connections_per_host: int = setting(
+        4, "connections of one shard to one host (name and port) at once; each worker does one shard", affects="nothing"
+    )
     circuit_breaker_failures: int = setting(
         10,
         "failures to reach a host in a row after which the shard's other rows of it fail at once (host_down); 0: off",

@@ -81,4 +81,6 @@ class StageTimeoutError(StageError, TimeoutError):
 
 def first_line(error: BaseException) -> str:
     """Say in one line what an error of other software says in many; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # Of a traceback that was put into a message, what counts is at its end.
+    return f"{lines[0]} {lines[-1].strip()}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]

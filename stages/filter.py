@@ -29,21 +29,26 @@ from stages.base import Resources, Result, Shard, Stage
 from stages.blocklists import HeldOut, UrlBlocklist, held_out_identity, read_image_blocklist
 from stages.caption_language import known_languages, languages_of
 from stages.errors import ConfigError, InputError, ShardError, StageError
-from stages.filter_rules import KEPT, REASONS, RULE_VERSION, Codes, FilterConfig, Lists, Verdicts, decide
+from stages.filter_rules import KEPT, REASONS, RULE_VERSION, Codes, FilterConfig, Lists, judge
+from stages.filter_set_rules import Facts, Verdicts, decide
 from stages.image_hash import NUM_TONES, measure_image
-from stages.keepers import NONE
+from stages.keeper_keys import KeeperKeys
+from stages.keepers import Rows
 from stages.manifest import Manifest, ShardRecord, digest_of
-from stages.ranks import in_given_order, parts_of, rank_order
+from stages.ranks import Ranks, in_given_order, parts_of
 from stages.samples import read_tar, selection_table, table_from_bytes, table_to_bytes
 
 _IO_THREADS = 16
-_FACTS = {
+_FINISH_BYTES = 140  # per sample
+_ORIGIN = {
     "key": pa.large_string(),
     "list": pa.large_string(),
     "row": pa.int64(),
+    "status": pa.large_string(),
+}
+_FACTS = _ORIGIN | {
     "url": pa.large_string(),
     "caption": pa.large_string(),
-    "status": pa.large_string(),
     "sha256": pa.large_string(),
     "original_width": pa.int64(),
     "original_height": pa.int64(),
@@ -145,7 +150,7 @@ class Filter(Stage[FilterConfig]):
         Returns:
             The reasons of every shard, in the order of ``records`` and of the samples in them.
         """
-        _, verdicts = self._decided(records)
+        verdicts = self._decided(records)
         return [_reasons(verdicts.codes[part]) for part in parts_of(records)]
 
     def finish(self, records: Sequence[ShardRecord], output: str, inputs: Mapping[str, Manifest]) -> Result:
@@ -154,15 +159,20 @@ class Filter(Stage[FilterConfig]):
         Raises:
             StageError: if no sample is kept.
         """
-        samples, verdicts = self._decided(records)
+        verdicts = self._decided(records)
+        keys = KeeperKeys(records, verdicts.keepers, self._keys)
         with ThreadPoolExecutor(_IO_THREADS) as pool:
-            write = partial(self._select, samples, verdicts, output)
+            write = partial(self._select, verdicts, keys, output)
             final = list(pool.map(write, records, parts_of(records)))
         if not any(record.num_kept for record in final):
             totals = sum((Counter(record.dropped) for record in final), Counter[str]())
             listed = ", ".join(f"{reason}: {count}" for reason, count in totals.most_common())
             raise StageError(f"filter: none of {totals.total()} samples is kept ({listed}); loosen these rules")
         return Result(records=final)
+
+    def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
+        """See ``Stage.finish_bytes``; measured by ``tests/benchmarks/bench_decisions.py``."""
+        return _FINISH_BYTES * sum(record.num_in for record in records)
 
     def _check_languages(self) -> None:
         if not self.config.caption_languages:
@@ -186,23 +196,41 @@ class Filter(Stage[FilterConfig]):
             lists = replace(lists, held_out=HeldOut.read(config.held_out_images))
         return lists
 
-    def _decided(self, records: Sequence[ShardRecord]) -> tuple[pa.Table, Verdicts]:
-        """Return all samples in the order of the records, and the verdicts on them."""
-        with ThreadPoolExecutor(_IO_THREADS) as pool:
-            samples = pa.concat_tables(pool.map(self._samples, records))
-        order = rank_order(samples["list"], samples["row"])
-        is_sorted = bool((order[1:] > order[:-1]).all())
-        ranked = decide(samples if is_sorted else samples.take(order), self.config, self._lists())
-        return samples, Verdicts(*in_given_order(order, ranked.codes, ranked.keepers))
+    def _decided(self, records: Sequence[ShardRecord]) -> Verdicts:
+        """Return the verdicts on all samples in the order of the records."""
+        lists = self._lists()
+        facts, order = self._facts(records, lists)
+        verdicts = decide(facts, self.config, lists.held_out)
+        return Verdicts(*in_given_order(order, verdicts.codes, verdicts.keepers))
 
-    def _samples(self, record: ShardRecord) -> pa.Table:
-        """Join the measurements of a shard to its table.
+    def _facts(self, records: Sequence[ShardRecord], lists: Lists) -> tuple[Facts, Rows | None]:
+        """Return what is known of all samples, by rank, and their positions if that is not the order of the records."""
+        parts = parts_of(records)
+        facts, ranks = Facts(parts[-1].stop, self.config), Ranks(records)
+
+        def read(shard: int) -> None:
+            samples = self._samples(records[shard], _FACTS)
+            facts.note(parts[shard], samples, judge(samples, self.config, lists))
+            ranks.note(shard, samples)
+
+        with ThreadPoolExecutor(_IO_THREADS) as pool:
+            list(pool.map(read, range(len(records))))
+        order = ranks.order()
+        if order is not None:
+            facts.sort(order)
+        return facts, order
+
+    def _keys(self, record: ShardRecord) -> pa.ChunkedArray:
+        return table_from_bytes(record.files["scores"].read(self.root), ["key"])["key"]
+
+    def _samples(self, record: ShardRecord, wanted: Mapping[str, pa.DataType]) -> pa.Table:
+        """Join the measurements of a shard to its table, of which only some columns are wanted.
 
         Raises:
             ShardError: if the two do not name the same samples.
         """
         measured = _typed(table_from_bytes(record.files["scores"].read(self.root), list(_MEASUREMENTS)), _MEASUREMENTS)
-        facts = _typed(table_from_bytes(record.inputs["table"].read(self.root), list(_FACTS)), _FACTS)
+        facts = _typed(table_from_bytes(record.inputs["table"].read(self.root), list(wanted)), wanted)
         facts = facts.filter(pc.equal(facts["status"], "success"))
         if len(measured) != record.num_in or not facts["key"].equals(measured["key"]):
             raise ShardError(
@@ -214,12 +242,13 @@ class Filter(Stage[FilterConfig]):
         return facts.drop_columns(["status"])
 
     def _select(
-        self, samples: pa.Table, verdicts: Verdicts, output: str, record: ShardRecord, part: slice
+        self, verdicts: Verdicts, keys: KeeperKeys, output: str, record: ShardRecord, part: slice
     ) -> ShardRecord:
         """Publish one shard's selection and return its final record."""
-        own, codes, keepers = samples[part], verdicts.codes[part], verdicts.keepers[part]
+        # Read again: the texts of a large data set do not fit beside what the decision needs.
+        own, codes = self._samples(record, _ORIGIN), verdicts.codes[part]
         scores = {name: own[name] for name in ("list", "row", "perceptual_hash", "language", "language_probability")}
-        scores["duplicate_of"] = samples["key"].take(pa.array(keepers, mask=keepers == NONE))
+        scores["duplicate_of"] = keys.of(verdicts.keepers[part])
         scores["rule_version"] = pa.array(np.full(len(codes), RULE_VERSION, np.int32))
         selection = selection_table(own["key"].to_pylist(), _reasons(codes), scores)
         file = self.publish(storage.join(output, f"{record.shard_id}.selection.parquet"), table_to_bytes(selection))
@@ -238,5 +267,5 @@ def _reasons(codes: Codes) -> list[str | None]:
 
 
 def _typed(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Give columns their types; texts get long offsets, for those of a large data set exceed 2 GiB."""
+    """Give columns their types."""
     return table.select(list(types)).cast(pa.schema(list(types.items())))

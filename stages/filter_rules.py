@@ -1,11 +1,7 @@
-"""The rules of the filter: settings, and the decision on all samples of a data set at once.
+"""The rules of the filter: settings, and what can be said of a sample by itself.
 
-``decide`` is a function of the samples, their order and the settings alone. A sample is dropped for the first reason
-that applies, in the order of ``REASONS``. Rules that look at several samples (from ``placeholder`` on) come last: of
-equal or nearly equal images the earliest that no other rule drops stays.
-
-Memory per sample: what Arrow holds of key, URL, caption and sha256, 90 bytes of numbers beside them, and what the
-search of near duplicates takes (``stages/near_duplicates.py``). Captions are judged once per distinct caption.
+A sample is dropped for the first reason that applies, in the order of ``REASONS``. Rules that need the whole data set
+(from ``held_out`` on) come last, in ``stages/filter_set_rules.py``. Captions are judged once per distinct caption.
 """
 
 from __future__ import annotations
@@ -22,9 +18,7 @@ import pyarrow.compute as pc
 
 from stages.base import setting
 from stages.blocklists import HeldOut, UrlBlocklist
-from stages.image_hash import NUM_TONES
-from stages.keepers import NONE, Rows
-from stages.near_duplicates import HASH_BITS, near_any, near_duplicates
+from stages.hash_tables import HASH_BITS
 
 RULE_VERSION = 2  # of what the rules mean; raised whenever equal settings would decide otherwise
 REASONS = (
@@ -47,7 +41,7 @@ REASONS = (
     "caption_repeated",
 )
 KEPT = -1
-_CODES = {reason: code for code, reason in enumerate(REASONS)}
+CODES = {reason: code for code, reason in enumerate(REASONS)}
 _SPACES = "".join(chr(code) for code in range(0x3001) if chr(code).isspace())  # none lies beyond
 _LETTER = r"[\p{L}\p{M}]"  # with the marks that vowels of many scripts are written with
 _SPACE = r"[\s\p{Z}]"
@@ -152,66 +146,41 @@ class Lists:
     held_out: HeldOut = field(default_factory=HeldOut)
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """The decision on n samples.
-
-    Attributes:
-        codes: position in ``REASONS``, or ``KEPT``; int8 ``(n,)``.
-        keepers: of duplicates and near duplicates, the row that keeps them out, else ``NONE``; int64 ``(n,)``.
-    """
-
-    codes: Codes
-    keepers: Rows
-
-
-def decide(samples: pa.Table, config: FilterConfig, lists: Lists) -> Verdicts:
-    """Decide on all samples of a data set.
+def judge(samples: pa.Table, config: FilterConfig, lists: Lists) -> Codes:
+    """Apply the rules on one sample.
 
     Args:
-        samples: one row per sample in rank order, with columns ``url``, ``caption``, ``sha256``, ``original_width``,
-            ``original_height``, ``perceptual_hash``, ``tones``, ``language`` and ``language_probability``.
+        samples: with columns ``url``, ``caption``, ``sha256``, ``original_width``, ``original_height``, ``language``
+            and ``language_probability``.
         config: the rules.
         lists: what the lists named by the config hold.
+
+    Returns:
+        Position in ``REASONS`` of the first rule that drops each sample, or ``KEPT``; int8 ``(n,)``.
     """
-    verdicts = Verdicts(np.full(samples.num_rows, KEPT, np.int8), np.full(samples.num_rows, NONE, np.int64))
+    codes = np.full(samples.num_rows, KEPT, np.int8)
     if not samples.num_rows:
-        return verdicts
-    captions = _encoded(pc.utf8_trim(pc.fill_null(samples["caption"], ""), characters=_SPACES))
-    files = _encoded(samples["sha256"])
-    hashes, tones = hashes_of(samples), tones_of(samples)
-    _judge_sides(verdicts.codes, samples, config)
+        return codes
+    captions = _encoded(plain_captions(samples))
+    _judge_sides(codes, samples, config)
     if lists.blocked_urls != UrlBlocklist():
-        _drop(verdicts.codes, "url_blocked", lists.blocked_urls.blocks(samples["url"]))
-    _judge_captions(verdicts.codes, captions, config)
+        drop(codes, "url_blocked", lists.blocked_urls.blocks(samples["url"]))
+    _judge_captions(codes, captions, config)
     if config.caption_languages:
-        _drop(verdicts.codes, "caption_language", _in_other_language(samples, captions, config))
-    _drop(verdicts.codes, "image_blocked", files.flags(pc.is_in, value_set=_strings(lists.blocked_images)))
-    held_out = lists.held_out
-    bits, levels = config.held_out_bits, config.held_out_levels
-    near = near_any(hashes, tones, held_out.hashes, held_out.tones, max_bits=bits, max_levels=levels)
-    _drop(verdicts.codes, "held_out", near)
-    if config.placeholder_min_urls is not None:
-        _drop(verdicts.codes, "placeholder", _under_many_urls(files, samples["url"], config.placeholder_min_urls))
-    if config.drop_duplicates:
-        _drop_copies(verdicts, files)
-    if config.near_duplicate_bits is not None:
-        _drop_near_duplicates(verdicts, hashes, tones, config.near_duplicate_bits, config.near_duplicate_levels)
-    if config.max_caption_repeats is not None:
-        _drop_repeats(verdicts.codes, captions, config.max_caption_repeats)
-    return verdicts
+        drop(codes, "caption_language", _in_other_language(samples, captions, config))
+    if lists.blocked_images:
+        drop(codes, "image_blocked", np.asarray(pc.is_in(samples["sha256"], value_set=_strings(lists.blocked_images))))
+    return codes
 
 
-def hashes_of(samples: pa.Table) -> npt.NDArray[np.uint64]:
-    """Return the perceptual hashes, uint64 ``(n,)``."""
-    return np.asarray(samples["perceptual_hash"].to_numpy(), np.uint64)
+def plain_captions(samples: pa.Table) -> pa.ChunkedArray:
+    """Return captions without outer spaces, empty where there is none."""
+    return pc.utf8_trim(pc.fill_null(samples["caption"], ""), characters=_SPACES)
 
 
-def tones_of(samples: pa.Table) -> npt.NDArray[np.uint8]:
-    """Return the tones, uint8 ``(n, 48)``."""
-    column = samples["tones"].combine_chunks()
-    values = np.frombuffer(column.buffers()[1], np.uint8)
-    return values[column.offset * NUM_TONES :][: len(column) * NUM_TONES].reshape(-1, NUM_TONES)
+def drop(codes: Codes, reason: str, condition: Flags) -> None:
+    """Drop the samples that meet a condition and have not been dropped before."""
+    codes[(codes == KEPT) & condition] = CODES[reason]
 
 
 # ---- columns of few distinct texts ----------------------------------------------------------------------------------
@@ -244,22 +213,17 @@ def _strings(values: frozenset[str]) -> pa.Array:
     return pa.array(sorted(values), pa.large_string())
 
 
-def _drop(codes: Codes, reason: str, condition: Flags) -> None:
-    """Drop the samples that meet a condition and have not been dropped before."""
-    codes[(codes == KEPT) & condition] = _CODES[reason]
-
-
 # ---- rules on one sample --------------------------------------------------------------------------------------------
 
 
 def _judge_sides(codes: Codes, samples: pa.Table, config: FilterConfig) -> None:
     width, height = (samples[f"original_{side}"].to_numpy().astype(np.int64) for side in ("width", "height"))
     shorter, longer = np.minimum(width, height), np.maximum(width, height)
-    _drop(codes, "too_small", shorter < config.min_side_px)
+    drop(codes, "too_small", shorter < config.min_side_px)
     if config.max_side_px is not None:
-        _drop(codes, "too_large", longer > config.max_side_px)
-    _drop(codes, "too_few_pixels", width * height < config.min_pixels)
-    _drop(codes, "aspect", longer > config.max_aspect * shorter)
+        drop(codes, "too_large", longer > config.max_side_px)
+    drop(codes, "too_few_pixels", width * height < config.min_pixels)
+    drop(codes, "aspect", longer > config.max_aspect * shorter)
 
 
 def _judge_captions(codes: Codes, captions: _Encoded, config: FilterConfig) -> None:
@@ -267,19 +231,19 @@ def _judge_captions(codes: Codes, captions: _Encoded, config: FilterConfig) -> N
     given = lengths > 0
     verdicts = np.full(len(lengths), KEPT, np.int8)  # of the distinct captions
     if config.require_caption:
-        _drop(verdicts, "no_caption", ~given)
-    _drop(verdicts, "caption_too_short", given & (lengths < config.min_caption_length))
-    _drop(verdicts, "caption_too_long", lengths > config.max_caption_length)
+        drop(verdicts, "no_caption", ~given)
+    drop(verdicts, "caption_too_short", given & (lengths < config.min_caption_length))
+    drop(verdicts, "caption_too_long", lengths > config.max_caption_length)
     if config.caption_blocklist:
         # Python's own expressions: those of pyarrow (RE2) know no lookahead and other classes of characters.
         patterns = [re.compile(pattern, re.IGNORECASE) for pattern in config.caption_blocklist]
         texts = captions.distinct.to_pylist()
         found = np.array([any(pattern.search(text) for pattern in patterns) for text in texts], np.bool_)
-        _drop(verdicts, "caption_blocked", given & found)
+        drop(verdicts, "caption_blocked", given & found)
     if config.min_letter_fraction > 0:
         letters = np.asarray(pc.count_substring_regex(captions.distinct, _LETTER))
         characters = lengths - np.asarray(pc.count_substring_regex(captions.distinct, _SPACE))
-        _drop(verdicts, "caption_not_text", given & (letters < config.min_letter_fraction * characters))
+        drop(verdicts, "caption_not_text", given & (letters < config.min_letter_fraction * characters))
     of_samples = verdicts[captions.codes]
     open_ = codes == KEPT
     codes[open_] = of_samples[open_]
@@ -290,48 +254,3 @@ def _in_other_language(samples: pa.Table, captions: _Encoded, config: FilterConf
     wanted: Flags = np.asarray(pc.is_in(samples["language"], value_set=_strings(frozenset(config.caption_languages))))
     sure: Flags = samples["language_probability"].to_numpy() >= np.float32(config.language_min_probability)
     return given & ~(wanted & sure)
-
-
-# ---- rules on several samples ---------------------------------------------------------------------------------------
-
-
-def _under_many_urls(files: _Encoded, urls: pa.ChunkedArray, min_urls: int) -> Flags:
-    """Tell which samples' image files occur under at least ``min_urls`` different URLs."""
-    pairs = pa.table({"file": pa.array(files.codes), "url": urls})
-    counts = pairs.group_by("file").aggregate([("url", "count_distinct")])
-    many = np.zeros(len(files.distinct), np.bool_)
-    many[counts["file"].to_numpy()] = counts["url_count_distinct"].to_numpy() >= min_urls
-    return many[files.codes]
-
-
-def _drop_copies(verdicts: Verdicts, files: _Encoded) -> None:
-    open_ = np.flatnonzero(verdicts.codes == KEPT)
-    first = np.full(len(files.distinct), len(files.codes), np.int64)
-    np.minimum.at(first, files.codes[open_], open_)
-    keeper = first[files.codes[open_]]
-    copies = open_[keeper != open_]
-    verdicts.codes[copies] = _CODES["duplicate"]
-    verdicts.keepers[copies] = keeper[keeper != open_]
-
-
-def _drop_near_duplicates(
-    verdicts: Verdicts, hashes: npt.NDArray[np.uint64], tones: npt.NDArray[np.uint8], max_bits: int, max_levels: int
-) -> None:
-    open_ = np.flatnonzero(verdicts.codes == KEPT)
-    keepers = near_duplicates(hashes[open_], tones[open_], max_bits=max_bits, max_levels=max_levels)
-    near = keepers != NONE
-    verdicts.codes[open_[near]] = _CODES["near_duplicate"]
-    verdicts.keepers[open_[near]] = open_[keepers[near]]
-    # A copy of a near duplicate is kept out by what keeps that one out.
-    copies = np.flatnonzero(verdicts.codes == _CODES["duplicate"])
-    first = verdicts.keepers[copies]
-    verdicts.keepers[copies] = np.where(verdicts.keepers[first] == NONE, first, verdicts.keepers[first])
-
-
-def _drop_repeats(codes: Codes, captions: _Encoded, max_repeats: int) -> None:
-    """Drop what comes after the first ``max_repeats`` samples of a caption; an empty caption repeats nothing."""
-    open_ = np.flatnonzero((codes == KEPT) & captions.is_given)
-    order = np.argsort(captions.codes[open_], kind="stable")
-    _, starts, counts = np.unique(captions.codes[open_][order], return_index=True, return_counts=True)
-    place = np.arange(len(order)) - np.repeat(starts, counts)
-    codes[open_[order[place >= max_repeats]]] = _CODES["caption_repeated"]

@@ -1,44 +1,41 @@
 """Near duplicates by perceptual hash: exact search within a Hamming radius, then the greedy keeper.
 
-Hashes of 64 bits that differ in at most r bits agree on at least k of any r + k disjoint groups of bits. So there is
-one table for every choice of k groups, keyed by their bits, and only images that share a key in some table are
-compared; for k = 0 everything is. No pair is missed, whatever the images are: groups and tables only decide what it
-costs. k is chosen by cost. Measured on one core, for a million random hashes: radius 4 needs 15 tables (k = 2) and 9 s,
-radius 8 needs 45 and 3 minutes. From radius 9 on keys are too short to tell a million images apart, and all pairs are
-compared: 0.7 ns a pair, 6 minutes on one core for a million images, and four times that for twice as many.
+First, one table at a time, all images that have no near one at all are set aside (``stages/neighbours.py``). What is
+left, in most data sets a small part, is searched with all tables at hand (``stages/hash_tables.py``).
 
-Memory: 8 bytes for the hash and 48 for the tones of every image, and up to 12 bytes per image and table (radius 4:
-180 bytes). Candidates are compared in chunks, so a bucket that holds everything costs time, not memory.
+Memory: 16 bytes per image for the first step; then, per image that has a near one, 64 bytes and up to 12 bytes per
+table (radius 4: 180 bytes). Candidates are compared in chunks, so a bucket that holds everything costs time, not
+memory.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 
+from stages.hash_tables import HASH_BITS, Group, Hashes, SearchPlan, Tones, dealt, key_groups, keys_of, plans_for
 from stages.keepers import NONE, Pairs, Rows, keepers_of
-
-HASH_BITS = 64
-Hashes = npt.NDArray[np.uint64]
-Tones = npt.NDArray[np.uint8]
+from stages.neighbours import are_near, rows_with_neighbours
 
 _CANDIDATES_PER_CHUNK = 1 << 20
 _BULK_PAIRS_PER_CHUNK = 1 << 24
-_TONES_PER_CHUNK = 1 << 16
 _ROWS_PER_STRIPE = 128
-_MAX_SHARED, _MAX_TABLES = 3, 64
 # What a cost is made of, in ns on one core: a row put into a table, a candidate compared, a pair compared in bulk.
 _ROW_NS, _CANDIDATE_NS, _BULK_NS = 150.0, 30.0, 0.7
 
 
 def near_duplicates(
-    hashes: Hashes, tones: Tones, *, max_bits: int, max_levels: int, plan: SearchPlan | None = None
+    hashes: Hashes,
+    tones: Tones,
+    *,
+    max_bits: int,
+    max_levels: int,
+    among: Rows | None = None,
+    plan: SearchPlan | None = None,
 ) -> Rows:
     """Find the images that are near an earlier image that is kept.
 
@@ -47,11 +44,23 @@ def near_duplicates(
         tones: thumbnails of the images, ``(n, 48)``, 0 to 255.
         max_bits: bits of the hashes that may differ.
         max_levels: levels by which each tone may differ.
+        among: the rows to decide about, ascending ``(m,)``, as if there were no others; all by default.
         plan: how hashes are searched; by default the cheapest way. All find the same.
 
     Returns:
-        int64 ``(n,)``: of every near duplicate, the earliest kept image near it; ``NONE`` of every kept image.
+        int64 ``(m,)``: of every near duplicate, the row of the earliest kept image near it; ``NONE`` of every kept
+        image.
     """
+    rows = np.arange(len(hashes), dtype=np.int64) if among is None else among
+    near = rows_with_neighbours(hashes, tones, rows, max_bits=max_bits, max_levels=max_levels)
+    keepers = np.full(len(rows), NONE, np.int64)
+    found = _decided(hashes[rows[near]], tones[rows[near]], max_bits, max_levels, plan)
+    keepers[near] = np.where(found == NONE, NONE, rows[near][found])
+    return keepers
+
+
+def _decided(hashes: Hashes, tones: Tones, max_bits: int, max_levels: int, plan: SearchPlan | None) -> Rows:
+    """Decide about all of some images; return positions among them."""
     distinct, first_of = _collapsed(hashes, tones)
     chosen = plan or plan_search(len(distinct), max_bits)
     relation = HashRelation(hashes[distinct], tones[distinct], max_bits=max_bits, max_levels=max_levels, plan=chosen)
@@ -111,36 +120,22 @@ def _collapsed(hashes: Hashes, tones: Tones) -> tuple[Rows, Rows]:
 # ---- what a search costs --------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SearchPlan:
-    """How hashes are searched: ``num_shared`` (k) of ``num_groups`` (r + k) groups make a key; k = 0 compares all."""
-
-    num_groups: int
-    num_shared: int
-
-    @property
-    def num_tables(self) -> int:
-        """Ways to choose the groups of a key."""
-        return math.comb(self.num_groups, self.num_shared)
-
-    def key_bits(self, num_hashes: int) -> int:
-        """Bits of a key: those of its groups, but no more than it takes to tell that many hashes apart."""
-        return min(self.num_shared * (HASH_BITS // self.num_groups), max(num_hashes - 1, 1).bit_length())
-
-    def cost_ns(self, num_hashes: int) -> float:
-        """Estimate the time to find all pairs of random hashes, on one core."""
-        pairs = num_hashes**2 / 2
-        if self.num_shared == 0:
-            return pairs * _BULK_NS
-        candidates = pairs / (1 << self.key_bits(num_hashes))
-        return self.num_tables * (2 * num_hashes * _ROW_NS + candidates * _CANDIDATE_NS)
-
-
 def plan_search(num_hashes: int, max_bits: int) -> SearchPlan:
-    """Choose the cheapest plan to find all pairs among ``num_hashes`` hashes within ``max_bits``."""
-    plans = [SearchPlan(max(max_bits + shared, 1), shared) for shared in range(_MAX_SHARED + 1)]
-    usable = [p for p in plans if p.num_tables <= _MAX_TABLES and p.num_groups <= HASH_BITS]
-    return min(usable, key=lambda plan: plan.cost_ns(num_hashes))
+    """Choose the cheapest plan to find all pairs among ``num_hashes`` random hashes within ``max_bits``."""
+    return min(plans_for(max_bits), key=partial(_cost_ns, num_hashes))
+
+
+def _cost_ns(num_hashes: int, plan: SearchPlan) -> float:
+    pairs = num_hashes**2 / 2
+    if plan.num_shared == 0:
+        return pairs * _BULK_NS
+    candidates = pairs / (1 << _key_bits(num_hashes, plan))
+    return plan.num_tables * (2 * num_hashes * _ROW_NS + candidates * _CANDIDATE_NS)
+
+
+def _key_bits(num_hashes: int, plan: SearchPlan) -> int:
+    """No more bits than it takes to tell that many hashes apart: a table is looked up by the key itself."""
+    return min(plan.key_bits, max(num_hashes - 1, 1).bit_length())
 
 
 # ---- the search -----------------------------------------------------------------------------------------------------
@@ -161,9 +156,7 @@ class HashRelation:
     """
 
     def __init__(self, hashes: Hashes, tones: Tones, *, max_bits: int, max_levels: int, plan: SearchPlan) -> None:
-        # The order of the bits does not change distances. Bits that are alike in most images tell little: every group
-        # gets its share of them.
-        self._hashes, self._groups = _dealt(hashes, plan.num_groups)
+        self._hashes, self._groups = dealt(hashes, plan.num_groups)
         self._tones = tones
         self._max_bits, self._max_levels = max_bits, max_levels
         self._plan = plan
@@ -193,9 +186,8 @@ class HashRelation:
             self._flat = faiss.IndexBinaryFlat(HASH_BITS)
             self._flat.add(_as_bytes(hashes))
             return
-        bits = self._plan.key_bits(len(rows))
-        chosen = itertools.combinations(self._groups, self._plan.num_shared)
-        self._tables = [_Table(groups, bits, hashes) for groups in chosen]
+        bits = _key_bits(len(rows), self._plan)
+        self._tables = [_Table(groups, bits, hashes) for groups in key_groups(self._plan, self._groups)]
 
     def search(self, rows: Rows, *, after: int) -> Iterator[Pairs]:
         """Find the pairs, table by table."""
@@ -224,34 +216,23 @@ class HashRelation:
                 yield query[close], position[close]
 
     def _of_near_tones(self, a: Rows, b: Rows) -> Pairs:
-        near = np.zeros(len(a), np.bool_)
-        for start in range(0, len(a), _TONES_PER_CHUNK):
-            chunk = slice(start, start + _TONES_PER_CHUNK)
-            one, other = self._tones[a[chunk]], self._tones[b[chunk]]
-            near[chunk] = (np.maximum(one, other) - np.minimum(one, other)).max(axis=1) <= self._max_levels
+        near = are_near(self._tones, a, b, self._max_levels)
         return a[near], b[near]
 
 
 class _Table:
     """Hashes by a key of some of their groups of bits: a counting sort with direct lookup."""
 
-    def __init__(self, groups: tuple[_Group, ...], bits: int, hashes: Hashes) -> None:
-        self._groups, self._mask = groups, np.uint64((1 << bits) - 1)
+    def __init__(self, groups: tuple[Group, ...], bits: int, hashes: Hashes) -> None:
+        self._groups, self._bits = groups, bits
         keys = self._keys(hashes)
         whole = np.int32 if len(hashes) < 2**31 else np.int64
         self._starts = np.zeros((1 << bits) + 1, whole)
         np.cumsum(np.bincount(keys, minlength=1 << bits), out=self._starts[1:])
         self._positions = np.argsort(keys).astype(self._starts.dtype)
 
-    def _keys(self, hashes: Hashes) -> npt.NDArray[np.int64]:
-        keys = np.zeros(len(hashes), np.uint64)
-        for group in self._groups:
-            part = hashes >> np.uint64(group.offset)
-            part &= np.uint64(group.mask)
-            keys <<= np.uint64(group.size)
-            keys |= part
-        keys &= self._mask
-        return keys.view(np.int64)
+    def _keys(self, hashes: Hashes) -> Rows:
+        return keys_of(hashes, self._groups, self._bits).view(np.int64)
 
     def candidates(self, queries: Hashes) -> Iterator[Pairs]:
         """Pair every query with the positions that share its key, in chunks of bounded size."""
@@ -269,38 +250,6 @@ class _Table:
             within = np.arange(len(query)) - np.repeat(np.cumsum(part) - part, part)
             yield query, self._positions[starts[query] + within].astype(np.int64)
             first = last
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Neighbouring bits of a hash."""
-
-    offset: int
-    size: int
-
-    @property
-    def mask(self) -> int:
-        return (1 << self.size) - 1
-
-
-def _dealt(hashes: Hashes, num_groups: int) -> tuple[Hashes, list[_Group]]:
-    """Reorder the bits of all hashes: dealt to groups in turn, the most telling (most balanced) first.
-
-    Returns:
-        The hashes with their bits in the new order, and where each group lies.
-    """
-    ones = np.array([int(((hashes >> np.uint64(bit)) & np.uint64(1)).sum()) for bit in range(HASH_BITS)])
-    telling_first = np.argsort(np.abs(2 * ones - len(hashes)), kind="stable")
-    dealt = np.zeros_like(hashes)
-    groups: list[_Group] = []
-    offset = 0
-    for group in range(num_groups):
-        bits = telling_first[group::num_groups]
-        groups.append(_Group(offset, len(bits)))
-        for bit in bits:
-            dealt |= ((hashes >> np.uint64(bit)) & np.uint64(1)) << np.uint64(offset)
-            offset += 1
-    return dealt, groups
 
 
 def _as_bytes(hashes: Hashes) -> npt.NDArray[np.uint8]:

@@ -40,6 +40,7 @@ TEMPORARY_SUFFIX = ".tmp"
 SCHEMES = ("s3",)
 # Seconds between our own attempts; the libraries below have had several quick ones by then.
 _RETRY_WAITS_S = (0.2, 0.6, 1.8)
+_ONE_REQUEST_BYTES = 16 << 20  # what is larger is read faster in parts
 _PRECONDITION_FAILED = 412
 _LIBRARIES = frozenset({"botocore", "aiobotocore", "aiohttp", "s3fs"})
 _LASTING_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT})
@@ -162,7 +163,7 @@ def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
         NotFoundError: if there is no such object.
         StorageError: if it cannot be read, or its length is not ``expected_bytes``.
     """
-    data = explained("read", uri, lambda: Path(uri).read_bytes() if is_local(uri) else bytes(_remote().cat_file(uri)))
+    data = _read(uri, at_once=expected_bytes is not None and expected_bytes <= _ONE_REQUEST_BYTES)
     if expected_bytes is not None and len(data) != expected_bytes:
         raise StorageError(
             f"{uri}: read {len(data)} bytes where the record says {expected_bytes}; the object is damaged"
@@ -195,9 +196,17 @@ def read_json(uri: str) -> Any:
         StorageError: if it is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(read_bytes(uri))
+        return json.loads(_read(uri, at_once=True))
     except ValueError as error:
         raise StorageError(f"{uri}: not valid JSON ({error}); delete it and run again") from error
+
+
+def _read(uri: str, *, at_once: bool) -> bytes:
+    """Read an object with one request, or by parts side by side; for that s3fs asks for its size first."""
+    if is_local(uri):
+        return explained("read", uri, lambda: Path(uri).read_bytes())
+    options = {"max_concurrency": 1} if at_once else {}
+    return explained("read", uri, lambda: bytes(_remote().cat_file(uri, **options)))
 
 
 def write_bytes(uri: str, data: bytes) -> Written:

@@ -69,10 +69,17 @@ def kept_logging() -> Iterator[None]:
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a real S3 server for the session and yield its endpoint."""
     folder = tmp_path_factory.mktemp("s3")
-    (folder / "bucket").mkdir()
     os.environ["TEST_S3_FOLDER"] = str(folder)  # for tests that look at the store from behind
+    with serving_s3(folder) as endpoint:
+        yield endpoint
+
+
+@contextmanager
+def serving_s3(folder: Path) -> Iterator[str]:
+    """Run a real S3 server over a folder, with an empty ``bucket``; yields its endpoint."""
+    (folder / "bucket").mkdir()
     port = free_port()
-    log = folder.with_name("s3.log").open("wb")
+    log = folder.with_name(f"{folder.name}.log").open("wb")
     command = [_rclone(), "serve", "s3", "--auth-key", f"{S3_ACCESS_KEY},{S3_SECRET_KEY}", str(folder)]
     process = subprocess.Popen([*command, "--addr", f"127.0.0.1:{port}"], stdout=log, stderr=log)
     endpoint = f"http://127.0.0.1:{port}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import http.client
 import threading
+import urllib.parse
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -82,3 +84,22 @@ def serving(handler: type[ForwardingHandler]) -> Iterator[str]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+@contextmanager
+def counting_proxy(endpoint: str) -> Iterator[tuple[str, Counter[str]]]:
+    """Serve a view of ``endpoint``; yield its own address, and how many requests of each kind have come."""
+    counts: Counter[str] = Counter()
+
+    class Handler(ForwardingHandler):
+        target = urllib.parse.urlsplit(endpoint).netloc
+
+        def do_GET(self) -> None:
+            query = urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query, keep_blank_values=True)
+            kind = "LIST" if self.command == "GET" and "list-type" in query else self.command
+            # Several objects are deleted with one POST.
+            counts["DELETE" if kind == "POST" and "delete" in query else kind] += 1
+            self.answer(self.forward(self.body()))
+
+    with serving(Handler) as address:
+        yield address, counts

@@ -21,6 +21,6 @@ def test_every_named_test_exists() -> None:
 
 
 def test_every_kill_point_has_its_row() -> None:
-    rows = re.findall(r"^\|.*\| all six \| disk, S3 \| `test_killed_while\[([\w-]+)\]` \|$", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\|.*\| all eight \| disk, S3 \| `test_killed_while\[([\w-]+)\]` \|$", TEXT, re.MULTILINE)
     assert sorted(rows) == sorted(POINTS)
     assert f"({', '.join(DATA_STAGES)})" in TEXT.replace("\n", " ")

@@ -1,20 +1,26 @@
 """How long the search for near duplicates takes, what it finds and what memory it needs.
 
 ``python -m tests.benchmarks.bench_near_duplicates`` plants near duplicates among random hashes and prints, for every
-radius: the plan, wall and CPU seconds, how many of the planted pairs were found (all, or it is a bug), and the peak of
-the process's memory over what the data themselves take. Every radius runs in a process of its own.
+radius: wall and CPU seconds, how many of the planted pairs were found (all, or it is a bug), and the peak of
+the process's memory over what the data themselves take. Every search runs in a process of its own; the medians of
+several are printed.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
+import statistics
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 
+from stages.hash_tables import Hashes, Tones
 from stages.image_hash import NUM_TONES
-from stages.near_duplicates import Hashes, Tones, near_duplicates, plan_search
+from stages.near_duplicates import near_duplicates
+from tests.benchmarks.bench_models import cpu_model
 from tests.resident import resident_mib
 
 
@@ -39,8 +45,8 @@ def planted(num: int, fraction: float, max_bits: int, seed: int) -> tuple[Hashes
     return hashes, tones, place[source], place[len(originals) :]
 
 
-def measure(num: int, fraction: float, max_bits: int, seed: int) -> None:
-    """Search once and print a row."""
+def measure(num: int, fraction: float, max_bits: int, seed: int, result: Connection) -> None:
+    """Search once; send wall and CPU seconds, MiB, pairs found and planted, and images dropped."""
     hashes, tones, originals, copies = planted(num, fraction, max_bits, seed)
     before = resident_mib("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
@@ -49,14 +55,8 @@ def measure(num: int, fraction: float, max_bits: int, seed: int) -> None:
     # Of a planted pair the later goes, unless the earlier has gone itself.
     first, last = np.minimum(originals, copies), np.maximum(originals, copies)
     found = (keepers[last] >= 0) | (keepers[first] >= 0)
-    plan = plan_search(num, max_bits)
     above_mib = resident_mib("VmHWM") - before
-    way = "all pairs" if plan.num_shared == 0 else f"{plan.num_tables} tables"
-    print(
-        f"radius {max_bits:2}  {way:10}  {wall:7.1f} s wall  {cpu:7.1f} s CPU  {found.sum()} of {len(found)} planted "
-        f"pairs  {(keepers >= 0).sum()} dropped  {above_mib:6.0f} MiB above the data",
-        flush=True,
-    )
+    result.send((wall, cpu, above_mib, int(found.sum()), len(found), int((keepers >= 0).sum())))
 
 
 def main() -> None:
@@ -66,13 +66,26 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.05, help="share of planted near duplicates")
     parser.add_argument("--bits", type=int, nargs="*", default=[4])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
-    print(f"{args.num:,} hashes")
+    print(f"{args.num:,} hashes, {os.cpu_count()} cores ({cpu_model()}), load {os.getloadavg()[0]:.1f}")
     context = multiprocessing.get_context("spawn")
     for max_bits in args.bits:
-        process = context.Process(target=measure, args=(args.num, args.fraction, max_bits, args.seed))
-        process.start()
-        process.join()
+        results = []
+        for _ in range(args.repetitions):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=measure, args=(args.num, args.fraction, max_bits, args.seed, theirs))
+            process.start()
+            theirs.close()
+            results.append(ours.recv())
+            process.join()
+        wall, cpu, above_mib, *counts = (statistics.median(column) for column in zip(*results, strict=True))
+        found, num_planted, dropped = map(int, counts)
+        print(
+            f"radius {max_bits:2}  {wall:7.1f} s wall  {cpu:7.1f} s CPU  {found} of {num_planted} planted pairs  "
+            f"{dropped} dropped  {above_mib:6.0f} MiB above the data",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

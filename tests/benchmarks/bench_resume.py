@@ -1,10 +1,10 @@
 """Measure what the framework costs at many shards: time and memory of a resume decision, and overhead per shard.
 
-    python -m tests.benchmarks.bench_resume [--shards 10000 100000] [--overhead-shards 10000] [--root FOLDER]
+    python -m tests.benchmarks.bench_resume [--shards 10000 100000] [--overhead-shards 10000] [--repetitions 3]
 
-Every number comes from a process of its own. The stores of the resume rows are written with fsync switched off, which
-changes nothing that a resume reads; the overhead is measured with it. The peak is that of the whole driver process,
-imports included.
+Every number comes from a process of its own; of what may be repeated, the median of several is printed. The stores of
+the resume rows are written with fsync switched off, which changes nothing that a resume reads; the overhead is measured
+with it. The peak is that of the whole driver process, imports included.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -194,10 +195,19 @@ def _fsync_ms(folder: Path) -> float:
 
 
 PHASES = {f.__name__: f for f in (build, resume, without_segments, finish, read, overhead)}
+REPEATABLE = ("resume", "read", "overhead")
 
 
-def measure(phase: str, root: str, num_shards: int) -> dict[str, float]:
-    """Run one phase in a process of its own."""
+def measure(phase: str, root: str, num_shards: int, repetitions: int) -> dict[str, float]:
+    """Run one phase in processes of its own; return the median of each number."""
+    found = [
+        _measured(phase, f"{root}/{number}" if phase == "overhead" else root, num_shards)
+        for number in range(repetitions if phase in REPEATABLE else 1)
+    ]
+    return {name: round(statistics.median(numbers[name] for numbers in found), 3) for name in found[0]}
+
+
+def _measured(phase: str, root: str, num_shards: int) -> dict[str, float]:
     command = [
         sys.executable,
         "-m",
@@ -210,13 +220,14 @@ def measure(phase: str, root: str, num_shards: int) -> dict[str, float]:
         str(num_shards),
     ]
     answer = subprocess.run(command, cwd=TOP, check=True, capture_output=True, text=True).stdout
-    return {name: round(value, 3) for name, value in json.loads(answer).items()}
+    return dict(json.loads(answer))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--overhead-shards", type=int, default=10_000)
+    parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--root", help="folder for the stores; a temporary one if not given")
     parser.add_argument("--phase", choices=PHASES, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -226,11 +237,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.root) as folder:
         for num_shards in args.shards:
             for phase in ("build", "resume", "finish", "read", "without_segments"):
-                print(num_shards, phase, measure(phase, f"{folder}/{num_shards}", num_shards), flush=True)
+                found = measure(phase, f"{folder}/{num_shards}", num_shards, args.repetitions)
+                print(num_shards, phase, found, flush=True)
         if args.overhead_shards:
-            print(
-                args.overhead_shards, "overhead", measure("overhead", f"{folder}/o", args.overhead_shards), flush=True
-            )
+            found = measure("overhead", f"{folder}/o", args.overhead_shards, args.repetitions)
+            print(args.overhead_shards, "overhead", found, flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -34,13 +35,15 @@ from stages.img2dataset_unit import load_img2dataset
 from stages.manifest import Manifest
 from stages.runner import run_stage
 
+IS_RECORD = re.compile(r"[^.]+\.json")  # a shard's files have a role in their name: <shard id>.card.json
+
 
 def kind_of(uri: str) -> str:
     """Tell what is written: ``manifest``, ``table``, ``record`` or ``data``."""
     name = uri.rsplit("/", 1)[-1]
     if name in ("manifest.json", "shards.parquet"):
         return "manifest" if name == "manifest.json" else "table"
-    return "record" if name.endswith(".json") else "data"
+    return "record" if IS_RECORD.fullmatch(name) else "data"
 
 
 def die() -> None:

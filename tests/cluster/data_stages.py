@@ -23,7 +23,7 @@ def data_stages(root: str, weights: str, port: int) -> list[Stage[Any]]:
         Clip(ClipConfig(kind="pretrained", name=weights), root=root),
         Source(SourceConfig(kind="shapes", rows_per_shard=8, shapes=pictures), root=root),
         Download(DownloadConfig(image_size_px=32, num_threads=4, backoff_s=0.0), root=root),
-        Filter(FilterConfig(near_duplicate_bits=None), root=root),
+        Filter(FilterConfig(), root=root),
         Embed(EmbedConfig(), root=root),
         Curate(CurateConfig(), root=root),
         Ledger(LedgerConfig(), root=root),

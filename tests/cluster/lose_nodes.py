@@ -1,8 +1,8 @@
-"""Run the data stages on two local Ray nodes; in every stage kill a worker, then the second node.
+"""Run the data stages on two local Ray nodes; in every stage kill a worker in a commit, then the second node.
 
-Called as ``lose_nodes.py ROOT CLIP_WEIGHTS PORT``.
+Called as ``lose_nodes.py ROOT CLIP_WEIGHTS PORT FOLDER``; the folder is for notes of what was killed.
 
-It prints one line of JSON: stage -> digest of its manifest and what was killed.
+It prints one line of JSON: stage -> fingerprint and digest of its manifest, and what was killed.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
+from pathlib import Path
 from typing import Any
 
-import psutil
 from ray.cluster_utils import Cluster
 
 from cluster.ray_executor import connect
-from stages.base import Stage
+from stages.base import Shard, Stage
 from stages.executor import ClusterConfig
-from stages.manifest import Manifest
+from stages.manifest import Manifest, ShardRecord
 from stages.runner import StageProgress, run_stage
+from tests.chaos.driver import kill_at
 from tests.cluster.data_stages import data_stages
 
 _NODE = {"object_store_memory": 80 << 20, "include_dashboard": False}
@@ -39,34 +39,47 @@ class Spot:
         self._node = self._cluster.add_node(num_cpus=1, wait=False, **_NODE)
 
 
+# In which step of a commit a worker of each stage dies.
+STEPS = {
+    "source": ("writing", "data"),
+    "download": ("publishing", "data"),
+    "filter": ("published", "data"),
+    "embed": ("writing", "record"),
+    "curate": ("publishing", "record"),
+    "ledger": ("published", "record"),
+    "pca": ("published", "data"),
+}
+
+
+def strike(stage: Stage[Any], note: Path) -> None:
+    """Have the worker that comes first to a shard of a stage die while it commits it."""
+    moment, kind = STEPS[stage.name]
+    base: type[Stage[Any]] = type(stage)
+
+    class Struck(base):  # type: ignore[misc,valid-type]
+        def process(self, shard: Shard, output: str) -> ShardRecord:
+            with contextlib.suppress(FileExistsError), note.open("x") as file:
+                file.write(f"{moment}-{kind}")
+                kill_at(moment, kind, 1)
+            return super().process(shard, output)
+
+    stage.__class__ = Struck
+
+
 class Killer:
-    """Kills a worker process after the first shard, and a node after the second."""
+    """Loses a node once two shards are done."""
 
     def __init__(self, spot: Spot) -> None:
         self._spot = spot
         self.killed: list[str] = []
 
     def __call__(self, progress: StageProgress) -> None:
-        if progress.finished or progress.num_shards == 1:
-            return
-        if progress.num_done >= 1 and not self.killed:
-            self.killed.append(f"worker {self._kill_a_worker()}")
-        elif progress.num_done >= 2 and len(self.killed) == 1:
+        if not progress.finished and progress.num_shards > 1 and progress.num_done >= 2 and not self.killed:
             self._spot.lose()
             self.killed.append("node")
 
-    def _kill_a_worker(self) -> int:
-        deadline = time.monotonic() + 20
-        while time.monotonic() < deadline:
-            for process in psutil.Process().children(recursive=True):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    if " ".join(process.cmdline()).startswith("ray::_Worker"):
-                        process.kill()
-                        return process.pid
-        raise TimeoutError("no worker to kill")
 
-
-def main(root: str, weights: str, port: int) -> None:
+def main(root: str, weights: str, port: int, folder: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, **_NODE})
     spot = Spot(cluster)
     executor = connect(ClusterConfig(address=cluster.address))
@@ -75,9 +88,12 @@ def main(root: str, weights: str, port: int) -> None:
     try:
         for stage in data_stages(root, weights, port):
             cluster.wait_for_nodes()
-            killer = Killer(spot)
-            manifests[stage.name] = _run(stage, manifests, executor, killer)
-            found[stage.name] = {"digest": manifests[stage.name].digest, "killed": killer.killed}
+            killer, note = Killer(spot), folder / stage.name
+            if stage.name in STEPS:
+                strike(stage, note)
+            done = manifests[stage.name] = _run(stage, manifests, executor, killer)
+            killed = [*([note.read_text()] if note.exists() else []), *killer.killed]
+            found[stage.name] = {"fingerprint": done.fingerprint, "digest": done.digest, "killed": killed}
     finally:
         executor.close()
         cluster.shutdown()
@@ -92,4 +108,4 @@ def _run(stage: Stage[Any], manifests: dict[str, Manifest], executor: Any, kille
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

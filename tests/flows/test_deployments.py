@@ -96,7 +96,8 @@ class Place:
         """Delete the runs that a deployment's clock has set, and wait for those under way."""
         for run in self.runs(deployment, "Scheduled", "Late"):
             self.client.delete_flow_run(run.id)
-        eventually(lambda: all(run.state.is_final() for run in self.runs(deployment)), timeout_s, f"{deployment} is quiet")
+        what = f"{deployment} is quiet"
+        eventually(lambda: all(run.state.is_final() for run in self.runs(deployment)), timeout_s, what)
 
     def tasks(self, run: Any) -> dict[str, str]:
         """Return the states of the tasks of a flow run."""

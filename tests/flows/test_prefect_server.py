@@ -142,11 +142,13 @@ def test_a_server_that_is_dead_is_refused_with_where_it_was_named(tmp_path: Path
     assert not (tmp_path / "home" / ".local").exists(), "no private server was started beside it"
 
 
-def test_state_folder_names_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_folder_is_of_one_version_and_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import prefect
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert state_folder() == tmp_path / "unclip" / f"prefect-{prefect.__version__}"
+    for node in ("one", "other"):  # with one home: a server on the loopback of the other is out of reach
+        monkeypatch.setattr("platform.node", lambda node=node: node)
+        assert state_folder() == tmp_path / "unclip" / f"prefect-{prefect.__version__}-{node}"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert not state_folder().is_relative_to(tmp_path)

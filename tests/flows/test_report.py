@@ -89,6 +89,7 @@ class Page(HTMLParser):
         self.ids: list[str] = []
         self.open: list[str] = []
         self.text = ""
+        self.lines: dict[str, list[str]] = {}  # chart -> the points of its lines
         self.feed(html)
         assert not self.open
 
@@ -96,6 +97,10 @@ class Page(HTMLParser):
         assert tag != "script" and not any(name.startswith("on") for name, _ in attrs)
         self.links += [value or "" for name, value in attrs if name in ("src", "href", "srcset", "action")]
         self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag == "svg":
+            self._chart = self.lines.setdefault(dict(attrs)["aria-label"] or "", [])
+        if tag == "polyline":
+            self._chart.append(dict(attrs)["points"] or "")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -140,7 +145,12 @@ def test_principal_components_whose_spectrum_is_known_in_part(
         "quantisation_mse": 0.02,
         "num_edge_samples": 1000,
     }
-    text = Page(render({"pca": dataclasses.replace(manifests["pca"], metrics=metrics)}, config)).text
+    page = Page(render({"pca": dataclasses.replace(manifests["pca"], metrics=metrics)}, config))
+    text = page.text
+    for chart, rises in (("Spectrum of the principal components", False), ("Cumulative explained variance", True)):
+        (line,) = page.lines[chart]
+        (first_x, first_y), (last_x, last_y) = (map(float, point.split(",")) for point in line.split())
+        assert first_x < last_x and (last_y < first_y) == rises  # of an SVG, y grows downwards
     for part in (
         "each of the first 2 of 8192 components; 2 are kept, with 75.0% of the variance.",
         "Mean squared error: 0.1 from the components left out (measured on 1,000 samples: 0.11), 0.02 from rounding",

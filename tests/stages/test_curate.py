@@ -153,7 +153,7 @@ def test_nothing_left_says_why_and_what_to_do(tmp_path: Path) -> None:
 
 
 def verdicts_of(scores: npt.NDArray[np.float32], config: CurateConfig) -> list[str]:
-    verdicts = decide(pa.table({"clip_score": scores}), config, lambda rows: np.full(len(rows), NONE, np.int64))
+    verdicts = decide({"clip_score": scores}, config, lambda rows: np.full(len(rows), NONE, np.int64))
     return ["kept" if code == KEPT else config.reasons[code] for code in verdicts.codes]
 
 

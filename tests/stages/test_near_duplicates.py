@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stages.filter_rules import FilterConfig
+from stages.hash_tables import Hashes, SearchPlan, Tones
 from stages.image_hash import NUM_TONES, measure_image
 from stages.keepers import NONE, keepers_of
-from stages.near_duplicates import Hashes, HashRelation, SearchPlan, Tones, near_any, near_duplicates, plan_search
+from stages.near_duplicates import HashRelation, near_any, near_duplicates, plan_search
+from stages.neighbours import rows_with_neighbours
 from stages.shapes import ShapesConfig, image_bytes
 
 LEVELS = 5
@@ -74,6 +77,59 @@ def test_every_plan_equals_the_walk(
         assert found.tolist() == expected
         relation = HashRelation(hashes, tones, max_bits=max_bits, max_levels=LEVELS, plan=plan)
         assert keepers_of(num, relation, rows_per_block=rows_per_block).tolist() == expected
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    seed=st.integers(0, 2**32),
+    num=st.integers(0, 300),
+    num_centres=st.integers(1, 20),
+    max_flips=st.integers(0, 12),
+    max_bits=st.sampled_from(MAX_BITS),
+    step=st.integers(1, 3),
+    small=st.sampled_from([0, 2, 128]),
+    rows_per_chunk=st.sampled_from([1, 50, 1 << 20]),
+    pairs_per_stripe=st.sampled_from([1, 200, 1 << 21]),
+)
+def test_neighbours_are_those_of_all_pairs(
+    seed: int,
+    num: int,
+    num_centres: int,
+    max_flips: int,
+    max_bits: int,
+    step: int,
+    small: int,
+    rows_per_chunk: int,
+    pairs_per_stripe: int,
+) -> None:
+    hashes, tones = clustered(seed, num, num_centres, max_flips)
+    rows = np.arange(0, num, step)
+    near = np.bitwise_count(hashes[rows, None] ^ hashes[None, rows]) <= max_bits
+    near &= np.abs(tones[rows, None].astype(int) - tones[None, rows].astype(int)).max(axis=2) <= LEVELS
+    np.fill_diagonal(near, False)
+    sizes = {"_SMALL_BUCKET": small, "_ROWS_PER_CHUNK": rows_per_chunk, "_PAIRS_PER_STRIPE": pairs_per_stripe}
+    with mock.patch.multiple("stages.neighbours", **sizes):
+        for plan in plans(max_bits)[1:]:
+            found = rows_with_neighbours(hashes, tones, rows, max_bits=max_bits, max_levels=LEVELS, plan=plan)
+            assert found.tolist() == near.any(axis=1).tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 1000])
+def test_one_motif_has_neighbours_only(num_rows: int) -> None:
+    numbers = np.arange(num_rows, dtype=np.uint64)
+    for plan in plans(4)[1:]:
+        found = rows_with_neighbours(
+            numbers, flat([7] * num_rows), np.arange(num_rows), max_bits=4, max_levels=0, plan=plan
+        )
+        assert found.tolist() == [num_rows > 1] * num_rows
+
+
+def test_what_is_not_asked_about_keeps_nothing_out() -> None:
+    hashes, tones = clustered(3, 120, 6, 2)
+    among = np.flatnonzero(np.arange(120) % 3 != 0)
+    expected = walk(hashes[among], tones[among], 4)
+    found = near_duplicates(hashes, tones, max_bits=4, max_levels=LEVELS, among=among)
+    assert found.tolist() == [NONE if keeper == NONE else among[keeper] for keeper in expected]
 
 
 @settings(deadline=None, max_examples=30)

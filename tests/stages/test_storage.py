@@ -13,6 +13,7 @@ import pytest
 
 from stages import storage
 from stages.errors import NotFoundError, StorageError
+from tests.s3_forwarding import counting_proxy
 
 
 def test_written_bytes_are_read_back(root: str) -> None:
@@ -125,3 +126,16 @@ def test_unreachable_s3_says_what_to_check(monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_missing_bucket_is_named(s3_root: str) -> None:
     with pytest.raises(StorageError, match="create the bucket"):
         storage.check_writable("s3://no-such-bucket/store")
+
+
+def test_an_object_of_known_size_is_read_with_one_request(
+    s3_root: str, s3_server: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri = f"{s3_root}/x.json"
+    storage.write_json(uri, {"a": 1})
+    num_bytes = len(storage.read_bytes(uri))
+    with counting_proxy(s3_server) as (endpoint, counts):
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        assert storage.read_json(uri) == {"a": 1}
+        assert storage.read_bytes(uri, expected_bytes=num_bytes)
+    assert counts == {"GET": 2}
