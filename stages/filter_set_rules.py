@@ -5,7 +5,7 @@ that no other rule drops stays.
 
 What these rules look at is kept as a few numbers per sample: 93 bytes with the default rules, 109 with all. Image
 files and captions are known by 128 bits of their hash: that any two different ones of 5 billion agree in them has a
-chance below 1 in 10**19. The decision takes about as much as 40 bytes more, and what the search of near duplicates needs
+chance below 1 in 10**19. The decision takes some 40 bytes more, and what the search of near duplicates needs
 (``stages/near_duplicates.py``).
 """
 
