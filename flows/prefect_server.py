@@ -1,9 +1,9 @@
 """Where the flow talks to Prefect: the user's own server, or a private one on loopback that needs no care.
 
-A private server is one process per user and machine, shared by all runs that overlap, and gone about a second after the last of
-them has ended, however it ended: every run holds a shared lock on a file, and the server stops when it can take that
-lock alone. Its database stays in the user's state folder, so the history of runs is kept. Prefect's own ephemeral mode
-does the same work with a start-up limit shorter than its migrations and with a traceback when the run ends.
+A private server is one process per user and machine, shared by all runs that overlap, and gone about a second after the
+last of them has ended, however it ended: every run holds a shared lock on a file, and the server stops when it can take
+that lock alone. Its database stays in the user's state folder, so the history of runs is kept. Prefect's own ephemeral
+mode does the same work with a start-up limit shorter than its migrations and with a traceback when the run ends.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class ServerError(UnclipError):
 def state_folder() -> Path:
     """Return the folder of the private server: one per Prefect version, since their databases differ, and machine.
 
-    Machines may share the home folder and its locks, but not the loopback on which the server listens. It lies in ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that is not writable.
+    Machines may share the home folder and its locks, but not the loopback on which the server listens. It lies in
+    ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that is not writable.
     """
     name = f"prefect-{importlib.metadata.version('prefect')}-{platform.node() or 'localhost'}"
     base = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
