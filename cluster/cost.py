@@ -7,6 +7,7 @@ user's, in a file (``configs/prices.yaml``).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Mapping
@@ -75,7 +76,11 @@ def this_machine(config: Config) -> PriceTable | None:
     if num_gpus is None:
         num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     machine = NodeType(num_cpus=num_cpus, num_gpus=num_gpus)
-    return PriceTable(data=machine, gpu=machine if machine.num_gpus else None)
+    if not num_gpus:
+        return PriceTable(data=machine)
+    from stages.hardware import least_gpu_memory_gib  # it loads torch
+
+    return PriceTable(data=machine, gpu=dataclasses.replace(machine, gpu_memory_gib=least_gpu_memory_gib()))
 
 
 @dataclass(frozen=True, kw_only=True)

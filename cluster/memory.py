@@ -7,9 +7,8 @@ The sums follow what DeepSpeed 0.19 allocates: flat float32 buffers, and buckets
 from __future__ import annotations
 
 import bisect
-import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,10 @@ import torch
 
 from cluster.deepspeed_config import deepspeed_config
 from stages.activation_memory import ActivationMemory, activation_memory
-from stages.errors import ConfigError
 from stages.example_batch import example_batch
 from stages.generator_config import GeneratorTraining
 from stages.training import model_loss
 from stages.training_config import engine_settings
-from stages.units import GIB
 from stages.warm_start import frozen_names
 from unclip_models.ar_prior import ARPrior
 from unclip_models.checkpoint import build
@@ -67,12 +64,57 @@ class RankMemory:
         return self.total - self.offloaded - self.on_disk
 
 
-def rank_memory(config: GeneratorTraining, world_size: int | None = None) -> RankMemory:
+@dataclass(frozen=True, kw_only=True)
+class TrainingShape:
+    """What a rank's memory follows from, beside the settings.
+
+    Attributes:
+        sizes: elements of every trainable parameter.
+        fixed: bytes of frozen parameters and buffers.
+        activations: of a micro batch.
+    """
+
+    sizes: Sequence[int]
+    fixed: int
+    activations: ActivationMemory
+
+
+class RankMemories:
+    """Estimates of one training in several ways; every size of micro batch is rehearsed once, which takes seconds."""
+
+    def __init__(self) -> None:
+        self._shapes: dict[int, TrainingShape] = {}
+
+    def of(self, config: GeneratorTraining) -> RankMemory:
+        """Estimate a rank.
+
+        Args:
+            config: the training, or the same one held in memory in another way.
+
+        Raises:
+            ConfigError: if its batch cannot be dealt to its ranks.
+        """
+        size = engine_settings(config, config.num_ranks).micro_batch_size
+        if size not in self._shapes:
+            self._shapes[size] = training_shape(config, size)
+        return states_and_passing(config, config.num_ranks, self._shapes[size])
+
+
+def rank_memory(config: GeneratorTraining) -> RankMemory:
     """Estimate a training's ranks; rehearses one micro batch.
 
     Args:
         config: prior, decoder or upsampler.
-        world_size: ranks; None: as configured.
+    """
+    return RankMemories().of(config)
+
+
+def training_shape(config: GeneratorTraining, micro_batch_size: int) -> TrainingShape:
+    """Build a training's model without content, and rehearse a micro batch.
+
+    Args:
+        config: prior, decoder or upsampler.
+        micro_batch_size: samples.
     """
     with torch.device("meta"):
         model = build(config.model)  # type: ignore[attr-defined]
@@ -81,33 +123,30 @@ def rank_memory(config: GeneratorTraining, world_size: int | None = None) -> Ran
     frozen = set(frozen_names([name for name, _ in model.named_parameters()], config.frozen, "frozen"))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name not in frozen)
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     still = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*still, *model.buffers()))
-    world_size = world_size or config.num_ranks
-    settings = engine_settings(config, world_size)
     activations = activation_memory(
         model,
         model_loss,
         example_batch(config.model),  # type: ignore[attr-defined]
-        num_samples=settings.micro_batch_size,
+        num_samples=micro_batch_size,
         precision=config.precision,
     )
-    return states_and_passing(config, world_size, sizes, fixed, activations)
+    return TrainingShape(
+        sizes=[parameter.numel() for parameter in model.parameters() if parameter.requires_grad],
+        fixed=sum(tensor.numel() * tensor.element_size() for tensor in (*still, *model.buffers())),
+        activations=activations,
+    )
 
 
-def states_and_passing(
-    config: GeneratorTraining, world_size: int, sizes: Sequence[int], fixed: int, activations: ActivationMemory
-) -> RankMemory:
+def states_and_passing(config: GeneratorTraining, world_size: int, shape: TrainingShape) -> RankMemory:
     """Add up what an engine holds.
 
     Args:
         config: the training.
         world_size: ranks.
-        sizes: elements of every trainable parameter.
-        fixed: bytes of frozen parameters and buffers.
-        activations: of a micro batch.
+        shape: of its model, and of a micro batch of its size.
     """
+    sizes, fixed, activations = shape.sizes, shape.fixed, shape.activations
     settings = engine_settings(config, world_size)
     whole = _F32 * sum(sizes)
     part = -(-whole // world_size)
@@ -125,6 +164,8 @@ def states_and_passing(
     buffers = bucket * (2 if zero.get("overlap_comm") else 1)
     offloaded = {"none": 0, "cpu": 4 * part, "nvme": part}[settings.offload_optimizer]
     on_disk = 3 * part if settings.offload_optimizer == "nvme" else 0
+    if settings.offload_parameters != "none":
+        offloaded += part
     gradients, weights = 0, whole
     if settings.zero_stage == 1:
         passing = _passing_of_stage_1(sizes, world_size, activations, buffers, accumulates)
@@ -139,7 +180,8 @@ def states_and_passing(
         # The gradient's part, a staging copy of the weights (stages 1 and 2), and a parameter's gradient on its way.
         staging = part + 2 * _F32 * max(sizes) if settings.zero_stage < 3 else 0
         gradients += part + staging
-        offloaded += part + staging
+        # Stage 3 keeps the sum of its gradients beside the optimizer, too.
+        offloaded += part + (staging if settings.zero_stage < 3 else part)
     return RankMemory(
         weights=weights + fixed,
         optimizer=3 * part,
@@ -221,56 +263,3 @@ def _most_of_a_part(sizes: Sequence[int], world_size: int) -> int:
         low, high = bisect.bisect_right(starts, rank * part) - 1, bisect.bisect_left(starts, (rank + 1) * part)
         most = max(most, starts[high] - starts[low] if high < len(starts) else starts[-1] - starts[low])
     return most
-
-
-# ---- what does not fit -----------------------------------------------------------------------------------------------
-
-
-def check_fits(config: GeneratorTraining, limit_gib: float, place: str) -> RankMemory:
-    """Estimate a training's ranks, and refuse what does not fit.
-
-    Args:
-        config: the training.
-        limit_gib: what torch can use of one GPU.
-        place: the stage, for messages.
-
-    Raises:
-        ConfigError: with the smallest change that fits; none of them changes the result.
-    """
-    found = rank_memory(config)
-    limit = limit_gib * GIB
-    if found.on_device <= limit:
-        return found
-    changes: list[str] = []
-    for said, changed in _changes(config):
-        changes = [change for change in changes if change.partition("=")[0] != said.partition("=")[0]] + [said]
-        smaller = rank_memory(changed)
-        if smaller.on_device <= limit:
-            options = " ".join(f"-s {place}.{change}" for change in changes)
-            remedy = f"the smallest change that fits: {options} ({smaller.on_device / GIB:.1f} GiB)"
-            break
-    else:
-        remedy = "nor does it in micro batches of 1 under ZeRO 3 with all offloaded; take more ranks or larger GPUs"
-    raise ConfigError(
-        f"{place}: a rank takes {found.on_device / GIB:.1f} GiB of GPU memory, more than the {limit_gib:g} GiB of "
-        f"gpu_memory_gib; {remedy}"
-    )
-
-
-def _changes(config: GeneratorTraining) -> Iterator[tuple[str, GeneratorTraining]]:
-    """Yield what to change further and further, the cheapest first, and the config with all changes so far."""
-    num_local = config.global_batch_size // config.num_ranks
-    size = config.micro_batch_size or num_local
-    for smaller in (size // 2**power for power in range(1, size.bit_length())):
-        if num_local % smaller == 0:
-            config = dataclasses.replace(config, micro_batch_size=smaller)
-            yield f"micro_batch_size={smaller}", config
-    if config.engine == "torch":
-        return
-    for stage in range(config.zero_stage + 1, 4):
-        config = dataclasses.replace(config, zero_stage=stage)  # type: ignore[arg-type]
-        yield f"zero_stage={stage}", config
-    for name in ("offload_optimizer", "offload_parameters"):
-        if getattr(config, name) == "none":
-            config = dataclasses.replace(config, **{name: "cpu"})  # type: ignore[arg-type]
-            yield f"{name}=cpu", config
