@@ -41,13 +41,16 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show_cost(args: argparse.Namespace, project: Project) -> int:
     """Estimate every stage and show it."""
-    from cluster.cost import PriceTable, estimate, storage_price, this_machine, total
+    from cluster.cost import PriceTable, estimate, refuse_on_this_machine, storage_price, this_machine, total
     from cluster.throughput import measured
     from stages.config import load_file
 
     machines = load_file(PriceTable, args.prices) if args.prices else this_machine(project.config)
     if args.rows is not None and args.rows < 1:
         raise ConfigError(f"--rows {args.rows}: is below 1")
+    if machines is not None and not args.prices:
+        pending = [stage for name, stage in project.stages.items() if project.states[name].manifest is None]
+        refuse_on_this_machine(pending, machines)
     found = measured(project.stages, [project.config.root, *args.measured_in])
     estimates = estimate(
         project.config,

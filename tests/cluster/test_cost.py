@@ -105,7 +105,7 @@ def test_rows_of_lists_are_stated_or_unknown() -> None:
     ("change", "expected"),
     [
         ("decoder.num_ranks=16, global", "16 workers.*room for 8.*smallest change that fits: num_nodes: 4"),
-        ("decoder.gpus_per_rank=1", "4 workers.*num_nodes: 2, or -s decoder.num_ranks=2"),
+        ("decoder.gpus_per_rank=1", "4 workers.*num_nodes: 2, or -s decoder.num_ranks=2 -s decoder.micro_batch_size=8"),
         ("decoder.cpus_per_rank=64", "larger machines"),
     ],
 )
