@@ -9,6 +9,7 @@ from stages.machines import AwsConfig, InstanceConfig
 from stages.storage import is_local
 
 CONFIG_PATH = "~/config.yaml"
+WATCH_LOG = "/tmp/spot-notice.log"
 
 
 def render(config: AwsConfig, *, root: str, settings_path: str) -> dict[str, Any]:
@@ -51,8 +52,20 @@ def render(config: AwsConfig, *, root: str, settings_path: str) -> dict[str, Any
             "ray stop",
             "ray start --head --port=6379 --num-cpus=0 --autoscaling-config=~/ray_bootstrap_config.yaml",
         ],
-        "worker_start_ray_commands": ["ray stop", "ray start --address=$RAY_HEAD_IP:6379"],
+        "worker_start_ray_commands": [
+            "ray stop",
+            "ray start --address=$RAY_HEAD_IP:6379",
+            *([_watch(config)] if config.data.spot or config.gpu.spot else []),
+        ],
     }
+
+
+def _watch(config: AwsConfig) -> str:
+    """Return the command that passes EC2's notices on to Ray; on machines that are no spot machines none ever comes."""
+    heed = " --heed-rebalance" if config.heed_rebalance else ""
+    watch = f"python -m cluster.spot_notice --address=$RAY_HEAD_IP:6379{heed}"
+    # The launcher waits until nothing holds on to the shell's output.
+    return f"nohup {watch} </dev/null >{WATCH_LOG} 2>&1 &"
 
 
 def _workers(config: AwsConfig, instances: InstanceConfig) -> dict[str, Any]:

@@ -7,13 +7,16 @@ user's, in a file (``configs/prices.yaml``).
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from cluster.room import fewer_ranks, refuse_what_never_fits
 from cluster.throughput import Throughput
 from stages.base import Stage, setting
 from stages.config import Config
@@ -75,7 +78,34 @@ def this_machine(config: Config) -> PriceTable | None:
     if num_gpus is None:
         num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
     machine = NodeType(num_cpus=num_cpus, num_gpus=num_gpus)
-    return PriceTable(data=machine, gpu=machine if machine.num_gpus else None)
+    if not num_gpus:
+        return PriceTable(data=machine)
+    from stages.hardware import least_gpu_memory_gib  # it loads torch
+
+    return PriceTable(data=machine, gpu=dataclasses.replace(machine, gpu_memory_gib=least_gpu_memory_gib()))
+
+
+def refuse_on_this_machine(stages: Iterable[Stage[Any]], machines: PriceTable) -> None:
+    """Refuse stages that a local Ray could not hold, as a run would.
+
+    Args:
+        stages: those still to be done.
+        machines: ``this_machine``.
+
+    Raises:
+        ConfigError: with the smallest change that would fit.
+    """
+    here = {"Resources": {"CPU": machines.data.num_cpus, "GPU": float(machines.data.num_gpus)}, "Labels": {}}
+    refuse_what_never_fits(map(_without_wishes, stages), [here])
+
+
+def _without_wishes(stage: Stage[Any]) -> Stage[Any]:
+    """Return a stage without the resources and labels of which only Ray knows whether this machine has them."""
+    if not isinstance(stage.config, TrainingConfig):
+        return stage
+    plain = copy.copy(stage)
+    plain.config = dataclasses.replace(stage.config, resources_per_rank={}, node_labels={}, accelerator_type=None)
+    return plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,10 +341,12 @@ def _room(
     if room < wanted:
         have = f"{node.num_nodes} machines with {node.num_cpus:g} cores and {node.num_gpus} GPUs have room for {room}"
         least = f"num_nodes: {math.ceil(wanted / per_node)}" if per_node else "larger machines"
+        fewer = fewer_ranks(stage.config, room) if isinstance(stage.config, TrainingConfig) else None
+        options = " ".join(f"-s {stage.name}.{name}={value}" for name, value in (fewer or {}).items())
         raise ConfigError(
             f"{stage.name}: {wanted} worker{'s' if wanted > 1 else ''} of {needs.num_cpus:g} cores and "
             f"{needs.num_gpus:g} GPUs, but {have}; the smallest change that fits: {least}"
-            + (f", or -s {stage.name}.num_ranks={room}" if room else "")
+            + (f", or {options}" if options else "")
         )
     if needs.num_ranks:
         num_workers = needs.num_ranks

@@ -1,10 +1,12 @@
-"""Which nodes are about to go: a spot machine that got its notice, or one that an operator drains."""
+"""Nodes that are about to go, spot machines after a notice or what an operator drains: who they are, who says so."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 _ASK_EVERY_S = 1.0
+_ANSWER_TIMEOUT_S = 10.0
 
 
 class DrainWatch:
@@ -36,3 +38,55 @@ class DrainWatch:
         import ray
 
         return ray.get_runtime_context().get_node_id() in self.nodes()
+
+
+class DrainRefusedError(Exception):
+    """The cluster does not answer, does not know the node, or refuses to drain it."""
+
+
+def this_node(address: str) -> str:
+    """Return the id of the Ray node that runs on this machine.
+
+    Args:
+        address: ``HOST:PORT`` of the cluster's head.
+
+    Raises:
+        DrainRefusedError: if there is none, or more than one.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is compiled
+    from ray.exceptions import RayError
+
+    try:
+        nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_TIMEOUT_S)
+    except (RayError, OSError) as error:
+        raise DrainRefusedError(f"{address} does not answer: {error}") from error
+    here = [key.hex() for key, node in nodes.items() if node.state == 0 and Path(node.raylet_socket_name).exists()]
+    if len(here) != 1:
+        raise DrainRefusedError(f"{len(here)} nodes of the cluster at {address} run on this machine, not one")
+    return str(here[0])
+
+
+def drain_node(address: str, node_id: str, why: str, left_s: float | None) -> None:
+    """Tell the cluster that a node is about to be taken back: no new work goes there, and trainings leave it.
+
+    Args:
+        address: ``HOST:PORT`` of the cluster's head.
+        node_id: the node.
+        why: for people.
+        left_s: seconds until it goes; None: not known.
+
+    Raises:
+        DrainRefusedError: if the cluster does not answer, or refuses.
+    """
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # it is compiled
+    from ray.core.generated import autoscaler_pb2
+    from ray.exceptions import RayError
+
+    reason: int = vars(autoscaler_pb2)["DRAIN_NODE_REASON_PREEMPTION"]
+    deadline_ms = 0 if left_s is None else int((time.time() + left_s) * 1000)  # 0: there is none
+    try:
+        is_accepted, why_not = GcsClient(address=address).drain_node(node_id, reason, why, deadline_ms)
+    except (RayError, OSError) as error:
+        raise DrainRefusedError(f"{address} does not answer: {error}") from error
+    if not is_accepted:
+        raise DrainRefusedError(f"{address} refuses to drain {node_id}: {why_not}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from stages.base import Resources, Stage
@@ -16,6 +17,7 @@ from stages.training_config import TrainingConfig
 logger = logging.getLogger(__name__)
 
 _PROBE_S = 5.0
+_ANY_NUMBER = 1 << 20  # of workers that need nothing
 
 
 def with_room(stage: Stage[Any]) -> Stage[Any]:
@@ -35,7 +37,7 @@ def with_room(stage: Stage[Any]) -> Stage[Any]:
         if time.monotonic() - began_at < config.shrink_after_minutes * 60:
             continue
         began_at = time.monotonic()
-        room = num_ranks_on(_alive_nodes(), stage.resources)
+        room = num_ranks_on(alive_nodes(), stage.resources)
         if room >= config.num_ranks:
             continue  # others are using it
         if (fewer := shrunk(config, room)) is None:
@@ -69,7 +71,7 @@ def shrunk(config: TrainingConfig, room: int) -> TrainingConfig | None:
     return None
 
 
-def num_ranks_on(nodes: list[Mapping[str, Any]], resources: Resources) -> int:
+def num_ranks_on(nodes: Sequence[Mapping[str, Any]], resources: Resources) -> int:
     """Count the ranks that nodes could hold if nobody else used them.
 
     Args:
@@ -81,7 +83,8 @@ def num_ranks_on(nodes: list[Mapping[str, Any]], resources: Resources) -> int:
     for node in nodes:
         has, labels = node["Resources"], node.get("Labels", {})
         if all(labels.get(key) == value for key, value in resources.node_labels.items()):
-            held.append(min(math.floor(has.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount))
+            each = (math.floor(has.get(name, 0) / amount + 1e-9) for name, amount in wanted.items() if amount)
+            held.append(min(each, default=_ANY_NUMBER))
     if resources.placement == "strict_pack":
         return max(held, default=0)
     if resources.placement == "strict_spread":
@@ -96,14 +99,20 @@ def per_rank(resources: Resources) -> dict[str, float]:
     return {"CPU": resources.num_cpus, **gpus, **resources.custom, **kind}
 
 
-def _alive_nodes() -> list[Mapping[str, Any]]:
+def alive_nodes() -> list[Mapping[str, Any]]:
+    """List the nodes that the cluster has at present, as Ray describes them."""
     import ray
 
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _is_room(resources: Resources) -> bool:
-    """Try to get the places of a group, for a few seconds; an autoscaler learns of it what is missing."""
+@contextlib.contextmanager
+def asked_for(resources: Resources) -> Iterator[Any]:
+    """Ask for the places of a group during a ``with`` block; an autoscaler learns of it what is missing.
+
+    Args:
+        resources: of the training.
+    """
     from ray.util.placement_group import placement_group, remove_placement_group
 
     num_ranks = max(1, resources.num_ranks)
@@ -113,6 +122,12 @@ def _is_room(resources: Resources) -> bool:
         bundle_label_selector=[dict(resources.node_labels)] * num_ranks if resources.node_labels else None,
     )
     try:
-        return bool(places.wait(_PROBE_S))
+        yield places
     finally:
         remove_placement_group(places)
+
+
+def _is_room(resources: Resources) -> bool:
+    """Try to get the places of a group, for a few seconds."""
+    with asked_for(resources) as places:
+        return bool(places.wait(_PROBE_S))

@@ -59,53 +59,54 @@ class RankMemory:
         return self.total - self.offloaded - self.on_disk
 
 
-def memory_of(
-    model: nn.Module,
-    loss: LossOfModel,
-    batch: Mapping[str, Tensor],
-    settings: EngineSettings,
-    *,
-    world_size: int,
-    plain: bool = False,
-) -> RankMemory:
-    """Estimate what a rank takes that trains a model; rehearses one micro batch.
+@dataclass(frozen=True, kw_only=True)
+class TrainingShape:
+    """What a rank's memory follows from, beside the settings.
+
+    Attributes:
+        sizes: elements of every trainable parameter.
+        fixed: bytes of frozen parameters and buffers.
+        activations: of a micro batch.
+    """
+
+    sizes: Sequence[int]
+    fixed: int
+    activations: ActivationMemory
+
+
+def shape_of(
+    model: nn.Module, loss: LossOfModel, batch: Mapping[str, Tensor], settings: EngineSettings
+) -> TrainingShape:
+    """Measure a model and rehearse one micro batch.
 
     Args:
         model: on the meta device, or anywhere; nothing of it is used but shapes, and what is frozen.
         loss: the loss function.
         batch: of one sample; only shapes and types matter.
-        settings: of the engine.
-        world_size: ranks.
-        plain: whether the engine is the plain-torch one.
+        settings: of the engine; what counts is the size of a micro batch, and the precision.
     """
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
     still = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    fixed = sum(tensor.numel() * tensor.element_size() for tensor in (*still, *model.buffers()))
-    activations = activation_memory(
-        model, loss, batch, num_samples=settings.micro_batch_size, precision=settings.precision
+    return TrainingShape(
+        sizes=[parameter.numel() for parameter in model.parameters() if parameter.requires_grad],
+        fixed=sum(tensor.numel() * tensor.element_size() for tensor in (*still, *model.buffers())),
+        activations=activation_memory(
+            model, loss, batch, num_samples=settings.micro_batch_size, precision=settings.precision
+        ),
     )
-    return states_and_passing(settings, world_size, sizes, fixed, activations, plain=plain)
 
 
 def states_and_passing(
-    settings: EngineSettings,
-    world_size: int,
-    sizes: Sequence[int],
-    fixed: int,
-    activations: ActivationMemory,
-    *,
-    plain: bool = False,
+    settings: EngineSettings, world_size: int, shape: TrainingShape, *, plain: bool = False
 ) -> RankMemory:
     """Add up what an engine holds.
 
     Args:
         settings: of the engine.
         world_size: ranks.
-        sizes: elements of every trainable parameter.
-        fixed: bytes of frozen parameters and buffers.
-        activations: of a micro batch.
+        shape: of the model, and of a micro batch of these settings.
         plain: whether the engine is the plain-torch one.
     """
+    sizes, fixed, activations = shape.sizes, shape.fixed, shape.activations
     whole = _F32 * sum(sizes)
     part = -(-whole // world_size)
     accumulates = settings.num_micro_batches > 1
@@ -122,6 +123,8 @@ def states_and_passing(
     buffers = bucket * (2 if zero.get("overlap_comm") else 1)
     offloaded = {"none": 0, "cpu": 4 * part, "nvme": part}[settings.offload_optimizer]
     on_disk = 3 * part if settings.offload_optimizer == "nvme" else 0
+    if settings.offload_parameters != "none":
+        offloaded += part
     gradients, weights = 0, whole
     if settings.zero_stage == 1:
         passing = _passing_of_stage_1(sizes, world_size, activations, buffers, accumulates)
@@ -136,7 +139,8 @@ def states_and_passing(
         # The gradient's part, a staging copy of the weights (stages 1 and 2), and a parameter's gradient on its way.
         staging = part + 2 * _F32 * max(sizes) if settings.zero_stage < 3 else 0
         gradients += part + staging
-        offloaded += part + staging
+        # Stage 3 keeps the sum of its gradients beside the optimizer, too.
+        offloaded += part + (staging if settings.zero_stage < 3 else part)
     return RankMemory(
         weights=weights + fixed,
         optimizer=3 * part,

@@ -24,6 +24,8 @@ from typing import Any
 
 from cluster.board import Board, BoardLink
 from cluster.draining import DrainWatch
+from cluster.elastic import alive_nodes
+from cluster.room import could_hold, not_in_time, refuse_what_never_fits
 from stages.base import Progress, Result, Shard, Stage
 from stages.errors import ConfigError, ShardError, StageError, UnclipError, first_line
 from stages.executor import ClusterConfig, ShardFailure, failure_of, stay
@@ -76,7 +78,7 @@ def connect(cluster: ClusterConfig) -> RayExecutor:
         _start(cluster)
     else:
         _join(cluster)
-    return RayExecutor(grows=cluster.address != "local")
+    return RayExecutor(grows=cluster.address != "local", wait_for_nodes_s=cluster.wait_for_nodes_s)
 
 
 def _start(cluster: ClusterConfig) -> None:
@@ -172,9 +174,11 @@ class RayExecutor:
 
     Args:
         grows: whether nodes may join while a stage is at work.
+        wait_for_nodes_s: how long nodes that could hold a stage's workers are waited for, where none does; None: as
+            long as it takes.
     """
 
-    def __init__(self, *, grows: bool = False) -> None:
+    def __init__(self, *, grows: bool = False, wait_for_nodes_s: float | None = None) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -183,9 +187,15 @@ class RayExecutor:
         board: Any = ray.remote(Board).options(num_cpus=0, max_restarts=-1, scheduling_strategy=here)
         self._board = board.remote()
         self._grows = grows
+        self._wait_for_nodes_s = wait_for_nodes_s
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._gangs: set[Future[ShardRecord]] = set()
+
+    def refuse_impossible(self, stages: Sequence[Stage[Any]]) -> None:
+        """See ``Executor.refuse_impossible``; a cluster that grows is waited for instead."""
+        if not self._grows:
+            refuse_what_never_fits(stages, alive_nodes())
 
     def map(
         self,
@@ -196,7 +206,12 @@ class RayExecutor:
         *,
         on_idle: Callable[[], None] = stay,
     ) -> Iterator[ShardRecord | ShardFailure]:
-        """See ``Executor.map``."""
+        """See ``Executor.map``.
+
+        Raises:
+            ConfigError: if no node could ever hold a worker of the stage.
+            StageError: if none that could has joined in time.
+        """
         key = f"{stage.name}-{uuid.uuid4().hex[:8]}"
 
         def poll() -> None:
@@ -206,6 +221,7 @@ class RayExecutor:
 
         work = self._map_gang if stage.gang else self._map_pool
         try:
+            self.refuse_impossible([stage])
             yield from work(stage, shards, output, key, poll)
         except UnclipError:
             raise
@@ -261,7 +277,8 @@ class RayExecutor:
     ) -> Iterator[ShardRecord | ShardFailure]:
         import ray
 
-        pool = _Pool(stage, shards, output, self._board, key, grows=self._grows)
+        limit_s = self._wait_for_nodes_s
+        pool = _Pool(stage, shards, output, self._board, key, grows=self._grows, wait_for_nodes_s=limit_s)
         try:
             while pool.busy:
                 done, _ = ray.wait(pool.awaited, num_returns=1, timeout=_POLL_S)
@@ -283,7 +300,8 @@ class RayExecutor:
         from cluster.training import train_gang
 
         for shard in shards:
-            gang = _in_thread(f"gang-{stage.name}", partial(train_gang, stage, shard, output, self._board, key))
+            train = partial(train_gang, stage, shard, output, self._board, key, self._wait_for_nodes_s)
+            gang = _in_thread(f"gang-{stage.name}", train)
             self._gangs.add(gang)
             try:
                 while not gang.done():
@@ -365,10 +383,19 @@ class _Pool:
     """
 
     def __init__(
-        self, stage: Stage[Any], shards: Sequence[Shard], output: str, board: Any, key: str, *, grows: bool
+        self,
+        stage: Stage[Any],
+        shards: Sequence[Shard],
+        output: str,
+        board: Any,
+        key: str,
+        *,
+        grows: bool,
+        wait_for_nodes_s: float | None,
     ) -> None:
         import ray
 
+        self._stage = stage
         self._resources = stage.resources
         self._name = stage.name
         self._output = output
@@ -385,8 +412,9 @@ class _Pool:
         self._grows = grows
         self._num_fitting = _pool_size(stage, len(shards), ray.cluster_resources())
         self._num_most = min(len(shards), self._resources.max_workers or len(shards)) if grows else self._num_fitting
-        self._started_at = time.monotonic()
-        self._is_told = False
+        self._began_at = self._started_at = time.monotonic()
+        self._wait_for_nodes_s = wait_for_nodes_s
+        self._is_told = self._has_started = False
         self._adjust()
 
     @property
@@ -410,7 +438,12 @@ class _Pool:
         return outcome
 
     def tell(self) -> None:
-        """Say once if workers find no room for a while."""
+        """Say once if workers find no room for a while.
+
+        Raises:
+            StageError: if none ever has, no node could hold one, and none that could has joined in time.
+        """
+        self._refuse_to_wait_longer()
         if self._is_told or not self._starting or time.monotonic() - self._started_at < _SAY_WAITING_S:
             return
         self._is_told = True
@@ -425,6 +458,13 @@ class _Pool:
                 "%s: no worker has started for %.0f s; %d shards wait for a node with %s to spare",
                 *(self._name, _SAY_WAITING_S, len(self._waiting), needs),
             )
+
+    def _refuse_to_wait_longer(self) -> None:
+        limit_s = self._wait_for_nodes_s
+        if limit_s is None or self._has_started or time.monotonic() - self._began_at <= limit_s:
+            return
+        if not could_hold(nodes := alive_nodes(), self._stage):
+            raise not_in_time(self._stage, nodes, limit_s)
 
     def close(self) -> None:
         """End all actors."""
@@ -465,7 +505,7 @@ class _Pool:
                 raise StageError(f"{self._name}: workers die as they start: {first_line(error)}") from error
             return
         self._num_failed_starts = 0
-        self._started_at = time.monotonic()
+        self._started_at, self._has_started = time.monotonic(), True
         self._next(actor, node)
 
     def _take_outcome(self, ref: Any) -> ShardRecord | ShardFailure | None:

@@ -22,9 +22,10 @@ from typing import Any
 
 from cluster.board import BoardLink
 from cluster.draining import DrainWatch
-from cluster.elastic import num_ranks_on, per_rank, with_room
+from cluster.elastic import per_rank, with_room
+from cluster.room import await_nodes
 from stages import storage
-from stages.base import Resources, Shard, Stage, record_uri
+from stages.base import Shard, Stage, record_uri
 from stages.checkpoints import CheckpointFolder
 from stages.engine import EngineFactory, TorchEngine
 from stages.errors import ShardError, StorageError, UnclipError
@@ -41,7 +42,9 @@ _GROUP_TIMEOUT_S = 1800
 START_TIMEOUT_S = 30 * 24 * 3600
 
 
-def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: str) -> ShardRecord:
+def train_gang(
+    stage: Stage[Any], shard: Shard, output: str, board: Any, key: str, wait_for_nodes_s: float | None = None
+) -> ShardRecord:
     """Run one shard of a gang stage on a Ray Train group; blocks, and works in any thread.
 
     Args:
@@ -50,14 +53,20 @@ def train_gang(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         output: URI of the folder of the stage's shards.
         board: handle of the ``Board`` actor.
         key: under which progress is put up.
+        wait_for_nodes_s: how long nodes that could hold it are waited for at the start; one that has begun waits for as
+            long as it takes. None: that, too.
 
     Raises:
+        StageError: if there are no such nodes by then.
         UnclipError: what a rank raised; a ``StorageError`` only where the group did not get further three times.
         ShardError: retryable, if ranks died again and again without getting further.
     """
     checkpoints = CheckpointFolder(storage.join(output, shard.id), keep_last=1)
     num_idle_starts, best_step = 0, _newest(checkpoints)
+    limit_s = wait_for_nodes_s
     while True:
+        await_nodes(stage, limit_s, partial(_is_stopping, board, key))
+        limit_s = None
         error = _run_group(with_room(stage), shard, output, board, key)
         if error is None:
             return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
@@ -112,7 +121,6 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
 
     resources = stage.resources
     uses_gpu = resources.num_gpus > 0
-    _warn_if_nowhere(stage.name, resources)
     # Ray Train's own few files; nothing that a resumed training needs.
     with tempfile.TemporaryDirectory(prefix="unclip-ray-train-", ignore_cleanup_errors=True) as scratch:
         trainer = TorchTrainer(
@@ -146,23 +154,6 @@ def _run_group(stage: Stage[Any], shard: Shard, output: str, board: Any, key: st
         except TrainingFailedError as error:
             return error
     return None
-
-
-def _warn_if_nowhere(name: str, resources: Resources) -> None:
-    """Say so if no node could hold a rank even when idle; an autoscaler may bring one, so the training waits."""
-    import ray
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    if num_ranks_on(nodes, resources):
-        return
-    wanted = per_rank(resources)
-    labelled = f" on nodes with labels {dict(resources.node_labels)}" if resources.node_labels else ""
-    needs = ", ".join(f"{amount:g} {resource}" for resource, amount in wanted.items())
-    logger.warning(
-        "%s: each rank needs %s%s, and none of the cluster's %d nodes offers that; the training waits for one. Add "
-        "such nodes, or change %s.resources_per_rank, node_labels, accelerator_type, cpus_per_rank or gpus_per_rank",
-        *(name, needs, labelled, len(nodes), name),
-    )
 
 
 def _group_timeout_s(stage: Stage[Any]) -> int:

@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from flows.console import open_console, print_json
+from flows.memory_table import bytes_text, legend, memory_line, ways_table
 from flows.overview import new_table
 from flows.progress import format_duration
 from flows.project import Project
@@ -17,6 +19,8 @@ from stages.errors import ConfigError
 if TYPE_CHECKING:
     from cluster.cost import PriceTable, StageEstimate
     from cluster.memory import RankMemory
+    from cluster.memory_ways import Way
+    from stages.generator_config import GeneratorTraining
 
 _UNKNOWN = "[dim]unknown[/]"
 
@@ -37,13 +41,16 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show_cost(args: argparse.Namespace, project: Project) -> int:
     """Estimate every stage and show it."""
-    from cluster.cost import PriceTable, estimate, storage_price, this_machine, total
+    from cluster.cost import PriceTable, estimate, refuse_on_this_machine, storage_price, this_machine, total
     from cluster.throughput import measured
     from stages.config import load_file
 
     machines = load_file(PriceTable, args.prices) if args.prices else this_machine(project.config)
     if args.rows is not None and args.rows < 1:
         raise ConfigError(f"--rows {args.rows}: is below 1")
+    if machines is not None and not args.prices:
+        pending = [stage for name, stage in project.stages.items() if project.states[name].manifest is None]
+        refuse_on_this_machine(pending, machines)
     found = measured(project.stages, [project.config.root, *args.measured_in])
     estimates = estimate(
         project.config,
@@ -67,15 +74,18 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
             "stages_of_unknown_price": unknown_prices,
             "currency": machines.currency if machines else None,
             "storage_price_per_month": month,
-            "memory_per_rank_bytes": {name: dataclasses.asdict(rank) for name, rank in memory.items()},
+            "memory_per_rank_bytes": {name: dataclasses.asdict(rank) for name, rank in memory.chosen.items()},
+            "memory_by_way_bytes": {name: [way.to_json() for way in ways] for name, ways in memory.ways.items()},
         }
         print_json(summary)
         return 0
     _print(estimates, machines)
-    for name, rank in memory.items():
-        offloaded = f", and {_bytes(rank.offloaded)} of the CPU's" if rank.offloaded else ""
-        on_disk = f", and {_bytes(rank.on_disk)} in offload_dir" if rank.on_disk else ""
-        print(f"{name}: a rank takes {_bytes(rank.on_device)} of memory beside data and libraries{offloaded}{on_disk}")
+    for name, rank in memory.chosen.items():
+        print(memory_line(name, rank))
+    if memory.ways:
+        configs = {name: cast("GeneratorTraining", project.stages[name].config) for name in memory.ways}
+        open_console(sys.stdout).print(ways_table(memory.ways, configs, memory.limit_gib))
+        print(legend(memory.limit_gib))
     currency = machines.currency if machines else ""
     print(f"work: {hours:,.3g} worker hours{_but(unknown_hours)}")
     priced = unknown_prices < sum(item.status == "pending" for item in estimates)
@@ -85,18 +95,33 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
     return 0
 
 
-def _memory(project: Project, machines: PriceTable | None) -> dict[str, RankMemory]:
+@dataclass(frozen=True)
+class _Memory:
+    """What ranks take: of each training that is still to run, as configured and in all ways; and what a GPU has."""
+
+    chosen: dict[str, RankMemory]
+    ways: dict[str, list[Way]]
+    limit_gib: float | None
+
+
+def _memory(project: Project, machines: PriceTable | None) -> _Memory:
     """Estimate the trainings that are still to run; refuse those that do not fit the GPUs of the table."""
-    from cluster.memory_plan import check_fits, rank_memory
+    from cluster.memory_plan import RankMemories
+    from cluster.memory_ways import check_fits, ways
     from stages.generator_config import GeneratorTraining
 
-    found = {}
+    limit = machines.gpu.gpu_memory_gib if machines and machines.gpu else None
+    found = _Memory({}, {}, limit)
     for name, stage in project.stages.items():
         config = stage.config
         if not isinstance(config, GeneratorTraining) or project.states[name].manifest is not None:
             continue
-        limit = machines.gpu.gpu_memory_gib if machines and machines.gpu and config.gpus_per_rank else None
-        found[name] = rank_memory(config) if limit is None else check_fits(config, limit, name)
+        memories = RankMemories()
+        if limit is None or not config.gpus_per_rank:
+            found.chosen[name] = memories.of(config)
+        else:
+            found.chosen[name] = check_fits(config, limit, name, memories)
+        found.ways[name] = ways(config, memories)
     return found
 
 
@@ -133,7 +158,7 @@ def _print(estimates: Sequence[StageEstimate], machines: PriceTable | None) -> N
             _UNKNOWN if item.num_in is None else f"{most}{item.num_in:,}",
             _UNKNOWN if item.num_kept is None else f"{most}{item.num_kept:,}",
             _UNKNOWN if item.num_shards is None else f"{item.num_shards:,}",
-            _UNKNOWN if item.num_bytes is None else _bytes(item.num_bytes),
+            _UNKNOWN if item.num_bytes is None else bytes_text(item.num_bytes),
             "" if done else _UNKNOWN if item.num_workers is None else f"{item.num_workers:,}",
             "" if done else _UNKNOWN if item.hours is None else format_duration(item.hours * 3600),
             "" if done else _UNKNOWN if item.price is None else f"{item.price:,.2f}",
@@ -143,11 +168,3 @@ def _print(estimates: Sequence[StageEstimate], machines: PriceTable | None) -> N
     for item in estimates:
         if item.basis.startswith("unknown"):
             print(f"{item.stage}: {item.basis}")
-
-
-def _bytes(num: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num < 1024:
-            return f"{num:,.3g} {unit}"
-        num /= 1024
-    return f"{num:,.1f} TiB"

@@ -17,7 +17,7 @@ from stages.runner import StageState, committed_records
 _NUMBERS = frozenset(
     {
         *("shards", "samples in", "samples kept", "quarantined", "seconds", "done", "cached", "failed", "exit"),
-        *("samples/s", "left", "store", "workers", "time", "price"),
+        *("samples/s", "left", "store", "workers", "time", "price", "ZeRO"),
     }
 )
 _WRAPPED = ("why", "when", "known from")

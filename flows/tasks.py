@@ -85,6 +85,13 @@ class Run:
         """Whether the user has stopped the run."""
         return self.interrupt.cancelled.is_set()
 
+    def lacks(self, name: str) -> bool:
+        """Tell whether there is no result of a stage for its settings, so that it must be done; or it is forced."""
+        state = self.states[name]
+        if name in self.selection.forced:
+            return True
+        return state.manifest is None and Manifest.read(self.root, name, state.fingerprint) is None
+
     def do(self, name: str, inputs: Mapping[str, Manifest]) -> Outcome:
         """Bring one stage to its end, unless it is there already."""
         stage, fingerprint = self.stages[name], self.states[name].fingerprint

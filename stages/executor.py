@@ -52,6 +52,11 @@ class ClusterConfig:
         "seconds without a sign of life after which another run takes a stage over; 0: no leases",
         affects="nothing",
     )
+    wait_for_nodes_s: float | None = setting(
+        1800.0,
+        "seconds that a stage waits for its first node where none of the cluster could hold a worker; null: for ever",
+        affects="nothing",
+    )
     max_failed_fraction: float = setting(0.0, "quarantined shards a stage may have, 0 to 1", affects="nothing")
 
     def __post_init__(self) -> None:
@@ -59,6 +64,8 @@ class ClusterConfig:
             raise ValueError(f"max_attempts: {self.max_attempts} is below 1; write 1 for a single try")
         if self.lease_ttl_s < 0:
             raise ValueError(f"lease_ttl_s: {self.lease_ttl_s} is negative; write 0 to do without leases")
+        if self.wait_for_nodes_s is not None and self.wait_for_nodes_s < 0:
+            raise ValueError(f"wait_for_nodes_s: {self.wait_for_nodes_s} is negative; write null to wait for ever")
         if not 0 <= self.max_failed_fraction <= 1:
             raise ValueError(f"max_failed_fraction: {self.max_failed_fraction} is not between 0 and 1")
 
@@ -104,6 +111,17 @@ def stay() -> None:
 class Executor(Protocol):
     """Something that can process shards."""
 
+    def refuse_impossible(self, stages: Sequence[Stage[Any]]) -> None:
+        """Refuse stages whose workers would wait for ever; asked before any of them begins.
+
+        Args:
+            stages: those of a run that are still to do.
+
+        Raises:
+            ConfigError: names what is missing, and the smallest change that would do.
+        """
+        ...
+
     def map(
         self,
         stage: Stage[Any],
@@ -142,6 +160,9 @@ class Executor(Protocol):
 
 class LocalExecutor:
     """The reference: shards one after another in this process."""
+
+    def refuse_impossible(self, stages: Sequence[Stage[Any]]) -> None:
+        """Refuse nothing: one process takes whatever there is."""
 
     def map(
         self,

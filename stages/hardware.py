@@ -45,6 +45,12 @@ def peak_tflops(device_name: str, precision: str) -> float | None:
     return None
 
 
+def least_gpu_memory_gib() -> float | None:
+    """Return the memory of the smallest GPU of this machine, GiB; None where torch finds none."""
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes) / GIB if sizes else None
+
+
 def memory_gib(device: torch.device) -> float:
     """Return the most memory torch has allocated on a GPU so far, or what this process holds now on a CPU; GiB."""
     if device.type == "cuda":

@@ -138,6 +138,11 @@ class AwsConfig:
     ssh_user: str = setting("ubuntu", "user of that machine image", affects="nothing")
     instance_profile: str | None = setting(None, "ARN of an IAM profile that may use the store", affects="nothing")
     idle_minutes: int = setting(10, "minutes after which an idle machine is given back", affects="nothing")
+    heed_rebalance: bool = setting(
+        False,
+        "spot machines leave when EC2 recommends it, before a notice and perhaps for nothing",
+        affects="nothing",
+    )
     head: InstanceConfig = setting(factory=InstanceConfig, help="the head", affects="nothing")
     data: InstanceConfig = setting(factory=InstanceConfig, help="machines for stages without GPUs", affects="nothing")
     gpu: GpuInstanceConfig = setting(factory=GpuInstanceConfig, help="machines with GPUs", affects="nothing")

@@ -20,7 +20,6 @@ from stages.errors import IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.lease import Lease
 from stages.manifest import Manifest, ShardRecord, manifest_uri
-from stages.redaction import hide_secrets
 from stages.segments import SegmentWriter, StoredRecords, read_records
 from stages.storage import Entry
 
@@ -298,7 +297,7 @@ def _process(
             on_progress(counts.snapshot())
         final = attempt == cluster.max_attempts
         given_up = [f for f in failures if final or f.kind == "permanent"]
-        quarantined |= {f.shard.id: hide_secrets(str(f.error)) for f in given_up}
+        quarantined |= {f.shard.id: str(f.error) for f in given_up}
         counts.num_quarantined = len(quarantined)
         missing = [f.shard for f in failures if f.shard.id not in quarantined]
     _refuse_failures(stage, quarantined, counts.num_shards, cluster.max_failed_fraction)
@@ -310,10 +309,9 @@ def _log_failure(stage: Stage[Any], failure: ShardFailure, attempt: int, max_att
         raise failure.error
     place = f"{stage.name} shard {failure.shard.index} ({failure.shard.id})"
     where = {"stage": stage.name, "shard": failure.shard.id}
-    logger.warning(
-        "%s failed, attempt %d of %d: %s", place, attempt, max_attempts, hide_secrets(str(failure.error)), extra=where
-    )
-    logger.debug("%s: %s", place, hide_secrets(failure.details), extra=where)
+    # Its secrets are gone: whoever made the failure had the environment that they are of (``failure_of``).
+    logger.warning("%s failed, attempt %d of %d: %s", place, attempt, max_attempts, failure.error, extra=where)
+    logger.debug("%s: %s", place, failure.details, extra=where)
 
 
 def _refuse_failures(

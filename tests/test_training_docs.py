@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.memory import states_and_passing
-from stages.activation_memory import activation_memory
+from cluster.memory import shape_of, states_and_passing
 from stages.config import Config, load_config
 from stages.example_batch import example_batch
 from stages.flops import flops_per_sample
@@ -78,24 +77,20 @@ def test_memory_and_hours_are_what_the_code_says(name: str, configs: Mapping[int
     config: Any = getattr(configs[8], name)
     with torch.device("meta"):
         model = build(config.model)
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
-    fixed = sum(buffer.nbytes for buffer in model.buffers())
     example = example_batch(config.model)
-    activations = activation_memory(
-        model, model_loss, example, num_samples=config.micro_batch_size, precision=config.precision
-    )
+    shape = shape_of(model, model_loss, example, engine_settings(config, config.num_ranks))
     memory = []
     for zero_stage in (1, 2, 3):
         for num_gpus in SIZES:
             training = dataclasses.replace(getattr(configs[num_gpus], name), zero_stage=zero_stage)
             settings = engine_settings(training, training.num_ranks)
-            planned = states_and_passing(settings, training.num_ranks, sizes, fixed, activations)
+            planned = states_and_passing(settings, training.num_ranks, shape)
             memory.append(planned.on_device / GIB)
     assert numbers(" ".join(rows_of("a rank's memory")[name])) == pytest.approx(memory, abs=0.06)
 
     flop = flops_per_sample(model, model_loss, example)
     num_parameters, tflop, samples, gpu_hours, hours = rows_of("work")[name]
-    assert numbers(num_parameters) == pytest.approx([sum(sizes) / 1e9], abs=0.006)
+    assert numbers(num_parameters) == pytest.approx([sum(shape.sizes) / 1e9], abs=0.006)
     assert numbers(tflop) == pytest.approx([flop / 1e12], abs=0.006)
     assert numbers(samples) == [config.num_steps, config.global_batch_size]
     wanted = config.num_steps * config.global_batch_size * flop / (PEAK_FLOP_PER_S * MFU) / 3600

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from cluster.memory import memory_of
+from cluster.memory import shape_of, states_and_passing
 from stages.engine import Engine, TorchEngine
 from stages.engine_settings import EngineSettings
 from stages.example_batch import example_batch
@@ -96,7 +96,8 @@ def measure(job: Job) -> Iterator[Found]:
             found = dataclasses.replace(found, end=end)
             yield found
     settings = settings_of(job, found.best.micro_batch)
-    planned = memory_of(twin, model_loss, example_batch(config), settings, world_size=1, plain=job.engine == "torch")
+    shape = shape_of(twin, model_loss, example_batch(config), settings)
+    planned = states_and_passing(settings, 1, shape, plain=job.engine == "torch")
     yield dataclasses.replace(found, planned_gib=planned.on_device / GIB)
 
 

@@ -6,25 +6,25 @@ processes.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
-from ray.core.generated import autoscaler_pb2
 
 from cluster.ray_executor import connect
 from stages.base import Progress, Shard
 from stages.executor import ClusterConfig, ShardFailure
 from stages.manifest import ShardRecord
+from tests.cluster.metadata_service import ACTION, MetadataService, metadata_service
 from tests.cluster.test_training import AccidentalStream, Tiny, TinyConfig
 from tests.stages.toy_stages import Numbers, NumbersConfig
 
-_PREEMPTION: int = vars(autoscaler_pb2)["DRAIN_NODE_REASON_PREEMPTION"]
 _NODE: dict[str, Any] = {"object_store_memory": 80 << 20, "include_dashboard": False}
 
 
@@ -57,23 +57,35 @@ class Slow(Numbers):
 
 
 class Spot:
-    """The worker node that can be had: one at a time."""
+    """The worker node that can be had, one at a time; for the program beside Ray it is a spot machine of EC2."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, metadata: MetadataService) -> None:
         self._cluster = cluster
-        self._node = cluster.add_node(num_cpus=2, **_NODE)
-        self._gcs = GcsClient(address=cluster.address)
+        self._metadata = metadata
+        self._bring()
 
     def give_notice(self) -> None:
         """Announce the end of the node, and bring another one."""
-        accepted, reason = self._gcs.drain_node(
-            self._node.node_id,
-            _PREEMPTION,
-            "spot notice",
-            int((time.time() + 60) * 1000),
-        )
-        assert accepted, reason
-        self._old, self._node = self._node, self._cluster.add_node(num_cpus=2, **_NODE)
+        at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=60)
+        self._metadata.notices[ACTION] = f'{{"action": "terminate", "time": "{at:%Y-%m-%dT%H:%M:%SZ}"}}'
+        _, said = self._watcher.communicate(timeout=60)
+        assert self._watcher.returncode == 0 and "its Ray node is being drained" in said, said
+        self._metadata.notices.clear()
+        self._old = self._node
+        self._bring()
+
+    def _bring(self) -> None:
+        self._node = self._cluster.add_node(num_cpus=2, **_NODE)
+        given = {"--address": self._cluster.address, "--metadata-url": self._metadata.url, "--poll-s": "0.1"}
+        # Told its name, since all nodes of this cluster are on one machine.
+        given["--node-id"] = self._node.node_id
+        command = [sys.executable, "-m", "cluster.spot_notice", *(f"{name}={value}" for name, value in given.items())]
+        self._watcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+    def close(self) -> None:
+        """End the program of the last node, which had no notice."""
+        self._watcher.kill()
+        self._watcher.communicate()
 
     def take_away(self) -> None:
         """End the node that had its notice."""
@@ -82,13 +94,15 @@ class Spot:
 
 def main(root: Path) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **_NODE})
-    spot = Spot(cluster)
-    executor = connect(ClusterConfig(address=cluster.address))
-    try:
-        found = {"training": _train(root, executor, spot), "data": _process(root, executor, spot)}
-    finally:
-        executor.close()
-        cluster.shutdown()
+    with metadata_service() as metadata:
+        spot = Spot(cluster, metadata)
+        executor = connect(ClusterConfig(address=cluster.address))
+        try:
+            found = {"training": _train(root, executor, spot), "data": _process(root, executor, spot)}
+        finally:
+            spot.close()
+            executor.close()
+            cluster.shutdown()
     print(json.dumps(found))
 
 

@@ -24,7 +24,7 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     from ray.autoscaler._private.util import prepare_config, validate_config
 
     given = ["-s", "root=s3://b/store", "-s", "aws.gpu.spot=true", "-s", "aws.instance_profile=arn:aws:iam::1:x"]
-    given += ["-s", "cluster.submit=http://elsewhere:8265"]
+    given += ["-s", "aws.heed_rebalance=true", "-s", "cluster.submit=http://elsewhere:8265"]
     assert main(["render", "aws", QUICKSTART, *given, "-o", str(tmp_path)]) == 0
     assert re.search(r"ray up \S+/cluster.yaml && ray exec \S+/cluster.yaml 'unclip run", capsys.readouterr().out)
     written = yaml.safe_load((tmp_path / "cluster.yaml").read_text())
@@ -32,6 +32,14 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     machine = written["available_node_types"]["gpu"]["node_config"]
     assert machine["InstanceMarketOptions"] == {"MarketType": "spot"} and machine["IamInstanceProfile"]
     assert "InstanceMarketOptions" not in written["available_node_types"]["data"]["node_config"]
+    # What passes notices on takes the options that it is given, and is there only where a notice can come.
+    watch = re.fullmatch(
+        r"nohup python -m cluster.spot_notice (\S+) --heed-rebalance </dev/null >\S+ 2>&1 &",
+        written["worker_start_ray_commands"][-1],
+    )
+    assert watch is not None and watch[1] == "--address=$RAY_HEAD_IP:6379"
+    steady = render(AwsConfig(heed_rebalance=True), root="s3://b/x", settings_path="x")["worker_start_ray_commands"]
+    assert steady == written["worker_start_ray_commands"][:-1]
     assert [Path(path).is_file() for path in written["file_mounts"].values()] == [True]
     inside = load_config(tmp_path / "config.yaml").cluster
     assert (inside.submit, inside.executor, inside.address) == (None, "ray", "auto")

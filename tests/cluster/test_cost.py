@@ -105,7 +105,7 @@ def test_rows_of_lists_are_stated_or_unknown() -> None:
     ("change", "expected"),
     [
         ("decoder.num_ranks=16, global", "16 workers.*room for 8.*smallest change that fits: num_nodes: 4"),
-        ("decoder.gpus_per_rank=1", "4 workers.*num_nodes: 2, or -s decoder.num_ranks=2"),
+        ("decoder.gpus_per_rank=1", "4 workers.*num_nodes: 2, or -s decoder.num_ranks=2 -s decoder.micro_batch_size=8"),
         ("decoder.cpus_per_rank=64", "larger machines"),
     ],
 )
@@ -151,15 +151,31 @@ def test_speed_depends_on_models_and_not_on_the_number_of_steps() -> None:
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prices = tmp_path / "prices.yaml"
-    prices.write_text("data: {num_cpus: 4, price_per_hour: 2.0}\nstorage_per_gib_month: 0.02\n")
+    gpu = "gpu: {num_cpus: 4, num_gpus: 1, gpu_memory_gib: 0.1}\n"
+    prices.write_text("data: {num_cpus: 4, price_per_hour: 2.0}\nstorage_per_gib_month: 0.02\n" + gpu)
     line = ["plan", QUICKSTART, "-s", f"root={tmp_path}/store", "--cost", "--prices", str(prices)]
     assert main([*line, "--assume", "decoder=2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     [decoder] = [stage for stage in said["stages"] if stage["stage"] == "decoder"]
     assert decoder["price"] == pytest.approx(700 * 32 / 2 / 3600 * 2.0) and said["price"] == decoder["price"]
     assert said["stages_of_unknown_price"] == 13 and math.isclose(said["worker_hours"], decoder["worker_hours"])
+    ways = said["memory_by_way_bytes"]["decoder"]
+    (chosen,) = [way for way in ways if (way["zero_stage"], way["offload_optimizer"]) == (1, "none")]
+    rank = said["memory_per_rank_bytes"]["decoder"]
+    assert (
+        len(ways) == 12
+        and chosen["on_device"]
+        == sum(size for name, size in rank.items() if name[0] != "o")
+        + (
+            rank["optimizer"]  # all but what is offloaded or on a disk, of which there is nothing
+        )
+    )
     assert main([*line, "--assume", "decoder=2"]) == 0
     out = capsys.readouterr().out
+    (row,) = [row.split() for row in out.splitlines() if row.split()[:1] == ["decoder"] and " 1   *" in row]
+    assert row[:5] == ["decoder", "1", "x", "32", "1"] and row[5].startswith("*!")
+    assert main([*line, "-s", "prior.gpus_per_rank=1"]) == 2
+    assert "more than the 0.1 GiB of gpu_memory_gib; the smallest change that fits: -s pri" in capsys.readouterr().err
     assert "price: 6.22 USD, without 13 stages of which it is not known" in out and "evaluate: unknown; measure" in out
     assert main([*line, "--assume", "decodr=2"]) == 2 and "write STAGE=SAMPLES_PER_S" in capsys.readouterr().err
     prices.write_text("data: {num_cpus: 4, price_per_huor: 2.0}\n")

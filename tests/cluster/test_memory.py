@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from cluster.memory import RankMemory, states_and_passing
-from cluster.memory_plan import check_fits, rank_memory
+from cluster.memory import RankMemory, TrainingShape, states_and_passing
+from cluster.memory_plan import RankMemories, rank_memory
+from cluster.memory_ways import OFFLOADS, check_fits, ways
 from stages.activation_memory import ActivationMemory
 from stages.errors import ConfigError
 from stages.training_config import engine_settings
@@ -92,30 +94,78 @@ def test_the_estimate_is_within_a_tenth_of_what_is_held(tmp_path: Path) -> None:
     assert not wrong, "\n".join(lines)
 
 
-def test_what_does_not_fit_is_refused_with_the_smallest_change() -> None:
+@pytest.fixture(scope="module")
+def rehearsed() -> tuple[Any, RankMemories]:
+    """A prior on two GPUs, whose micro batches are rehearsed once for all tests."""
     config = quickstart(MODELS["prior"]).prior
-    config = dataclasses.replace(config, gpus_per_rank=1, num_ranks=2, zero_stage=1, global_batch_size=64)
-    needed = rank_memory(config).on_device / GIB
-    assert check_fits(config, needed * 1.01, "prior").on_device / GIB == needed
-    with pytest.raises(ConfigError, match=r"^prior: a rank takes .* the smallest change that fits: -s prior\.micro"):
-        check_fits(config, needed * 0.99, "prior")
-    with pytest.raises(ConfigError, match="take more ranks or larger GPUs"):
-        check_fits(config, needed * 0.01, "prior")
+    return dataclasses.replace(config, gpus_per_rank=1, num_ranks=2, zero_stage=1, global_batch_size=64), RankMemories()
+
+
+def named(config: Any, limit_bytes: float, memories: RankMemories) -> dict[str, Any]:
+    """Return what the refusal says to change, as values; nothing if there is nothing that fits."""
+    with pytest.raises(ConfigError, match=r"^prior: a rank takes .* of GPU memory, more than the ") as caught:
+        check_fits(config, limit_bytes / GIB, "prior", memories)
+    words = str(caught.value).partition("smallest change that fits: ")[2].replace("-s prior.", "").split()
+    pairs = (word.split("=") for word in words if "=" in word)
+    return {name: int(value) if value.isdigit() else value for name, value in pairs}
+
+
+def test_what_does_not_fit_is_refused_with_the_smallest_change(rehearsed: tuple[Any, RankMemories]) -> None:
+    config, memories = rehearsed
+    needed = memories.of(config).on_device
+    assert check_fits(config, needed / GIB, "prior", memories).on_device == needed
+    assert named(config, needed - 1, memories) == {"micro_batch_size": 16}
+    with pytest.raises(
+        ConfigError, match="nor does it fit in micro batches of 1 under ZeRO 3 with all offloaded; take"
+    ):
+        check_fits(config, 1e-6, "prior", memories)
+
+
+@pytest.mark.parametrize("engine", ["deepspeed", "torch"])
+def test_what_is_named_fits_and_nothing_smaller_does(rehearsed: tuple[Any, RankMemories], engine: str) -> None:
+    """At every limit between what is needed now and what nothing can do without."""
+    config, memories = rehearsed
+    config = dataclasses.replace(config, engine=engine)
+    needed, found = memories.of(config).on_device, []
+    for limit in (needed * percent / 100 for percent in range(98, 0, -4)):
+        if not (changes := named(config, limit, memories)):
+            break
+        assert memories.of(dataclasses.replace(config, **changes)).on_device <= limit
+        for name in changes:  # without any one of them it does not fit, or cannot be
+            fewer = {other: value for other, value in changes.items() if other != name}
+            with contextlib.suppress(ValueError):
+                assert memories.of(dataclasses.replace(config, **fewer)).on_device > limit
+        found.append(changes)
+    sizes = [len(changes) for changes in found]
+    assert sizes[0] == 1 and sizes == sorted(sizes)
+    most = {"zero_stage", "offload_optimizer", "offload_parameters", "micro_batch_size"}
+    assert set(found[-1]) == (most if engine == "deepspeed" else {"micro_batch_size"})
+
+
+def test_every_way_is_estimated_as_if_it_were_configured(rehearsed: tuple[Any, RankMemories]) -> None:
+    config, memories = rehearsed
+    found = ways(config, memories)
+    assert [way.zero_stage for way in found] == [0, *(1,) * 3, *(2,) * 3, *(3,) * len(OFFLOADS)]
+    for way in found:
+        settings = {"zero_stage": way.zero_stage, "offload_optimizer": way.offload_optimizer}
+        if way.offload_optimizer == "nvme":
+            settings["offload_dir"] = "/scratch"
+        chosen = dataclasses.replace(config, **settings, offload_parameters=way.offload_parameters)
+        assert memories.of(chosen) == way.memory
+    assert found[1].memory == rank_memory(config)
+    assert ways(dataclasses.replace(config, engine="torch"), memories) == found
 
 
 def test_partitioning_and_offload_take_less_on_the_device() -> None:
     config = quickstart(MODELS["prior"]).prior
     config = dataclasses.replace(config, num_streams=8, num_ranks=8, micro_batch_size=1, global_batch_size=8)
-    sizes, fixed, activations = (
-        [50_000] * 200,
-        0,
-        ActivationMemory([(0, 0, 1 << 20), (4 * 200 * 50_000, 0, 0)], 1 << 20),
-    )
+    sizes = [50_000] * 200
+    activations = ActivationMemory([(0, 0, 1 << 20), (4 * 200 * 50_000, 0, 0)], 1 << 20)
+    shape = TrainingShape(sizes=sizes, fixed=0, activations=activations)
 
     def rank(**changes: Any) -> RankMemory:
         changed = dataclasses.replace(config, **changes)
-        plain = changed.engine == "torch"
-        return states_and_passing(engine_settings(changed, 8), 8, sizes, fixed, activations, plain=plain)
+        return states_and_passing(engine_settings(changed, 8), 8, shape, plain=changed.engine == "torch")
 
     def device(**changes: Any) -> int:
         return rank(**changes).on_device
@@ -128,3 +178,8 @@ def test_partitioning_and_offload_take_less_on_the_device() -> None:
     assert on_disk.on_device == on_cpu.on_device
     # Moments and averages, 12 bytes of a parameter: its eighth on this rank.
     assert on_disk.on_disk == on_cpu.offloaded - on_disk.offloaded == 12 * sum(sizes) / 8
+    # Of stage 3 with all offloaded the CPU has seven copies of a rank's part: masters, moments, average and weights,
+    # the gradients of a micro batch and their sum. The device keeps the small parameters whole, and what passes.
+    last = rank(zero_stage=3, offload_optimizer="cpu", offload_parameters="cpu")
+    assert last.offloaded == 7 * 4 * sum(sizes) / 8
+    assert last.on_device == 4 * sum(sizes) + last.passing + (last.gradients - 2 * 4 * sum(sizes) // 8)

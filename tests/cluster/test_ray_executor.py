@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -138,6 +139,31 @@ def test_an_abandoned_map_gives_its_cores_back(any_executor: RayExecutor, tmp_pa
             return
         time.sleep(0.1)
     raise AssertionError(ray.available_resources())
+
+
+class Demanding(Numbers):
+    """Needs a GPU."""
+
+    name = "demanding"
+    resources = Resources(num_gpus=1)
+
+
+def test_workers_for_which_there_never_is_room_are_refused_or_awaited(
+    ray_executor: RayExecutor, tmp_path: Path
+) -> None:
+    """Where no node can join, at once; where one may, after a time."""
+    stage = Demanding(NumbersConfig(counts=COUNTS), root=str(tmp_path))
+    needs = re.escape("demanding: a worker needs 1 CPU, 1 GPU; the cluster's nodes (1: 2 CPU, 0 GPU) do not offer that")
+
+    def outcomes(executor: RayExecutor) -> list[Any]:
+        return list(executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None))
+
+    with pytest.raises(ConfigError, match=needs + ", and none can join .* give Ray more of this machine"):
+        outcomes(ray_executor)
+    with pytest.raises(
+        StageError, match=needs + ", and none that does has joined within 1 s; add such nodes, raise clus"
+    ):
+        outcomes(RayExecutor(grows=True, wait_for_nodes_s=1.0))
 
 
 def test_pool_size() -> None:

@@ -19,11 +19,11 @@ import torch.distributed as dist
 
 from cluster.board import Board
 from cluster.ray_executor import RayExecutor
-from cluster.training import _is_stopping, _warn_if_nowhere
+from cluster.training import _is_stopping
 from stages import storage
 from stages.base import Progress, Resources, Shard, Stage, setting
 from stages.engine import EngineFactory, TorchEngine
-from stages.errors import InputError
+from stages.errors import ConfigError, InputError, StageError
 from stages.executor import LocalExecutor, ShardFailure
 from stages.manifest import Manifest, ShardRecord
 from stages.training import train
@@ -214,17 +214,23 @@ def test_two_gangs_at_once_are_each_what_they_are_alone(ray_executor: RayExecuto
     assert not torch.equal(*(weights(together[name], tmp_path / "both" / name) for name in gangs))
 
 
-def test_a_gang_that_fits_no_node_is_told_so(ray_executor: RayExecutor, caplog: pytest.LogCaptureFixture) -> None:
-    def said(**options: Any) -> str:
-        caplog.clear()
-        _warn_if_nowhere("tiny", gang_resources(TinyConfig(**options)))
-        return caplog.text
-
-    assert said() == ""
-    assert "each rank needs 0.5 CPU, 1 fast_disk, and none of the cluster's 1 nodes offers that" in said(
-        resources_per_rank={"fast_disk": 1.0}
-    )
-    assert "on nodes with labels {'pool': 'training'}" in said(node_labels={"pool": "training"})
+def test_a_gang_that_fits_no_node_is_refused_or_waits_its_time(
+    ray_executor: RayExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no node can join, at once; where one may, after a time in which an autoscaler can see what is missing."""
+    needs = "tiny: each rank needs 0.5 CPU, 1 fast_disk; the cluster's nodes (1: 2 CPU, 0 GPU) do not offer that"
+    wanted = {"resources_per_rank": {"fast_disk": 1.0}}
+    with pytest.raises(
+        ConfigError, match=re.escape(needs) + ".*fits: -s tiny.resources_per_rank={}, or run it on a cl"
+    ):
+        run(ray_executor, tmp_path, **wanted)
+    caplog.clear()
+    outcome = run(RayExecutor(grows=True, wait_for_nodes_s=1.0), tmp_path, **wanted)
+    assert isinstance(outcome, ShardFailure) and outcome.kind == "fatal" and type(outcome.error) is StageError
+    assert f"{needs}, and none that does has joined within 1 s; add such nodes" in str(outcome.error)
+    assert f"{needs}; the training waits for nodes for at most 1 s" in caplog.text
+    groups: dict[str, Any] = ray.util.placement_group_table()
+    assert {group["state"] for group in groups.values()} == {"REMOVED"}  # asked for while it waited, and no longer
 
 
 @pytest.mark.chaos

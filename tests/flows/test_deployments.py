@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -25,7 +26,7 @@ from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events.schemas.automations import EventTrigger
 from prefect.events.schemas.events import Resource
 from prefect.exceptions import PrefectHTTPStatusError
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from prefect.utilities.schema_tools.validation import validate
 from prefect.utilities.templating import apply_values
@@ -33,7 +34,12 @@ from ray.job_submission import JobSubmissionClient
 
 from flows.cli import main
 from stages.code_version import code_version
+from stages.config import load_config
+from stages.executor import LocalExecutor
+from stages.graph import build_stages, fingerprints
 from stages.lease import read_lease
+from stages.runner import run_stage
+from stages.storage import TEMPORARY_SUFFIX
 from tests.cluster.machines import machines
 from tests.conftest import free_port, kept_logging
 from tests.flows.prefect_setup import (
@@ -50,23 +56,32 @@ from tests.flows.prefect_setup import (
 
 pytestmark = pytest.mark.chaos
 MARK = "UNCLIP_DRILL"
+AUTH = "PREFECT_API_AUTH_STRING"
+PROGRESS_OF_CLIP = ArtifactFilter.model_validate({"key": {"any_": ["progress-clip"]}})
 
 
 @dataclass(frozen=True)
 class Place:
-    """A server with a worker.
+    """A server that asks for a password, with a worker.
 
     Attributes:
         home: their folder.
         url: of the API.
         client: of it.
         mark: what processes of runs have in their environment as ``UNCLIP_DRILL``.
+        auth: user and password, which whoever talks to the server has in its environment, and nobody tells.
     """
 
     home: Path
     url: str
     client: SyncPrefectClient
     mark: str
+    auth: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """That of a user's commands."""
+        return environment(self.home, self.url) | {AUTH: self.auth}
 
     def deploy(self, config: Path, *arguments: str) -> dict[str, Any]:
         """Deploy a config; return what the command says."""
@@ -126,30 +141,45 @@ class Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     home = tmp_path_factory.mktemp("prefect")
-    mark = uuid.uuid4().hex
+    mark, auth = uuid.uuid4().hex, f"drill:{uuid.uuid4().hex}"
+    asks = {"PREFECT_SERVER_API_AUTH_STRING": auth, AUTH: auth}
     with (
         kept_logging(),
         pytest.MonkeyPatch.context() as patch,
         running_database() as database,
-        running_server(home, **database) as url,
-        temporary_settings({PREFECT_API_URL: url}),
+        running_server(home, **database, **asks) as url,
+        temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: auth}),
         get_client(sync_client=True) as client,
     ):
         patch.setenv("PREFECT_API_URL", url)
-        with running_worker(home, url, "drill", **{MARK: mark}):
-            yield Place(home, url, client, mark)
+        patch.setenv(AUTH, auth)
+        with running_worker(home, url, "drill", **{MARK: mark, AUTH: auth}):
+            yield Place(home, url, client, mark, auth)
+            assert where_told(home, auth) == []
 
 
 @pytest.fixture(autouse=True)
-def _none_stays(place: Place) -> Iterator[None]:
-    """Delete what a test has deployed, and the runs that its clock has planned: the worker would try each of them."""
+def _none_stays(place: Place, tmp_path: Path) -> Iterator[None]:
+    """Delete what a test has deployed, and the runs that its clock has planned: the worker would try each of them.
+
+    And look whether anything of what it has left tells the server's password: manifests, records, logs, pages.
+    """
     yield
+    assert where_told(tmp_path, place.auth) == []
     for deployment in place.client.read_deployments():
         place.client.delete_deployment(deployment.id)
     planned = FlowRunFilter.model_validate({"state": {"type": {"any_": ["SCHEDULED"]}}})
     while runs := place.client.read_flow_runs(flow_run_filter=planned):
         for run in runs:
             place.client.delete_flow_run(run.id)
+
+
+def where_told(folder: Path, auth: str) -> list[str]:
+    """Return the files below a folder in which a password stands, as it is or as it travels."""
+    password = auth.partition(":")[2]
+    secrets = [password.encode(), base64.b64encode(auth.encode())]
+    files = [path for path in folder.rglob("*") if path.is_file() and not path.is_symlink()]
+    return [str(path) for path in files if any(secret in path.read_bytes() for secret in secrets)]
 
 
 def written(folder: Path, name: str, **sections: Any) -> Path:
@@ -222,7 +252,7 @@ def test_cancelling_stops_ray_and_leaves_the_store_clean(place: Place, tmp_path:
     assert len(after) == 12 and {path: after[path] for path in done} == done, "the finished shards were not done again"
 
 
-def test_cancelling_stops_the_ray_job_before_the_run_is_over(
+def test_cancelling_stops_a_training_in_a_ray_job_before_the_run_is_over(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The run only follows: its work is on a cluster, in a job that would go on without it."""
@@ -234,45 +264,81 @@ def test_cancelling_stops_the_ray_job_before_the_run_is_over(
         monkeypatch.setenv("no_proxy", f"127.0.0.1,localhost,{cluster.head.address}")
         given = {name: os.environ[name] for name in ("RAY_AUTH_MODE", "no_proxy")}
         jobs = JobSubmissionClient(cluster.dashboard)
+        # None of its own accord: a checkpoint that is there has been written because the training was to end.
+        steps = {"num_steps": 20_000, "checkpoint_every_steps": 100_000, "global_batch_size": 16, "engine": "torch"}
+        # For once the cluster is on this machine, where the server is; jobs get neither by themselves.
         config = written(
             tmp_path,
             "far",
-            cluster={"submit": cluster.dashboard, "pass_env": ["PREFECT_API_URL"]},  # for once it is the same machine
-            source={"shapes": {"num_images": 300_000, "port": free_port()}, "rows_per_shard": 25_000},
+            cluster={"submit": cluster.dashboard, "pass_env": ["PREFECT_API_URL", AUTH]},
+            source={"shapes": {"num_images": 64, "port": free_port()}, "rows_per_shard": 32},
+            clip=steps,
             prefect={"job_variables": {"env": given}},
         )
-        name = place.deploy(config, "--until", "source")["name"]
+        do_here(config, "source", "download", "filter")
+        name = place.deploy(config, "--until", "clip")["name"]
         run = place.start(name)
-        shards = tmp_path / "store" / "source" / "shards"
 
         def at_work() -> list[psutil.Process]:
             driver = [p for p in cluster.head.processes() if "flows.cli" in words_of(p)]
-            return driver + [worker for machine in cluster.others for worker in machine.find("ray::_Worker")]
+            ranks = [p for machine in cluster.others for p in machine.find("ray::RayTrainWorker")]
+            return driver + ranks + [p for machine in cluster.others for p in machine.find("ray::TrainController")]
 
         def ended() -> bool:
             state, busy = place.client.read_flow_run(run.id).state_name, at_work()
             assert state != "Cancelled" or not busy, "the run counts as cancelled while its job works"
             return not busy
 
-        eventually(lambda: len(committed(shards)) >= 2, 180, "two committed shards")
+        def steps_shown(least: int) -> bool:
+            shown = place.client.read_artifacts(artifact_filter=PROGRESS_OF_CLIP)
+            return any(artifact.data >= 100 * least / steps["num_steps"] for artifact in shown)
+
+        eventually(lambda: steps_shown(1), 180, "steps of the training")
         (job,) = jobs.list_jobs()
         assert (len(at_work()) > 1, job.status) == (True, "RUNNING")
         place.client.set_flow_run_state(run.id, Cancelling())
         asked_at = time.monotonic()
-        eventually(ended, 10, "the end of the job's driver and workers")
+        eventually(ended, 10, "the end of the job's driver and of the training's ranks")
         took_s = time.monotonic() - asked_at
         assert place.until_over(run, 30) == "Cancelled"
         assert jobs.get_job_status(job.submission_id) == "STOPPED" and not at_work()
-        print(f"a Ray Job cancelled in {took_s:.1f} s")
-        done = check_stopped_in_the_middle(tmp_path / "store")
+        print(f"a training in a Ray Job cancelled in {took_s:.1f} s")
+        reached, curve = check_training_stopped(tmp_path / "store")
         # The job shows its stages in a flow run of its own, which nobody will end any more.
         (shown,) = [r for r in place.client.read_flow_runs() if r.deployment_id is None and str(tmp_path) in r.name]
         assert place.until_over(shown, 30) in ("Cancelled", "Crashed")
         again = place.start(name)
-        assert place.until_over(again, 180) == "Completed"
-        after = committed(shards)
-        assert len(after) == 12 and {path: after[path] for path in done} == done
-        assert [jobs.get_job_status(job.submission_id) for job in jobs.list_jobs()].count("SUCCEEDED") == 1
+        eventually(lambda: steps_shown(reached + 1), 180, f"steps after {reached}")
+        place.client.set_flow_run_state(again.id, Cancelling())
+        assert place.until_over(again, 30) == "Cancelled"
+        assert [jobs.get_job_status(found.submission_id) for found in jobs.list_jobs()] == ["STOPPED"] * 2
+        # It went on from the step that it was stopped at: the lines before, which tell its speed, too, are the same.
+        _, longer = check_training_stopped(tmp_path / "store")
+        assert longer.startswith(curve) and len(longer) > len(curve) > 0, reached
+
+
+def do_here(config: Path, *stages: str) -> None:
+    """Do stages in this process, without Prefect and Ray."""
+    settings = load_config(config)
+    graph, manifests = build_stages(settings), {}
+    names = fingerprints(graph)
+    for name in stages:
+        inputs = {upstream: manifests[upstream] for upstream in graph[name].upstream}
+        manifests[name] = run_stage(graph[name], names[name], inputs, LocalExecutor(), settings.cluster)
+
+
+def check_training_stopped(store: Path) -> tuple[int, bytes]:
+    """Hold a store to what a cancelled training leaves; return the step of its last checkpoint, and its metrics."""
+    (lease,) = (store / "clip").glob("*/lease.json")
+    holding = read_lease(str(lease))
+    assert holding is not None and holding.is_free, holding
+    records = [json.loads(path.read_text()) for path in (store / "runs").glob("*.json")]
+    assert {record["status"] for record in records} == {"cancelled"}
+    assert not list(lease.parent.glob("manifest.json")) and not list((store / "clip" / "shards").glob("*.json"))
+    assert not [path for path in (store / "clip").rglob("*") if path.name.endswith(TEMPORARY_SUFFIX)]
+    folders = sorted(store.glob("clip/shards/*/checkpoints/step-*"))
+    assert all((folder / "checkpoint.json").exists() for folder in folders), "every checkpoint is whole"
+    return int(folders[-1].name.removeprefix("step-")), (folders[-1] / "metrics.jsonl").read_bytes()
 
 
 def words_of(process: psutil.Process) -> str:
@@ -430,7 +496,7 @@ def test_serve_deploys_and_takes_the_runs(place: Place, tmp_path: Path) -> None:
         prefect={"pool": "served"},
     )
     command = [sys.executable, "-m", "flows.cli", "serve", str(config), "--until", "source"]
-    given = environment(place.home, place.url)
+    given = place.environment
     with (tmp_path / "said").open("wb") as said:
         server = subprocess.Popen(command, cwd=tmp_path, env=given, stdout=said, stderr=said, preexec_fn=_take_ctrl_c)
     try:
@@ -539,7 +605,7 @@ def test_a_run_by_prefects_own_command(place: Place, tmp_path: Path) -> None:
     name = place.deploy(config)["name"]
     command = ["prefect", "deployment", "run", name, "--param", 'overrides=["source.rows_per_shard=8"]']
     command = [sys.executable, "-m", *command, "--param", "until=source"]
-    said = subprocess.run(command, env=environment(place.home, place.url), capture_output=True, text=True, timeout=120)
+    said = subprocess.run(command, env=place.environment, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     run = eventually(lambda: place.runs(name), 30, "the run")[0]
     assert place.until_over(run) == "Completed", place.said()
@@ -621,3 +687,23 @@ def test_what_cannot_be_deployed(
 ) -> None:
     assert main(["deploy", str(TOP / "tests" / "tiny.yaml"), *arguments]) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("auth", ["drill:a-wrong-password", None], ids=["wrong", "missing"])
+@pytest.mark.parametrize("command", [["run", "--only", "source"], ["deploy"], ["serve"]], ids=" ".join)
+def test_a_password_that_is_wrong_or_missing_is_said(
+    place: Place,
+    tmp_path: Path,
+    command: list[str],
+    auth: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = written(tmp_path, "locked-out", cluster={"executor": "local"})
+    monkeypatch.setenv(AUTH, auth) if auth else monkeypatch.delenv(AUTH)
+    with temporary_settings({PREFECT_API_AUTH_STRING: auth}):
+        assert main([command[0], str(config), *command[1:]]) == 1
+    said = capsys.readouterr().err
+    assert f"PREFECT_API_URL: the Prefect API at {place.url} refuses the key" in said
+    assert "correct PREFECT_API_KEY or PREFECT_API_AUTH_STRING" in said and "a-wrong-password" not in said
+    assert not list(tmp_path.glob("store/source/**/*.json")), "nothing has begun"

@@ -1,18 +1,18 @@
 """Do a stage under its lease, slowly: a process for the tests to stop, kill and wake up.
 
-Called as ``lease_holder.py ROOT TTL_S [MACHINE]``. It says ``held TOKEN`` once it has the lease and has done
-its shards, waits for a line on its standard input, publishes the manifest and says how that went. Its clocks are wrong
-by years. ``MACHINE`` is where it claims to run; its own if not given.
+Called as ``lease_holder.py ROOT TTL_S AHEAD_S [MACHINE]``. It says ``waits`` each time that it finds the lease held,
+and ``held TOKEN`` once it has the lease and has done its shards, waits for a line on its standard input, publishes
+the manifest and says how that went. Its time of day is wrong by ``AHEAD_S`` seconds. ``MACHINE`` is where it claims
+to run; its own if not given.
 """
 
 from __future__ import annotations
 
 import sys
-import time
 
-_true_time, _true_monotonic = time.time, time.monotonic
-time.time = lambda: _true_time() - 3e8
-time.monotonic = lambda: _true_monotonic() + 1e7
+from tests.stages.wrong_clock import set_wrong
+
+set_wrong(float(sys.argv[3]))
 
 from stages import lease  # noqa: E402
 from stages.errors import UnclipError  # noqa: E402
@@ -25,7 +25,9 @@ def main(root: str, ttl_s: float) -> None:
     stage = Numbers(NumbersConfig(), root=root)
     fingerprint = stage.fingerprint({})
 
-    with lease.hold(root, stage.name, fingerprint, ttl_s=ttl_s, run="child") as held:
+    with lease.hold(
+        root, stage.name, fingerprint, ttl_s=ttl_s, run="child", on_wait=lambda holding: print("waits", flush=True)
+    ) as held:
 
         def on_progress(progress: StageProgress) -> None:
             if progress.num_done == progress.num_shards and not progress.finished:
@@ -40,6 +42,6 @@ def main(root: str, ttl_s: float) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 3:
-        lease._this_machine = lambda: sys.argv[3]
+    if len(sys.argv) > 4:
+        lease._this_machine = lambda: sys.argv[4]
     main(sys.argv[1], float(sys.argv[2]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import fcntl
 import os
 import pickle
 import signal
@@ -36,22 +38,45 @@ from stages.runner import inspect_stage, run_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig
 
 TTL_S = 0.6
+HOUR_S = 3600.0
+# An owner's time of day, beside that of those who wait for it.
+SKEWS = pytest.mark.parametrize("ahead_s", [-6 * HOUR_S, 6 * HOUR_S], ids=["behind", "ahead"])
 
 
 @contextmanager
-def holder(root: str, *machine: str, ttl_s: float = TTL_S) -> Iterator[subprocess.Popen[str]]:
-    """Run a process that holds the lease of the numbers until it is told to publish."""
-    command = [sys.executable, "-m", "tests.stages.lease_holder", root, str(ttl_s), *machine]
+def started(root: str, *machine: str, ttl_s: float = TTL_S, ahead_s: float = -3e8) -> Iterator[subprocess.Popen[str]]:
+    """Run a process that wants the lease of the numbers, and holds it until it is told to publish."""
+    command = [sys.executable, "-m", "tests.stages.lease_holder", root, str(ttl_s), str(ahead_s), *machine]
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
     )
-    assert child.stdout is not None
     try:
-        assert child.stdout.readline().startswith("held ")
         yield child
     finally:
         child.kill()
         child.communicate()
+
+
+@contextmanager
+def holder(root: str, *machine: str, ttl_s: float = TTL_S, ahead_s: float = -3e8) -> Iterator[subprocess.Popen[str]]:
+    """The same, from when it has the lease."""
+    with started(root, *machine, ttl_s=ttl_s, ahead_s=ahead_s) as child:
+        assert child.stdout is not None and child.stdout.readline().startswith("held ")
+        yield child
+
+
+def stop_between_beats(child: subprocess.Popen[str], uri: str) -> None:
+    """Stop an owner that is not just writing its lease: whoever stops then has it locked, and others say so."""
+    while True:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        with Path(uri).open("rb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                os.kill(child.pid, signal.SIGCONT)
+                time.sleep(0.02)
 
 
 def _numbers(root: str) -> tuple[Stage[NumbersConfig], str]:
@@ -102,18 +127,19 @@ def test_one_owner_at_a_time_and_the_token_rises(atomic_root: str) -> None:
     assert found is not None and found.is_free and found.token == 4
 
 
-def test_who_waits_sees_progress_and_finds_the_result(tmp_path: Path) -> None:
+@SKEWS
+def test_who_waits_sees_progress_and_finds_the_result(tmp_path: Path, ahead_s: float) -> None:
     root = str(tmp_path)
     stage, fingerprint = _numbers(root)
     waits: list[Holding] = []
-    with holder(root, ttl_s=0.4) as child, ThreadPoolExecutor(1) as pool:
+    with holder(root, ttl_s=1.0, ahead_s=ahead_s) as child, ThreadPoolExecutor(1) as pool:
 
         def wait() -> tuple[int, Manifest | None]:
-            with hold(root, "numbers", fingerprint, ttl_s=0.4, on_wait=waits.append) as lease:
+            with hold(root, "numbers", fingerprint, ttl_s=1.0, on_wait=waits.append) as lease:
                 return lease.token, inspect_stage(stage, fingerprint, {}).manifest
 
         waiting = pool.submit(wait)
-        time.sleep(1.2)  # three times the time after which a silent owner would be replaced
+        time.sleep(2.5)  # more than twice the time after which a silent owner would be replaced
         assert not waiting.done()
         child.communicate("go on\n")
         token, manifest = waiting.result()
@@ -122,6 +148,24 @@ def test_who_waits_sees_progress_and_finds_the_result(tmp_path: Path) -> None:
     assert (waits[-1].owner.pid, waits[-1].owner.run) == (child.pid, "child")
     assert (waits[-1].num_done, waits[-1].num_shards) == (3, 3)
     assert str(waits[-1]).startswith(f"process {child.pid} on ") and "3 of 3 shards done" in str(waits[-1])
+    for noted in (waits[-1].since, manifest.created_at):  # its clock was wrong indeed
+        told_s = datetime.datetime.fromisoformat(noted).timestamp() - time.time()
+        assert told_s == pytest.approx(ahead_s, abs=HOUR_S)
+
+
+@SKEWS
+def test_who_waits_with_a_wrong_clock_waits_as_well(tmp_path: Path, ahead_s: float) -> None:
+    root = str(tmp_path)
+    stage, fingerprint = _numbers(root)
+    lease = claim(_uri(root), ttl_s=1.0)
+    with started(root, "another boot", ttl_s=1.0, ahead_s=ahead_s) as child:
+        assert child.stdout is not None
+        for _ in range(25):  # in ten of them a dead owner's time would be up
+            assert child.stdout.readline() == "waits\n"
+        run_stage(stage, fingerprint, {}, LocalExecutor(), ClusterConfig(), lease=lease)
+        lease.release()
+        later = (line for line in iter(child.stdout.readline, "") if line != "waits\n")
+        assert next(later) == f"held {lease.token + 1}\n"
 
 
 def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path: Path) -> None:
@@ -133,22 +177,24 @@ def test_a_killed_owner_of_this_machine_is_replaced_at_once(tmp_path: Path) -> N
         assert time.monotonic() - started_at < 100
 
 
-def test_a_killed_owner_of_another_machine_is_replaced_after_the_time_to_live(tmp_path: Path) -> None:
-    with holder(str(tmp_path), "another boot") as child:
+@SKEWS
+def test_a_killed_owner_of_another_machine_is_replaced_after_the_time_to_live(tmp_path: Path, ahead_s: float) -> None:
+    with holder(str(tmp_path), "another boot", ahead_s=ahead_s) as child:
         child.kill()
         child.wait()
         started_at = time.monotonic()
         lease = claim(_uri(str(tmp_path)), ttl_s=TTL_S)
-        assert time.monotonic() - started_at > TTL_S
+        assert TTL_S < time.monotonic() - started_at < 100, "by the clock of who waits, and no other"
         assert lease.token == 2
         lease.release()
     assert _do(str(tmp_path)).num_kept == 12
 
 
-def test_an_owner_that_was_stopped_and_wakes_up_publishes_nothing(tmp_path: Path) -> None:
+@SKEWS
+def test_an_owner_that_was_stopped_and_wakes_up_publishes_nothing(tmp_path: Path, ahead_s: float) -> None:
     root = str(tmp_path)
-    with holder(root, "another boot") as child:
-        os.kill(child.pid, signal.SIGSTOP)
+    with holder(root, "another boot", ahead_s=ahead_s) as child:
+        stop_between_beats(child, _uri(root))
         manifest = _do(root)
         before = storage.list_entries(root)
         os.kill(child.pid, signal.SIGCONT)

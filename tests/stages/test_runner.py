@@ -133,6 +133,22 @@ def test_a_lasting_failure_is_refused_or_quarantined(tmp_path: Path, how: str, a
     assert len(manifest.records) == 2 and len(manifest.quarantined) == 1
 
 
+def test_what_a_shard_died_of_is_kept_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In the log, its traceback too, and in the manifest."""
+    monkeypatch.setenv("SOME_TOKEN", "never works")  # what the shard says when it fails
+    root, tolerant = str(tmp_path / "store"), ClusterConfig(backoff_s=0.0, max_failed_fraction=0.4)
+    with caplog.at_level("DEBUG"):
+        manifest = run_squares(
+            root, run_numbers(root), SquaresConfig(misbehave={"10": "always"}, scratch=str(tmp_path)), tolerant
+        )
+    assert list(manifest.quarantined.values()) == ["***"]
+    assert "failed, attempt 3 of 3: ***" in caplog.text and "ShardError: ***" in caplog.text
+    # The line of source code that a traceback quotes is no secret.
+    assert "never works" not in caplog.text.replace('"never works"', "")
+
+
 def test_a_fatal_failure_stops_at_once(tmp_path: Path) -> None:
     root = str(tmp_path / "store")
     config = SquaresConfig(misbehave={"0": "fatal"}, scratch=str(tmp_path))
