@@ -240,9 +240,11 @@ class RayExecutor:
         if type(stage).finish is Stage.finish:
             return stage.finish(records, output, inputs)
         resources = stage.resources
-        task: Any = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=_MAX_DEATHS)(
-            _finish
-        )
+        options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+        if (num_bytes := stage.finish_bytes(records)) >= GIB:  # less is found anywhere
+            options["memory"] = num_bytes
+            self._refuse_too_much_memory(stage, num_bytes)
+        task: Any = ray.remote(**options, max_retries=_MAX_DEATHS)(_finish)
         try:
             result, error = ray.get(task.remote(stage, records, output, inputs))
         except (Exception, SystemExit) as failure:
@@ -252,6 +254,18 @@ class RayExecutor:
             raise error
         assert isinstance(result, Result)
         return result
+
+    def _refuse_too_much_memory(self, stage: Stage[Any], num_bytes: int) -> None:
+        most = max((node["Resources"].get("memory", 0) for node in alive_nodes()), default=0)
+        if most >= num_bytes:
+            return
+        said = (
+            f"{stage.name}: to decide over all samples a worker needs {num_bytes / GIB:.1f} GiB of memory, and the "
+            f"node with the most has {most / GIB:.1f} GiB (Ray's resource 'memory')"
+        )
+        if not self._grows:
+            raise StageError(f"{said}; run it on a cluster with such a node: what is committed is kept")
+        logger.warning("%s; waiting for such a node", said)
 
     def close(self) -> None:
         """Let trainings write a checkpoint, then release all workers; safe to call twice and from any thread."""

@@ -200,3 +200,25 @@ def test_an_address_where_nobody_listens_is_refused(address: str) -> None:
     wrong = address.format(free_port())
     with pytest.raises(ConfigError, match=rf"cluster.address: '{wrong}': .*refused.*; start that cluster, correct"):
         connect(ClusterConfig(address=wrong))
+
+
+class Hungry(Squares):
+    """Decides over all samples in more memory than there is, or in what there is."""
+
+    needed = 1 << 60
+
+    def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
+        return self.needed
+
+
+def test_a_finish_is_given_the_memory_it_needs(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    numbers = Numbers(NumbersConfig(counts=COUNTS), root=str(tmp_path))
+    first = run_stage(numbers, numbers.fingerprint({}), {}, LocalExecutor(), CLUSTER)
+    hungry = Hungry(SquaresConfig(), root=str(tmp_path))
+    with pytest.raises(
+        StageError, match=r"squares: to decide over all samples a worker needs 1073741824\.0 GiB of mem"
+    ):
+        run_stage(hungry, "f" * 16, {"numbers": first}, ray_executor, CLUSTER)
+    hungry.needed = 1 << 30
+    found = run_stage(hungry, "f" * 16, {"numbers": first}, ray_executor, CLUSTER)
+    assert found.metrics == run(LocalExecutor(), str(tmp_path / "local")).metrics
