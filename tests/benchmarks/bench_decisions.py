@@ -99,7 +99,7 @@ def _finish(name: str, root: str, records: list[ShardRecord], result: Connection
     else:
         stage = Curate(CurateConfig(clip_score_min=0.2, keep_fraction=0.5), root=root)
     before, wall, cpu = resident_mib("VmHWM"), time.perf_counter(), time.process_time()
-    final = stage.finish(records, "out", {})
+    final = stage.finish(records, f"{root}/out", {})
     took = time.perf_counter() - wall, time.process_time() - cpu
     result.send((*took, resident_mib("VmHWM") - before, sum(record.num_kept for record in final.records)))
 
