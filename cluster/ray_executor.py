@@ -243,10 +243,12 @@ class RayExecutor:
         options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
         if (num_bytes := stage.finish_bytes(records)) >= GIB:  # less is found anywhere
             options["memory"] = num_bytes
-            self._refuse_too_much_memory(stage, num_bytes)
         task: Any = ray.remote(**options, max_retries=_MAX_DEATHS)(_finish)
         try:
-            result, error = ray.get(task.remote(stage, records, output, inputs))
+            self._await_memory(stage, options.get("memory", 0), combined := task.remote(stage, records, output, inputs))
+            result, error = ray.get(combined)
+        except UnclipError:
+            raise
         except (Exception, SystemExit) as failure:
             self._refuse_if_closed(stage, failure)
             raise StageError(f"{stage.name}: the worker that combines the shards failed: {failure}") from failure
@@ -255,17 +257,28 @@ class RayExecutor:
         assert isinstance(result, Result)
         return result
 
-    def _refuse_too_much_memory(self, stage: Stage[Any], num_bytes: int) -> None:
-        most = max((node["Resources"].get("memory", 0) for node in alive_nodes()), default=0)
-        if most >= num_bytes:
-            return
-        said = (
-            f"{stage.name}: to decide over all samples a worker needs {num_bytes / GIB:.1f} GiB of memory, and the "
-            f"node with the most has {most / GIB:.1f} GiB (Ray's resource 'memory')"
-        )
-        if not self._grows:
-            raise StageError(f"{said}; run it on a cluster with such a node: what is committed is kept")
-        logger.warning("%s; waiting for such a node", said)
+    def _await_memory(self, stage: Stage[Any], num_bytes: int, combined: Any) -> None:
+        """Wait until some node has the memory that a ``finish`` asks for; an autoscaler learns of it what is missing.
+
+        Raises:
+            StageError: if none ever will, or none has joined in time.
+        """
+        import ray
+
+        began_at, is_told = time.monotonic(), False
+        while (most := max((node["Resources"].get("memory", 0) for node in alive_nodes()), default=0)) < num_bytes:
+            said = (
+                f"{stage.name}: to decide over all samples a worker needs {num_bytes / GIB:.1f} GiB of memory, and the "
+                f"node with the most has {most / GIB:.1f} GiB (Ray's resource 'memory')"
+            )
+            limit_s = self._wait_for_nodes_s if self._grows else 0.0
+            if limit_s is not None and time.monotonic() - began_at >= limit_s:
+                ray.cancel(combined)
+                raise StageError(f"{said}; run it on a cluster with such a node: what is committed is kept")
+            if not is_told:
+                logger.warning("%s; waiting for such a node", said)
+                is_told = True
+            time.sleep(_POLL_S)
 
     def close(self) -> None:
         """Let trainings write a checkpoint, then release all workers; safe to call twice and from any thread."""

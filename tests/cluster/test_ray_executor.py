@@ -211,14 +211,17 @@ class Hungry(Squares):
         return self.needed
 
 
-def test_a_finish_is_given_the_memory_it_needs(ray_executor: RayExecutor, tmp_path: Path) -> None:
+def test_a_finish_is_given_the_memory_it_needs(
+    ray_executor: RayExecutor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     numbers = Numbers(NumbersConfig(counts=COUNTS), root=str(tmp_path))
     first = run_stage(numbers, numbers.fingerprint({}), {}, LocalExecutor(), CLUSTER)
     hungry = Hungry(SquaresConfig(), root=str(tmp_path))
-    with pytest.raises(
-        StageError, match=r"squares: to decide over all samples a worker needs 1073741824\.0 GiB of mem"
-    ):
-        run_stage(hungry, "f" * 16, {"numbers": first}, ray_executor, CLUSTER)
+    refused = r"squares: to decide over all samples a worker needs 1073741824\.0 GiB of memory, and the node .* has \d"
+    for executor in (ray_executor, RayExecutor(grows=True, wait_for_nodes_s=0.6)):
+        with pytest.raises(StageError, match=refused):
+            run_stage(hungry, "f" * 16, {"numbers": first}, executor, CLUSTER)
+    assert "waiting for such a node" in caplog.text
     hungry.needed = 1 << 30
     found = run_stage(hungry, "f" * 16, {"numbers": first}, ray_executor, CLUSTER)
     assert found.metrics == run(LocalExecutor(), str(tmp_path / "local")).metrics
