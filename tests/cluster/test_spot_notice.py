@@ -72,6 +72,7 @@ def test_a_recommendation_counts_where_it_is_heeded(service: MetadataService) ->
         ('{"action": "stop"}', 120.0),
         ('{"time": 5}', 120.0),
     ],
+    ids=["past", "far", "no JSON", "no time", "no text"],  # the time of day is no name of a test
 )
 def test_a_notice_with_any_time_or_none_is_one(service: MetadataService, text: str, left_s: float) -> None:
     service.notices[ACTION] = text
