@@ -35,6 +35,7 @@ from stages.units import GIB
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
+_FAILURES_APART_S = 5.0
 _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
 _STOP_S = 30.0  # likewise, when that one training is to end
@@ -428,7 +429,7 @@ class _Pool:
         self._output = output
         self._waiting = deque(shards)
         self._deaths: dict[str, int] = {}
-        self._num_failed_starts = 0
+        self._num_failed_starts, self._failed_at = 0, -_FAILURES_APART_S
         self._drains = DrainWatch()
         self._starting: dict[Any, Any] = {}
         self._running: dict[Any, _Running] = {}
@@ -527,13 +528,20 @@ class _Pool:
         except ray.exceptions.RayError as error:
             with contextlib.suppress(Exception):
                 ray.kill(actor)
-            self._num_failed_starts += not getattr(error, "preempted", False)
+            self._note_failed_start(error)
             if self._num_failed_starts >= _MAX_DEATHS:
                 raise StageError(f"{self._name}: workers die as they start: {first_line(error)}") from error
             return
         self._num_failed_starts = 0
         self._started_at, self._has_started = time.monotonic(), True
         self._next(actor, node)
+
+    def _note_failed_start(self, error: Exception) -> None:
+        """Count it, unless it belongs to the last one: with a machine goes whatever is sent there until Ray knows."""
+        if getattr(error, "preempted", False) or time.monotonic() - self._failed_at < _FAILURES_APART_S:
+            return
+        self._failed_at = time.monotonic()
+        self._num_failed_starts += 1
 
     def _take_outcome(self, ref: Any) -> ShardRecord | ShardFailure | None:
         import ray

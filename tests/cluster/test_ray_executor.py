@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -107,6 +108,28 @@ def test_workers_that_cannot_start_end_the_stage(any_executor: RayExecutor, tmp_
     stage = Unloadable(NumbersConfig(), root=str(tmp_path))
     with pytest.raises(StageError, match="unloadable: workers die as they start"):
         list(any_executor.map(stage, stage.plan({}), str(tmp_path), lambda progress: None))
+
+
+class Unlucky(Squares):
+    """Its first workers die while they start, two at the same moment and one after them: a machine went with them."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for number in range(3):
+            with contextlib.suppress(FileExistsError), (Path(self.root) / f"death{number}").open("x"):
+                deadline = time.monotonic() + 60
+                while not (Path(self.root) / "death1").exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                os._exit(7)
+
+
+def test_workers_that_die_together_are_one_failure(any_executor: RayExecutor, tmp_path: Path) -> None:
+    numbers = Numbers(NumbersConfig(counts=COUNTS), root=str(tmp_path))
+    first = run_stage(numbers, numbers.fingerprint({}), {}, LocalExecutor(), CLUSTER)
+    unlucky = Unlucky(SquaresConfig(num_workers=5), root=str(tmp_path))
+    outcomes = list(any_executor.map(unlucky, unlucky.plan({"numbers": first}), str(tmp_path), lambda progress: None))
+    assert len(outcomes) == len(COUNTS) and all(isinstance(outcome, ShardRecord) for outcome in outcomes)
+    assert len(list(tmp_path.glob("death?"))) == 3
 
 
 class Finisher(Deadly):
