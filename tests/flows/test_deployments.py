@@ -25,7 +25,7 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFil
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule
 from prefect.events.schemas.automations import EventTrigger
 from prefect.events.schemas.events import Resource
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Cancelling
 from prefect.utilities.schema_tools.validation import validate
@@ -109,10 +109,15 @@ class Place:
 
     def quieten(self, deployment: str, timeout_s: float = 120) -> None:
         """Delete the runs that a deployment's clock has set, and wait for those under way."""
-        for run in self.runs(deployment, "Scheduled", "Late"):
-            self.client.delete_flow_run(run.id)
-        what = f"{deployment} is quiet"
-        eventually(lambda: all(run.state.is_final() for run in self.runs(deployment)), timeout_s, what)
+
+        def is_quiet() -> bool:
+            # Again and again: the server may be setting a hundred of them just as it is told to pause.
+            for run in self.runs(deployment, "Scheduled", "Late"):
+                with contextlib.suppress(ObjectNotFound):
+                    self.client.delete_flow_run(run.id)
+            return all(run.state.is_final() for run in self.runs(deployment))
+
+        eventually(is_quiet, timeout_s, f"{deployment} is quiet")
 
     def tasks(self, run: Any) -> dict[str, str]:
         """Return the states of the tasks of a flow run."""
