@@ -35,7 +35,7 @@ from stages.units import GIB
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.5
-_FAILURES_APART_S = 5.0
+_FAILURES_APART_S = 5.0  # failed starts within this time have one cause
 _MAX_DEATHS = 3  # of the workers of one shard, or at the start of a worker
 _GRACE_S = 4.0  # for trainings to write a checkpoint when the run is cancelled
 _STOP_S = 30.0  # likewise, when that one training is to end

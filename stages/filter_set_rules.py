@@ -94,6 +94,10 @@ class Facts:
         if len(self.captions):
             self.captions[part] = _identities(plain_captions(samples).to_pylist())
 
+    def forget(self, name: str) -> None:
+        """Give the memory of one of the attributes back."""
+        setattr(self, name, getattr(self, name)[:0].copy())  # a mere slice would hold on to all of it
+
     def sort(self, order: Rows) -> None:
         """Bring the samples into another order, ``(n,)``."""
         for name, values in vars(self).items():
@@ -114,11 +118,11 @@ def decide(facts: Facts, config: FilterConfig, held_out: HeldOut) -> Verdicts:
         _drop_held_out(codes, facts, config, held_out)
     if config.placeholder_min_urls is not None:
         _drop_placeholders(codes, facts, config.placeholder_min_urls)
-    facts.urls = facts.urls[:0]
+    facts.forget("urls")
     verdicts = Verdicts(codes, np.full(len(codes), NONE, np.int64))
     if config.drop_duplicates:
         _drop_copies(verdicts, facts.files)
-    facts.files = facts.files[:0]
+    facts.forget("files")
     if config.near_duplicate_bits is not None:
         _drop_near_duplicates(verdicts, facts, config.near_duplicate_bits, config.near_duplicate_levels)
     if config.max_caption_repeats is not None:

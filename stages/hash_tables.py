@@ -19,6 +19,7 @@ HASH_BITS = 64
 Hashes = npt.NDArray[np.uint64]
 Tones = npt.NDArray[np.uint8]
 
+PAIR_IN_BULK_NS = 0.7  # what comparing all pairs costs, on one core
 _MAX_SHARED, _MAX_TABLES = 3, 64
 
 

@@ -17,15 +17,26 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from stages.hash_tables import HASH_BITS, Group, Hashes, SearchPlan, Tones, dealt, key_groups, keys_of, plans_for
+from stages.hash_tables import (
+    HASH_BITS,
+    PAIR_IN_BULK_NS,
+    Group,
+    Hashes,
+    SearchPlan,
+    Tones,
+    dealt,
+    key_groups,
+    keys_of,
+    plans_for,
+)
 from stages.keepers import NONE, Pairs, Rows, keepers_of
 from stages.neighbours import are_near, rows_with_neighbours
 
 _CANDIDATES_PER_CHUNK = 1 << 20
 _BULK_PAIRS_PER_CHUNK = 1 << 24
 _ROWS_PER_STRIPE = 128
-# What a cost is made of, in ns on one core: a row put into a table, a candidate compared, a pair compared in bulk.
-_ROW_NS, _CANDIDATE_NS, _BULK_NS = 150.0, 30.0, 0.7
+# What a cost is made of, in ns on one core: a row put into a table, a candidate compared.
+_ROW_NS, _CANDIDATE_NS = 150.0, 30.0
 
 
 def near_duplicates(
@@ -128,7 +139,7 @@ def plan_search(num_hashes: int, max_bits: int) -> SearchPlan:
 def _cost_ns(num_hashes: int, plan: SearchPlan) -> float:
     pairs = num_hashes**2 / 2
     if plan.num_shared == 0:
-        return pairs * _BULK_NS
+        return pairs * PAIR_IN_BULK_NS
     candidates = pairs / (1 << _key_bits(num_hashes, plan))
     return plan.num_tables * (2 * num_hashes * _ROW_NS + candidates * _CANDIDATE_NS)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stages.hash_tables import Hashes, SearchPlan, Tones, dealt, key_groups, keys_of, plans_for
+from stages.hash_tables import PAIR_IN_BULK_NS, Hashes, SearchPlan, Tones, dealt, key_groups, keys_of, plans_for
 from stages.keepers import Rows
 
 Flags = npt.NDArray[np.bool_]
@@ -74,7 +74,7 @@ def are_near(tones: Tones, a: Rows, b: Rows, max_levels: int) -> Flags:
 def _cost_ns(num_rows: int, plan: SearchPlan) -> float:
     if plan.num_shared == 0:
         # Setting nothing aside costs nothing here, but all pairs later.
-        return num_rows**2 / 2 * 0.7
+        return num_rows**2 / 2 * PAIR_IN_BULK_NS
     load = num_rows / (1 << plan.key_bits)  # rows of a bucket
     compared = load / 2 * _SMALL_NS if load <= _SMALL_BUCKET else load * _LARGE_NS
     return plan.num_tables * num_rows * (_ROW_NS + compared)
@@ -123,7 +123,8 @@ class _Search:
         num_later = ends - np.arange(len(ends)) - 1
         rows, distance = np.flatnonzero(num_later > 0), 1
         while len(rows):
-            self._mark_pairs(buckets, rows, rows + distance)
+            close = np.bitwise_count(buckets.hashes[rows] ^ buckets.hashes[rows + distance]) <= self._max_bits
+            self._mark_close(buckets, rows[close], rows[close] + distance)
             distance += 1
             rows = rows[num_later[rows] >= distance]
 
@@ -136,11 +137,10 @@ class _Search:
             close = np.bitwise_count(buckets.hashes[rows, None] ^ own[None]) <= self._max_bits
             close[np.arange(len(rows)), rows - start] = False
             i, j = np.divmod(np.flatnonzero(close), stop - start)
-            self._mark_pairs(buckets, rows[i], start + j)
+            self._mark_close(buckets, rows[i], start + j)
 
-    def _mark_pairs(self, buckets: _Buckets, a: Rows, b: Rows) -> None:
-        close = np.bitwise_count(buckets.hashes[a] ^ buckets.hashes[b]) <= self._max_bits
-        a, b = a[close], b[close]
+    def _mark_close(self, buckets: _Buckets, a: Rows, b: Rows) -> None:
+        """Mark pairs of near hashes whose tones are near, too."""
         news = ~(buckets.near[a] & buckets.near[b])
         a, b = a[news], b[news]
         near = are_near(self._tones, buckets.rows[a], buckets.rows[b], self._max_levels)

@@ -10,12 +10,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
 import os
-import statistics
 import tempfile
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +25,7 @@ from stages.manifest import File, ShardRecord
 from stages.samples import table_to_bytes
 from tests.benchmarks.bench_models import cpu_model
 from tests.benchmarks.bench_near_duplicates import planted
+from tests.benchmarks.own_process import medians
 from tests.resident import resident_mib
 
 _COPIES = 0.05
@@ -91,8 +89,8 @@ def _tables(num_rows: int, rows_per_shard: int, root: Path) -> tuple[list[ShardR
     return of_filter, of_curate
 
 
-def _finish(name: str, root: str, records: list[ShardRecord], result: Connection) -> None:
-    """Finish one stage; send seconds, CPU seconds, MiB, and how many are kept."""
+def _finish(name: str, root: str, records: list[ShardRecord]) -> tuple[float, ...]:
+    """Finish one stage; return seconds, CPU seconds, MiB, and how many are kept."""
     stage: Filter | Curate
     if name == "filter":
         stage = Filter(FilterConfig(max_aspect=20.0), root=root)
@@ -101,7 +99,7 @@ def _finish(name: str, root: str, records: list[ShardRecord], result: Connection
     before, wall, cpu = resident_mib("VmHWM"), time.perf_counter(), time.process_time()
     final = stage.finish(records, f"{root}/out", {})
     took = time.perf_counter() - wall, time.process_time() - cpu
-    result.send((*took, resident_mib("VmHWM") - before, sum(record.num_kept for record in final.records)))
+    return (*took, resident_mib("VmHWM") - before, sum(record.num_kept for record in final.records))
 
 
 def main() -> None:
@@ -112,20 +110,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
     print(f"{os.cpu_count()} cores ({cpu_model()}), load {os.getloadavg()[0]:.1f}")
-    context = multiprocessing.get_context("spawn")
     for num_rows in args.rows:
         with tempfile.TemporaryDirectory(prefix="unclip-bench-") as folder:
             records = dict(zip(("filter", "curate"), _tables(num_rows, args.rows_per_shard, Path(folder)), strict=True))
             for name, own in records.items():
-                found = []
-                for _ in range(args.repetitions):
-                    ours, theirs = context.Pipe()
-                    process = context.Process(target=_finish, args=(name, folder, own, theirs))
-                    process.start()
-                    theirs.close()
-                    found.append(ours.recv())
-                    process.join()
-                wall, cpu, mib, kept = (statistics.median(column) for column in zip(*found, strict=True))
+                wall, cpu, mib, kept = medians(_finish, name, folder, own, repetitions=args.repetitions)
                 print(
                     f"{name:7} {num_rows:12,} rows  {wall:7.1f} s  {cpu:7.1f} s of CPU  {mib:7.0f} MiB  "
                     f"{mib * 2**20 / num_rows:6.0f} bytes a row  {kept:,.0f} kept",

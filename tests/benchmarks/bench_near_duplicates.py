@@ -9,11 +9,8 @@ several are printed.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
-import statistics
 import time
-from multiprocessing.connection import Connection
 
 import numpy as np
 
@@ -21,6 +18,7 @@ from stages.hash_tables import Hashes, Tones
 from stages.image_hash import NUM_TONES
 from stages.near_duplicates import near_duplicates
 from tests.benchmarks.bench_models import cpu_model
+from tests.benchmarks.own_process import medians
 from tests.resident import resident_mib
 
 
@@ -45,8 +43,8 @@ def planted(num: int, fraction: float, max_bits: int, seed: int) -> tuple[Hashes
     return hashes, tones, place[source], place[len(originals) :]
 
 
-def measure(num: int, fraction: float, max_bits: int, seed: int, result: Connection) -> None:
-    """Search once; send wall and CPU seconds, MiB, pairs found and planted, and images dropped."""
+def measure(num: int, fraction: float, max_bits: int, seed: int) -> tuple[float, ...]:
+    """Search once; return wall and CPU seconds, MiB, pairs found and planted, and images dropped."""
     hashes, tones, originals, copies = planted(num, fraction, max_bits, seed)
     before = resident_mib("VmHWM")
     wall, cpu = time.perf_counter(), time.process_time()
@@ -56,7 +54,7 @@ def measure(num: int, fraction: float, max_bits: int, seed: int, result: Connect
     first, last = np.minimum(originals, copies), np.maximum(originals, copies)
     found = (keepers[last] >= 0) | (keepers[first] >= 0)
     above_mib = resident_mib("VmHWM") - before
-    result.send((wall, cpu, above_mib, int(found.sum()), len(found), int((keepers >= 0).sum())))
+    return wall, cpu, above_mib, int(found.sum()), len(found), int((keepers >= 0).sum())
 
 
 def main() -> None:
@@ -69,17 +67,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     args = parser.parse_args()
     print(f"{args.num:,} hashes, {os.cpu_count()} cores ({cpu_model()}), load {os.getloadavg()[0]:.1f}")
-    context = multiprocessing.get_context("spawn")
     for max_bits in args.bits:
-        results = []
-        for _ in range(args.repetitions):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=measure, args=(args.num, args.fraction, max_bits, args.seed, theirs))
-            process.start()
-            theirs.close()
-            results.append(ours.recv())
-            process.join()
-        wall, cpu, above_mib, *counts = (statistics.median(column) for column in zip(*results, strict=True))
+        arguments = (args.num, args.fraction, max_bits, args.seed)
+        wall, cpu, above_mib, *counts = medians(measure, *arguments, repetitions=args.repetitions)
         found, num_planted, dropped = map(int, counts)
         print(
             f"radius {max_bits:2}  {wall:7.1f} s wall  {cpu:7.1f} s CPU  {found} of {num_planted} planted pairs  "
