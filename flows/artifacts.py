@@ -42,7 +42,9 @@ def publish(
     create_markdown_artifact(hide_secrets(funnel), key="funnel", description="Samples in and out of every stage")
     for key, text in notes.items():
         create_markdown_artifact(hide_secrets(text), key=key, description=_NOTES.get(key, ""))
-    create_link_artifact(browsable(report_uri), key="report", link_text="Report", description="The whole run, one page")
+    # The place itself: a browser opens no file, and no object of a store, from a page of Prefect's.
+    place = hide_secrets(report_uri)
+    create_link_artifact(browsable(report_uri), key="report", link_text=place, description="The whole run, one page")
     samples = sample_sheet(manifests["generate"], root) if "generate" in manifests else None
     if samples is not None:
         _show_image("samples", "image/png", samples, f"{_NUM_IMAGES} of the generated images")

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.connection import FORWARDED
 from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.progress import Outcome
@@ -29,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What a job needs to know to find the store and Prefect; credentials only where `cluster.pass_env` names them, because
-# Ray shows a job's environment to whoever may look at the cluster.
-_FORWARDED = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "AWS_REGION")
 _PREFECT = "PREFECT_API_URL"
 _OUR_FAILURES = (1, 2, 130)
 
@@ -192,7 +190,7 @@ def _environment(config: Config) -> dict[str, str]:
     for name in config.cluster.pass_env:
         if name not in os.environ:
             raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
-    environment = {name: os.environ[name] for name in (*_FORWARDED, *config.cluster.pass_env) if name in os.environ}
+    environment = {name: os.environ[name] for name in (*FORWARDED, *config.cluster.pass_env) if name in os.environ}
     if _PREFECT in environment or not (url := os.environ.get(_PREFECT)):
         return environment
     if _is_loopback(url):

@@ -281,7 +281,7 @@ def check_prefect() -> Iterator[Finding]:
 
 def check_ray(config: Config | None) -> Iterator[Finding]:
     """See whether Ray starts, or can be joined."""
-    from cluster.ray_executor import connect
+    from cluster.connection import connect
 
     cluster = config.cluster if config is not None else ClusterConfig(num_cpus=1, object_store_gib=0.1)
     if cluster.executor == "local":

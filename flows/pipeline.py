@@ -145,7 +145,7 @@ def open_executor(cluster: ClusterConfig, interrupt: Interrupt) -> Executor:
     """
     if cluster.executor == "local":
         return LocalExecutor()
-    from cluster.ray_executor import connect
+    from cluster.connection import connect
 
     executor = connect(cluster)
     interrupt.closes(executor.close)

@@ -84,7 +84,7 @@ def run_project(
         )
         error: BaseException | None = None
         try:
-            executor.refuse_impossible([project.stages[name] for name in selection.stages if run.lacks(name)])
+            executor.refuse_impossible(project.stages[name] for name in selection.stages if run.lacks(name))
             for name in selection.stages:
                 if isinstance(stage := project.stages[name], Training):
                     stage.settle()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -111,11 +111,11 @@ def stay() -> None:
 class Executor(Protocol):
     """Something that can process shards."""
 
-    def refuse_impossible(self, stages: Sequence[Stage[Any]]) -> None:
+    def refuse_impossible(self, stages: Iterable[Stage[Any]]) -> None:
         """Refuse stages whose workers would wait for ever; asked before any of them begins.
 
         Args:
-            stages: those of a run that are still to do.
+            stages: those of a run that are still to do; looked at only where any could be refused.
 
         Raises:
             ConfigError: names what is missing, and the smallest change that would do.
@@ -161,7 +161,7 @@ class Executor(Protocol):
 class LocalExecutor:
     """The reference: shards one after another in this process."""
 
-    def refuse_impossible(self, stages: Sequence[Stage[Any]]) -> None:
+    def refuse_impossible(self, stages: Iterable[Stage[Any]]) -> None:
         """Refuse nothing: one process takes whatever there is."""
 
     def map(

@@ -60,6 +60,7 @@ _MEASUREMENTS = {
     "language": pa.large_string(),
     "language_probability": pa.float32(),
 }
+_SHOWN = {name: kind for name, kind in _MEASUREMENTS.items() if name != "tones"}
 
 
 class Filter(Stage[FilterConfig]):
@@ -209,7 +210,7 @@ class Filter(Stage[FilterConfig]):
         facts, ranks = Facts(parts[-1].stop, self.config), Ranks(records)
 
         def read(shard: int) -> None:
-            samples = self._samples(records[shard], _FACTS)
+            samples = self._samples(records[shard], _MEASUREMENTS, _FACTS)
             facts.note(parts[shard], samples, judge(samples, self.config, lists))
             ranks.note(shard, samples)
 
@@ -223,31 +224,33 @@ class Filter(Stage[FilterConfig]):
     def _keys(self, record: ShardRecord) -> pa.ChunkedArray:
         return table_from_bytes(record.files["scores"].read(self.root), ["key"])["key"]
 
-    def _samples(self, record: ShardRecord, wanted: Mapping[str, pa.DataType]) -> pa.Table:
-        """Join the measurements of a shard to its table, of which only some columns are wanted.
+    def _samples(
+        self, record: ShardRecord, measurements: Mapping[str, pa.DataType], facts: Mapping[str, pa.DataType]
+    ) -> pa.Table:
+        """Join the measurements of a shard to its table, of both the columns that are wanted.
 
         Raises:
             ShardError: if the two do not name the same samples.
         """
-        measured = _typed(table_from_bytes(record.files["scores"].read(self.root), list(_MEASUREMENTS)), _MEASUREMENTS)
-        facts = _typed(table_from_bytes(record.inputs["table"].read(self.root), list(wanted)), wanted)
-        facts = facts.filter(pc.equal(facts["status"], "success"))
-        if len(measured) != record.num_in or not facts["key"].equals(measured["key"]):
+        measured = _read(record.files["scores"].read(self.root), measurements)
+        table = _read(record.inputs["table"].read(self.root), facts)
+        samples = table.filter(pc.equal(table["status"], "success")).drop_columns(["status"])
+        if len(measured) != record.num_in or not samples["key"].equals(measured["key"]):
             raise ShardError(
                 f"{record.inputs['images'].path}: the tar and the table beside it name different samples; "
                 "run again with --force download"
             )
-        for name in ("perceptual_hash", "tones", "language", "language_probability"):
-            facts = facts.append_column(name, measured[name])
-        return facts.drop_columns(["status"])
+        for name in measured.column_names[1:]:
+            samples = samples.append_column(name, measured[name])
+        return samples
 
     def _select(
         self, verdicts: Verdicts, keys: KeeperKeys, output: str, record: ShardRecord, part: slice
     ) -> ShardRecord:
         """Publish one shard's selection and return its final record."""
         # Read again: the texts of a large data set do not fit beside what the decision needs.
-        own, codes = self._samples(record, _ORIGIN), verdicts.codes[part]
-        scores = {name: own[name] for name in ("list", "row", "perceptual_hash", "language", "language_probability")}
+        own, codes = self._samples(record, _SHOWN, _ORIGIN), verdicts.codes[part]
+        scores = {name: own[name] for name in ("list", "row", *_SHOWN) if name != "key"}
         scores["duplicate_of"] = keys.of(verdicts.keepers[part])
         scores["rule_version"] = pa.array(np.full(len(codes), RULE_VERSION, np.int32))
         selection = selection_table(own["key"].to_pylist(), _reasons(codes), scores)
@@ -266,6 +269,6 @@ def _reasons(codes: Codes) -> list[str | None]:
     return [names[code] for code in codes.tolist()]
 
 
-def _typed(table: pa.Table, types: Mapping[str, pa.DataType]) -> pa.Table:
-    """Give columns their types."""
-    return table.select(list(types)).cast(pa.schema(list(types.items())))
+def _read(data: bytes, types: Mapping[str, pa.DataType]) -> pa.Table:
+    """Read columns, and give them their types."""
+    return table_from_bytes(data, list(types)).select(list(types)).cast(pa.schema(list(types.items())))

@@ -22,7 +22,17 @@ MAY_IMPORT = {
 CONFINED = {
     "prefect": {"flows/*"},
     "ray": {
-        f"cluster/{name}.py" for name in ("ray_executor", "training", "elastic", "group_network", "jobs", "draining")
+        f"cluster/{name}.py"
+        for name in (
+            "connection",
+            "ray_executor",
+            "worker_pool",
+            "training",
+            "elastic",
+            "group_network",
+            "jobs",
+            "draining",
+        )
     },
     "deepspeed": {"cluster/deepspeed_engine.py"},
     "fsspec": {"stages/storage.py"},

@@ -44,7 +44,10 @@ NEEDS = {
 }
 # test -> the commands, and options of commands, that it executes; its file must name both.
 ELSEWHERE = {
-    "tests/cluster/test_jobs.py::test_the_orchestrator_dies_twice_and_machines_are_lost": ("cancel", "run --detach"),
+    "tests/cluster/test_job_submission.py::test_cancel_stops_all_jobs_of_a_config_and_store": (
+        "cancel",
+        "run --detach",
+    ),
     "tests/flows/test_cli_exchange.py::test_a_karlo_checkpoint_comes_in_with_its_statistics_and_the_empty_caption": (
         *("import", "import --kind", "import -o"),
     ),
@@ -69,6 +72,7 @@ ELSEWHERE = {
     ),
     "tests/flows/test_retraining_drill.py::test_three_weeks": ("retrain --from-scratch",),
     "tests/test_end_to_end.py::test_an_ablation_trains_its_variants_and_judges_the_claims": ("ablate",),
+    "tests/test_end_to_end.py::undisturbed": ("make quickstart",),
 }
 # Targets that CI leaves out, and why.
 NOT_IN_CI = {"bench-data": "an hour of an idle machine", "bench-train": "an hour of an idle machine"}
@@ -155,7 +159,8 @@ def missing(command: str) -> list[str]:
 
 def _does_ci(target: str) -> bool:
     """Tell whether CI makes a target, by itself or as what the others need."""
-    return target == "setup" or re.search(rf"^make {target}\b", CI, re.MULTILINE) is not None
+    by_itself = re.search(rf"^make {target}\b", CI, re.MULTILINE)
+    return target == "setup" or by_itself is not None or f"make {target}" in EXECUTED
 
 
 def complaints(page: Path) -> Iterator[str]:
@@ -233,6 +238,8 @@ def test_what_is_executed_elsewhere_is() -> None:
         assert name in defined, test
         said = [word for part in executed for word in part.split() if f'"{word}"' not in source]
         assert not said, f"{file} does not say {said}"
+        if re.search(r"^pytestmark = .*mark\.chaos", source, re.MULTILINE):
+            assert file.startswith(tuple(re.findall(r"tests/[\w/.]+", CI))), f"CI does not run {file}"
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,8 @@ from unclip_models.upsampler import Upsampler
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
-TINY = Path(__file__).with_name("tiny.yaml")
+TOP = Path(__file__).parents[1]
+TINY = TOP / "tests" / "tiny.yaml"
 RUN_TIMEOUT_S = 600
 MODELS = ("clip", "prior", "decoder", "upsampler_256", "upsampler_1024")
 # Where the run is killed: as soon as a file appears whose path below the root starts and ends so.
@@ -94,7 +95,12 @@ def port() -> int:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, port: int, prefect_state: Path) -> Place:
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
     place = Place(str(folder), folder.name, folder, {"XDG_STATE_HOME": str(prefect_state)}, port)
-    finished = place.run()
+    config = folder.with_suffix(".yaml")
+    values = {"extends": str(TINY), "root": place.root, "source": {"shapes": {"port": port}}}
+    config.write_text(json.dumps(values))  # JSON is YAML
+    # With the installation that these tests have, wherever it lies.
+    here = ("--directory", str(TOP), f"BIN={Path(sys.executable).parent}", "--old-file", ".venv/.installed")
+    finished = place.execute(["make", *here, "quickstart", f"CONFIG={config}"])
     assert finished.returncode == 0, finished.stderr
     return place
 

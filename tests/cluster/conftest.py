@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.ray_executor import RayExecutor, connect
+from cluster.connection import connect
+from cluster.ray_executor import RayExecutor
 from stages.executor import ClusterConfig
 
 CLUSTER = ClusterConfig(num_cpus=2, num_gpus=0, object_store_gib=0.1, backoff_s=0.0)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from cluster.ray_executor import connect
+from cluster.connection import connect
 from stages.base import Progress, Shard
 from stages.executor import ClusterConfig, ShardFailure
 from stages.manifest import ShardRecord

@@ -19,7 +19,7 @@ from ray._raylet import GcsClient
 from ray.autoscaler.v2.sdk import get_cluster_resource_state
 from ray.cluster_utils import Cluster
 
-from cluster.ray_executor import connect
+from cluster.connection import connect
 from stages.base import Shard
 from stages.executor import ClusterConfig, ShardFailure
 from stages.manifest import ShardRecord

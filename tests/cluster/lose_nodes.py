@@ -15,7 +15,7 @@ from typing import Any
 
 from ray.cluster_utils import Cluster
 
-from cluster.ray_executor import connect
+from cluster.connection import connect
 from stages.base import Shard, Stage
 from stages.executor import ClusterConfig
 from stages.manifest import Manifest, ShardRecord

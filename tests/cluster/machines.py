@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -32,14 +33,26 @@ _NAMESPACES = ("--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-pro
 # The first process of a machine waits until its network is there.
 _BOOT = f'read line; hostname "$0"; mount -t tmpfs tmpfs {_SCRATCH}; exec "$@"'
 _START_TIMEOUT_S = 120.0
-# A machine that falls silent is given up after about five seconds.
-_ENVIRONMENT = {
+# A machine that falls silent is given up after about five seconds, a head that is gone as in cluster/Containerfile.
+ENVIRONMENT = {
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "10000",
     "RAY_AUTH_MODE": "disabled",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "5",
+}
+_HEAD_NODE_ID = "f" * 51 + "0" * 5
+_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+_FILLED_IN = ("setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files")  # by `ray up`
+_AUTOSCALER = {
+    "RAY_FAKE_CLUSTER": "1",
+    "AUTOSCALER_UPDATE_INTERVAL_S": "1",
+    "RAY_enable_autoscaler_v2": "1",  # what KubeRay starts
+    "RAY_CLOUD_INSTANCE_ID": _HEAD_NODE_ID,
+    "RAY_OVERRIDE_NODE_ID_FOR_TESTING": _HEAD_NODE_ID,
 }
 
 
@@ -124,6 +137,7 @@ class Machines:
 
     isolated: bool
     environment: dict[str, str]
+    _autoscaling: Mapping[str, Any] | None
     _bridge: str
     _subnet: str
     _scratch: Path
@@ -132,13 +146,14 @@ class Machines:
     others: list[Machine] = field(default_factory=list)
 
     def start(self) -> None:
-        """Start the head."""
+        """Start a head; if there was one, another one that knows nothing."""
         ports = (6379, 8265, 10001) if self.isolated else (free_port(), free_port(), free_port())
         port, dashboard, client = ports
         self.head = self._new(
             *("--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=true"),
             *("--dashboard-host=0.0.0.0", f"--dashboard-port={dashboard}"),
             f"--ray-client-server-port={client}",
+            *self._autoscaler(port),
         )
         self.gcs = f"{self.head.address}:{port}"
         self.client = f"ray://{self.head.address}:{client}"
@@ -206,6 +221,31 @@ class Machines:
             self._connect(machine)
         return machine
 
+    def _autoscaler(self, port: int) -> list[str]:
+        """Let the head bring nodes, which are further processes on its machine; return the options for that."""
+        if self._autoscaling is None:
+            return []
+        address = f"{self._subnet}.{2}" if self.isolated else _own_address()
+        # By its full name: what Ray knows it by needs a file that is not installed.
+        provider = {"type": "external", "module": _PROVIDER, "gcs_address": f"{address}:{port}"}
+        head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
+        config = {
+            "cluster_name": "drill",
+            "provider": {
+                **provider,
+                "head_node_id": _HEAD_NODE_ID,
+                "launch_multiple": True,
+                "disable_node_updaters": True,
+            },
+            "head_node_type": "ray.head.default",
+            **{key: [] for key in _FILLED_IN},
+            **self._autoscaling,
+            "available_node_types": {**self._autoscaling["available_node_types"], "ray.head.default": head},
+        }
+        path = self._scratch / "autoscaling.json"
+        path.write_text(json.dumps(config))
+        return [f"--autoscaling-config={path}"]
+
     def _connect(self, machine: Machine) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not machine.processes():
@@ -242,17 +282,20 @@ class Machines:
 
 
 @contextlib.contextmanager
-def machines(environment: Mapping[str, str] | None = None) -> Iterator[Machines]:
+def machines(
+    environment: Mapping[str, str] | None = None, autoscaling: Mapping[str, Any] | None = None
+) -> Iterator[Machines]:
     """Make a cluster with a head; it is gone at the end.
 
     Args:
         environment: of all its processes, beside that of this one.
+        autoscaling: which nodes Ray's autoscaler may bring, as in a file for its cluster launcher; None: it is off.
     """
     bridge, subnet = f"unclip{os.getpid() % 10000}", f"10.{100 + os.getpid() // 250 % 100}.{os.getpid() % 250}"
-    given = os.environ | _ENVIRONMENT | (environment or {})
+    given = os.environ | ENVIRONMENT | (_AUTOSCALER if autoscaling else {}) | (environment or {})
     given["PATH"] = f"{Path(sys.executable).parent}:{given['PATH']}"  # a job is started with `python`
     with tempfile.TemporaryDirectory(prefix="u", ignore_cleanup_errors=True) as scratch:
-        cluster = Machines(_may_isolate(bridge, subnet), given, bridge, subnet, Path(scratch))
+        cluster = Machines(_may_isolate(bridge, subnet), given, autoscaling, bridge, subnet, Path(scratch))
         try:
             cluster.start()
             yield cluster

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -80,7 +81,8 @@ def test_a_node_that_does_not_come_back_is_not_waited_for(tmp_path: Path) -> Non
     root = tmp_path / "shrunk"
     with machines() as cluster:
         lost, _ = cluster.add_all(2, num_cpus=1)
-        command = [sys.executable, "-m", "tests.cluster.train_on", cluster.gcs, str(root), str(NUM_STEPS), "1"]
+        settings = json.dumps({"min_ranks": 1, "shrink_after_minutes": 0.1})
+        command = [sys.executable, "-m", "tests.cluster.train_on", cluster.gcs, str(root), str(NUM_STEPS), settings]
         log = tmp_path / "log"
         with log.open("wb") as file:
             driver = cluster.on_head(command, stdout=file, stderr=subprocess.STDOUT)

@@ -1,4 +1,4 @@
-"""A run as a Ray Job on machines that get lost, of an orchestrator that is killed twice: the result is the same."""
+"""A run as a Ray Job on machines that get lost, of orchestrators that are killed: the result is the same."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray.job_submission import JobSubmissionClient
 
@@ -31,6 +32,7 @@ UNTIL = "prior"
 LAST = os.environ.get("UNCLIP_TEST_UNTIL", UNTIL)
 # One kind of engine for all runs, since DeepSpeed rounds otherwise than plain torch; and time to strike.
 SETTINGS = {
+    "cluster.lease_ttl_s": 20,
     "source.rows_per_shard": 16,
     "clip.engine": "torch",
     "prior.engine": "torch",
@@ -70,10 +72,10 @@ class Drill:
         )
 
     @contextlib.contextmanager
-    def run_calmly(self, root: Path) -> Iterator[subprocess.Popen[bytes]]:
+    def run_calmly(self, root: Path, until: str) -> Iterator[subprocess.Popen[bytes]]:
         """Do an undisturbed run meanwhile, in one process with one thread, as a rank with one core has."""
         here = ("-s", "cluster.submit=null", "-s", "cluster.executor=local")
-        command = self.command(root, "run", "--until", LAST, *here)
+        command = self.command(root, "run", "--until", until, *here)
         process = self.cluster.on_head(["env", "OMP_NUM_THREADS=1", *command], stderr=subprocess.DEVNULL)
         try:
             yield process
@@ -110,7 +112,7 @@ class Drill:
         return read_lease(lease_uri(str(root), stage, self.fingerprints(root)[stage]))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def drill(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Drill]:
     # The job finds the running Prefect server in its environment.
     state = {"XDG_STATE_HOME": str(tmp_path_factory.mktemp("state"))}
@@ -198,7 +200,7 @@ def test_the_orchestrator_dies_twice_and_machines_are_lost(drill: Drill, tmp_pat
     """One falls silent in a training, one dies under embed, one has its notice in the other training; and once the job
     is cancelled. The last command of all just says that everything is done."""
     root, calm = tmp_path / "disturbed", tmp_path / "calm"
-    with drill.run_calmly(calm) as undisturbed:
+    with drill.run_calmly(calm, LAST) as undisturbed:
         disturb(drill, root)
         assert undisturbed.wait(timeout=_timeout_s()) == 0
     found = drill.digests(root)
@@ -209,6 +211,33 @@ def test_the_orchestrator_dies_twice_and_machines_are_lost(drill: Drill, tmp_pat
     detached = drill.command(root, "run", "--detach", "--until", LAST)
     assert subprocess.run(detached, **drill.surroundings, capture_output=True).returncode == 0
     assert (len(drill.jobs("STOPPED")), len(drill.jobs("SUCCEEDED"))) == (1, 1)  # nothing to do: no third job
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(600)
+def test_the_head_is_lost_and_with_it_the_job(drill: Drill, tmp_path: Path) -> None:
+    """Nobody tells the ranks: they train on beside those of the next job, until Ray on their machines gives up the head
+    or they find that the lease has another owner."""
+    root, calm, cluster = tmp_path / "beheaded", tmp_path / "calm", drill.cluster
+    with orchestrator(drill, root, "submitted", "clip"):
+        wait_for(lambda: has_file(root, "clip", "/checkpoint.json"), drill)
+        (bereft,) = drill.at_work("ray::RayTrainWorker")
+        cluster.head.power_off()
+    orphans = bereft.find("ray::RayTrainWorker")
+    cluster.others.clear()
+    cluster.start()
+    cluster.add_all(2, num_cpus=1)
+    with drill.run_calmly(calm, "clip") as undisturbed:
+        with orchestrator(drill, root, "submitted", "clip") as process:
+            _, errors = process.communicate(timeout=200)
+            assert process.returncode == 0, errors
+        assert undisturbed.wait(timeout=200) == 0
+    found = drill.digests(root)
+    assert found == drill.digests(calm) and "clip" in found
+    lease = drill.lease(root, "clip")
+    assert lease is not None and lease.is_free and lease.token == 2
+    psutil.wait_procs(orphans, timeout=120)
+    assert not bereft.find("raylet") and not bereft.find("ray::RayTrainWorker")
 
 
 def test_a_job_carries_its_code_and_version(tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from cluster.board import Board
-from cluster.ray_executor import RayExecutor, _pool_size, connect
+from cluster.connection import connect
+from cluster.ray_executor import RayExecutor
+from cluster.worker_pool import _pool_size
 from stages.base import Progress, Resources, Result, Shard, Stage
 from stages.errors import ConfigError, InputError, StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor, ShardFailure

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,19 @@ class Storm:
         cluster: where it runs.
         root: its store.
         seed: of the moments and of who is struck.
+        settings: of the training.
     """
 
-    def __init__(self, cluster: Machines, root: Path, seed: int) -> None:
-        self._cluster, self._root = cluster, root
+    def __init__(self, cluster: Machines, root: Path, seed: int, settings: Mapping[str, Any]) -> None:
+        self._cluster, self._root, self._settings = cluster, root, json.dumps(settings)
         self._random = random.Random(seed)
         self._log = root.with_suffix(".log")
         self._seen: set[str] = set()
         self._driver = self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "tests.cluster.train_on", self._cluster.gcs, str(self._root), str(NUM_STEPS)]
+        what = (self._cluster.gcs, str(self._root), str(NUM_STEPS), self._settings)
+        command = [sys.executable, "-m", "tests.cluster.train_on", *what]
         with self._log.open("ab") as log:
             return self._cluster.on_head(command, stdout=log, stderr=log)
 
@@ -144,10 +147,15 @@ def end_of(root: Path) -> tuple[bytes, list[dict[str, Any]]]:
     return record.files["weights"].read(str(root)), [{name: line[name] for name in ("step", "loss")} for line in lines]
 
 
-def test_a_storm_changes_nothing(cluster: Machines, tmp_path: Path) -> None:
-    calm = Storm(cluster, tmp_path / "calm", SEED)
+@pytest.mark.parametrize(
+    "settings",
+    [{"engine": "torch"}, {"engine": "deepspeed", "zero_stage": 2}, {"engine": "deepspeed", "zero_stage": 3}],
+    ids=["torch", "zero2", "zero3"],
+)
+def test_a_storm_changes_nothing(cluster: Machines, tmp_path: Path, settings: dict[str, Any]) -> None:
+    calm = Storm(cluster, tmp_path / "calm", SEED, settings)
     calm.wait()
-    storm = Storm(cluster, tmp_path / "stormy", SEED)
+    storm = Storm(cluster, tmp_path / "stormy", SEED, settings)
     storm.blow()
     storm.wait()
     assert check_store(tmp_path / "stormy") == 2

@@ -1,11 +1,12 @@
 """Train the tiny model on a cluster, as one of perhaps many drivers: all that one ends, the next one takes over.
 
-Called as ``train_on.py ADDRESS ROOT NUM_STEPS [MIN_RANKS]``. Every step takes a while and leaves a line in
-``ROOT/steps.txt``.
+Called as ``train_on.py ADDRESS ROOT NUM_STEPS [SETTINGS]``, the settings as JSON. Every step takes a while and leaves a
+line in ``ROOT/steps.txt``.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.ray_executor import connect
+from cluster.connection import connect
 from stages.executor import ClusterConfig
 from stages.lease import hold
 from stages.manifest import ShardRecord
@@ -53,9 +54,9 @@ def stage_of(root: str, num_steps: int, **settings: Any) -> Slow:
     return Slow(config, root=root)
 
 
-def main(address: str, root: str, num_steps: int, min_ranks: int | None = None) -> None:
+def main(address: str, root: str, num_steps: int, settings: dict[str, Any]) -> None:
     executor = connect(ClusterConfig(address=address))
-    stage = stage_of(root, num_steps, min_ranks=min_ranks, shrink_after_minutes=0.1)
+    stage = stage_of(root, num_steps, **settings)
     fingerprint = stage.fingerprint({})
     try:
         with hold(root, stage.name, fingerprint, ttl_s=LEASE_TTL_S) as lease:
@@ -65,4 +66,4 @@ def main(address: str, root: str, num_steps: int, min_ranks: int | None = None) 
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], *(int(number) for number in sys.argv[3:]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads("".join(sys.argv[4:]) or "{}"))
