@@ -45,7 +45,6 @@ ENVIRONMENT = {
     "RAY_health_check_failure_threshold": "5",
 }
 _HEAD_NODE_ID = "f" * 51 + "0" * 5
-_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 _FILLED_IN = ("setup_commands", "head_setup_commands", "worker_setup_commands", "cluster_synced_files")  # by `ray up`
 _AUTOSCALER = {
     "RAY_FAKE_CLUSTER": "1",
@@ -225,18 +224,19 @@ class Machines:
         """Let the head bring nodes, which are further processes on its machine; return the options for that."""
         if self._autoscaling is None:
             return []
-        address = f"{self._subnet}.{2}" if self.isolated else _own_address()
-        # By its full name: what Ray knows it by needs a file that is not installed.
-        provider = {"type": "external", "module": _PROVIDER, "gcs_address": f"{address}:{port}"}
+        address = f"{self._subnet}.2" if self.isolated else _own_address()
+        provider = {
+            "type": "external",  # what Ray knows it by needs a file that is not installed
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
+            "gcs_address": f"{address}:{port}",
+            "head_node_id": _HEAD_NODE_ID,
+            "launch_multiple": True,
+            "disable_node_updaters": True,
+        }
         head = {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}
         config = {
             "cluster_name": "drill",
-            "provider": {
-                **provider,
-                "head_node_id": _HEAD_NODE_ID,
-                "launch_multiple": True,
-                "disable_node_updaters": True,
-            },
+            "provider": provider,
             "head_node_type": "ray.head.default",
             **{key: [] for key in _FILLED_IN},
             **self._autoscaling,
