@@ -70,8 +70,13 @@ class PriceTable:
 
 
 def this_machine(config: Config) -> PriceTable | None:
-    """Describe the machine of a local run; None where a cluster does the work, whose size is not known here."""
-    if config.cluster.address != "local":
+    """Describe the machine of a local Ray.
+
+    Returns:
+        None where a cluster does the work, whose size is not known here, or one process, which refuses nothing.
+    """
+    cluster = config.cluster
+    if cluster.submit is not None or cluster.address != "local" or cluster.executor == "local":
         return None
     num_cpus = config.cluster.num_cpus or os.cpu_count() or 1
     num_gpus = config.cluster.num_gpus

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import psutil
+
 _ASK_EVERY_S = 1.0
 _ANSWER_TIMEOUT_S = 10.0
 
@@ -60,7 +62,13 @@ def this_node(address: str) -> str:
         nodes = GcsClient(address=address).get_all_node_info(timeout=_ANSWER_TIMEOUT_S)
     except (RayError, OSError) as error:
         raise DrainRefusedError(f"{address} does not answer: {error}") from error
-    here = [key.hex() for key, node in nodes.items() if node.state == 0 and Path(node.raylet_socket_name).exists()]
+    # The sockets of Ray have the same path on every machine of a cluster.
+    own = {card.address for cards in psutil.net_if_addrs().values() for card in cards}
+    here = [
+        key.hex()
+        for key, node in nodes.items()
+        if node.state == 0 and node.node_manager_address in own and Path(node.raylet_socket_name).exists()
+    ]
     if len(here) != 1:
         raise DrainRefusedError(f"{len(here)} nodes of the cluster at {address} run on this machine, not one")
     return str(here[0])

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from flows.charts import Series, line_chart
 from flows.report_html import card, cards, legend, note, table
 from flows.report_style import STYLE
 from stages.ablation import AblationConfig, Claim, Trial
+from stages.config import load_config
+from stages.errors import ConfigError
+from stages.gate import LOSSES, METRICS
 
 Metrics = Mapping[str, Any]
 COLUMNS = (
@@ -66,6 +71,33 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, quantile * deviation / math.sqrt(n), n)
 
 
+def refuse_what_is_not_measured(config: AblationConfig, base: Path, trials: Sequence[Trial]) -> None:
+    """Refuse claims and sweeps whose metrics no trial will have; before the hours of work, not after them.
+
+    Args:
+        config: the ablation.
+        base: the config file that its variants are of.
+        trials: from ``stages.config.load_ablation``.
+
+    Raises:
+        ConfigError: with the metric that is meant, or the setting that is missing.
+    """
+    known = [name for name in METRICS if name not in LOSSES]
+    for claim in config.claims:
+        if claim.metric not in known:
+            near = difflib.get_close_matches(claim.metric, known, 1)
+            what = f"did you mean '{near[0]}'" if near else f"name one of {', '.join(known)}"
+            raise ConfigError(f"claims: {claim.metric}: is no metric of the evaluate stage; {what}")
+    for trial in trials:
+        if trial.guidance_scale is None or trial.seed != config.seeds[0]:
+            continue
+        if (num := load_config(base, trial.overrides).generate.images_per_caption) < 2:
+            raise ConfigError(
+                f"guidance: {trial.variant} has generate.images_per_caption {num}, which shows no {DIVERSITY}; set it "
+                "to 2 or more in guidance.set"
+            )
+
+
 @dataclass(frozen=True)
 class Findings:
     """The metrics of every trial, and what follows from them."""
@@ -84,7 +116,7 @@ class Findings:
         """Hold a claim against the differences, seed by seed."""
         better, worse = (self.values(variant, claim.metric) for variant in (claim.better, claim.worse))
         if better is None or worse is None:
-            raise ValueError(f"claims: {claim.metric} was not measured; name a metric of the evaluate stage")
+            raise ConfigError(f"claims: {claim.metric} was not measured; name a metric of the evaluate stage")
         sign = 1 if claim.metric in _LOWER_IS_BETTER else -1
         text = f"{claim.better} has the better {claim.metric} than {claim.worse}"
         return _judge(text, [sign * (w - b) for b, w in zip(better, worse, strict=True)])
@@ -110,7 +142,7 @@ class Findings:
         scales = self.config.guidance.scales
         start, end = (self.values(variant, DIVERSITY, scale) for scale in (scales[0], scales[-1]))
         if start is None or end is None:
-            raise ValueError(f"guidance: {DIVERSITY} was not measured; set generate.images_per_caption to 2 or more")
+            raise ConfigError(f"guidance: {DIVERSITY} was not measured; set generate.images_per_caption to 2 or more")
         return [1 - last / first for first, last in zip(start, end, strict=True)]
 
     def verdicts(self) -> list[Verdict]:

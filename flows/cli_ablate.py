@@ -12,10 +12,12 @@ from rich.console import Console
 
 from flows.interrupt import Interrupt
 from flows.prefect_server import PrivateServer, user_api_url
+from stages.errors import ConfigError
 
 if TYPE_CHECKING:
     from flows.ablation import AblationRun
     from stages.ablation import AblationConfig
+    from stages.executor import ClusterConfig
 
 
 def ablate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,10 +37,13 @@ def ablate(args: argparse.Namespace) -> int:
     base = Path(args.ablation).parent / config.base
     root = load_config(base, args.set).root
     from flows.ablation import open_ablation
+    from flows.ablation_report import refuse_what_is_not_measured
 
+    refuse_what_is_not_measured(config, base, trials)
     run = open_ablation(base, trials)
     errors = Console(file=sys.stderr)
     if run.pending:
+        _refuse_jobs(run.cluster)
         with Interrupt(on_stop=lambda: print("unclip: stopping; what is done is kept", file=sys.stderr)) as interrupt:
             run.interrupt = interrupt
             try:
@@ -52,6 +57,14 @@ def ablate(args: argparse.Namespace) -> int:
                 )
             return 1
     return _publish(args, config, run, root)
+
+
+def _refuse_jobs(cluster: ClusterConfig) -> None:
+    if cluster.submit is not None:
+        raise ConfigError(
+            f"cluster.submit: {cluster.submit}: an ablation is driven from here and is no Ray Job; set -s "
+            "cluster.submit=null, and cluster.address to the cluster's (ray://HEAD:10001) to work there"
+        )
 
 
 def _run(run: AblationRun, name: str) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -259,7 +261,9 @@ def invert(args: argparse.Namespace) -> int:
         _write_latents(Path(args.latents), found["latents"])
     side = max(made.images)
     sheet = contact_sheet([found["given"][side][0].numpy(), made.final[0].numpy()], columns=2)
-    studio.write_pixels([sheet], [{"inversion_of": args.image, "reconstruction_error": f"{found['error']:.6f}"}])
+    entries = [{"inversion_of": args.image, "reconstruction_error": f"{found['error']:.6f}"}]
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        studio.write_pixels([sheet], entries)
     if args.json:
         print(json.dumps({"reconstruction_error": found["error"], "output": args.output, "latents": args.latents}))
     else:

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import urllib.parse
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _PREFECT = "PREFECT_API_URL"
-_OUR_FAILURES = (1, 2, 130)
+_OUR_FAILURES = (1, 2, 130, 143)
+_STATUS = {0: "done", 130: "cancelled", 143: "cancelled"}
 
 
 def run_as_job(args: argparse.Namespace, project: Project, selection: Selection, *, takes_signals: bool = True) -> int:
@@ -105,7 +106,7 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
         errors.append(f"job {name}: {state.status.lower()}: {state.message}")
         say(errors[-1])
     if args.json:
-        _answer(args, selection, {0: "done", 130: "cancelled"}.get(code, "failed"), errors)
+        _answer(args, selection, _STATUS.get(code, "failed"), errors)
     return code
 
 
@@ -137,7 +138,7 @@ def cancel(args: argparse.Namespace) -> int:
     names = {Path(args.config).stem, config.prefect.deployment}  # jobs of a deployment bear its name
 
     def is_meant(labels: Mapping[str, str]) -> bool:
-        return labels.get("root") == root and Path(labels.get("config", "")).stem in names
+        return labels.get("root") == root and _is_of(labels.get("config", ""), names)
 
     stopped = JobCluster(address).stop_all(is_meant=is_meant)
     going_on = _going_on(stopped)
@@ -147,6 +148,11 @@ def cancel(args: argparse.Namespace) -> int:
     if not stopped:
         print("no job of this config is running")
     return 1 if going_on else 0
+
+
+def _is_of(label: str, names: Collection[str | None]) -> bool:
+    """Tell whether a job's label, a file's name or a deployment's, which may hold dots, is one of these names."""
+    return label in names or Path(label).stem in names
 
 
 def cancel_arguments(parser: argparse.ArgumentParser) -> None:

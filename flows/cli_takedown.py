@@ -83,7 +83,7 @@ def _unknown(asked: Tombstones, affected: Affected) -> list[str]:
 
 def _from_file(path: Path) -> Tombstones:
     try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--file: {path} cannot be read ({error})") from None
     names: dict[str, set[str]] = {"urls": set(), "keys": set(), "sha256": set()}

@@ -9,14 +9,18 @@ something new; an automation turns the event into a run.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from prefect import State, flow
+from prefect.client.orchestration import get_client
 from prefect.context import FlowRunContext, TaskRunContext
-from prefect.events import emit_event
+from prefect.events import Event, Resource
+from prefect.events.clients import get_events_client
+from prefect.events.related import related_resources_from_run_context
 from prefect.logging.handlers import APILogHandler
 from prefect.states import Completed
 
@@ -25,6 +29,7 @@ from flows.console import open_console
 from flows.interrupt import Interrupt
 from flows.logs import PACKAGES, configure_logging, hide_secrets_from_prefect
 from flows.pipeline import run_stages
+from flows.prefect_server import user_api_url
 from flows.production_note import publish_note
 from flows.progress import LogDisplay
 from flows.project import Project, project_of
@@ -34,7 +39,7 @@ from flows.selection import Selection, check_upstream, select
 from flows.tasks import CURRENT_RUN, Run
 from stages import storage
 from stages.config import check_config, overridden
-from stages.errors import NotFoundError, StageError
+from stages.errors import NotFoundError, StageError, first_line
 from stages.graph import STAGE_NAMES
 from stages.manifest import digest_of
 from stages.redaction import errors_without_secrets, hide_secrets
@@ -44,7 +49,7 @@ logger = logging.getLogger(__name__)
 
 FLOW_NAME, WATCH_NAME = "unclip", "unclip-watch"
 LISTS_CHANGED = "unclip.lists.changed"
-_ANNOUNCED = "source/lists/announced.json"
+_NUM_RECONNECTIONS = 3  # more of them would be a second apart; the next look tries again anyway
 
 
 @flow(name=FLOW_NAME, flow_run_name="{name}", persist_result=False)
@@ -134,6 +139,8 @@ def _bring_to_end(project: Project, selection: Selection, name: str) -> str:
         return _run_as_job(project, selection, name)
     with Interrupt(takes_signals=False) as interrupt:
         ended = run_project(project, selection, name, _run_here, interrupt=interrupt, shown=LogDisplay())
+    if ended.status == "cancelled":  # by SIGINT; Prefect makes ``Crashed`` of it
+        raise KeyboardInterrupt
     if ended.errors:
         raise StageError("; ".join(ended.errors))
     return ended.report_uri
@@ -181,6 +188,9 @@ def watch(config: dict[str, Any], name: str = "unclip") -> list[str]:
 
     Returns:
         What has changed, one line a list; nothing if nothing has, or if it has been said before.
+
+    Raises:
+        StageError: if the server does not take the event.
     """
     with errors_without_secrets():
         return _look_at_lists(config, name)
@@ -189,20 +199,40 @@ def watch(config: dict[str, Any], name: str = "unclip") -> list[str]:
 def _look_at_lists(config: dict[str, Any], name: str) -> list[str]:
     project = project_of(check_config(config))
     state, source = project.states["source"], project.stages["source"]
-    uri = storage.join(project.config.root, _ANNOUNCED)
+    uri = announced_uri(project.config.root, name)
     # The fingerprint holds the content of all lists: it is the name of what is new.
     if state.status == "done" or _announced(uri) == state.fingerprint:
         return []
     assert isinstance(source, Source)
     changes = [str(change) for change in source.changes()] or ["the lists have not been read before"]
-    emit_event(
+    event = Event(
         event=LISTS_CHANGED,
-        resource=lists_resource(project.config.root, name),
+        resource=Resource(lists_resource(project.config.root, name)),
         payload={"changes": [hide_secrets(change) for change in changes], "fingerprint": state.fingerprint},
     )
-    # Written after it: a watcher that is killed between the two says it twice, and never not at all.
-    storage.write_json(uri, {"fingerprint": state.fingerprint})
+    asyncio.run(_deliver(event))
+    # Written once the server has it: a watcher that ends between the two says it twice, and never not at all.
+    storage.write_json(uri, {"deployment": name, "fingerprint": state.fingerprint})
     return changes
+
+
+async def _deliver(event: Event) -> None:
+    """Send an event and wait until the server has received it; Prefect's ``emit_event`` would only put it in a queue.
+
+    Raises:
+        StageError: if it could not be sent.
+    """
+    try:
+        # A checkpoint after every event is a ping after it, whose answer comes once the event is there.
+        client = get_events_client(reconnection_attempts=_NUM_RECONNECTIONS, checkpoint_every=1)
+        async with client, get_client() as about_this_run:
+            event.related += await related_resources_from_run_context(about_this_run)
+            await client.emit(event)
+    except Exception as error:
+        raise StageError(
+            f"{event.event}: {user_api_url()} does not take the event ({first_line(error)}); see that the server is up "
+            "and that websockets reach it; the next look says it again"
+        ) from error
 
 
 def lists_resource(root: str, name: str) -> dict[str, str]:
@@ -211,6 +241,11 @@ def lists_resource(root: str, name: str) -> dict[str, str]:
         "prefect.resource.id": f"unclip.lists.{digest_of(storage.absolute(root))[:16]}",
         "prefect.resource.name": f"URL lists of {name}",
     }
+
+
+def announced_uri(root: str, name: str) -> str:
+    """Return where a watch keeps what it has said; each has its own, since several configs may share a store."""
+    return storage.join(root, "source", "lists", f"announced-{digest_of(name)[:16]}.json")
 
 
 def _announced(uri: str) -> str:

@@ -280,20 +280,25 @@ def check_prefect() -> Iterator[Finding]:
 
 
 def check_ray(config: Config | None) -> Iterator[Finding]:
-    """See whether Ray starts, or can be joined."""
+    """See whether Ray starts, can be joined, or takes jobs."""
     from cluster.connection import connect
+    from cluster.jobs import JobCluster
 
     cluster = config.cluster if config is not None else ClusterConfig(num_cpus=1, object_store_gib=0.1)
-    if cluster.executor == "local":
+    if cluster.submit is None and cluster.executor == "local":  # a job runs on its cluster's Ray in any case
         yield Finding(level="ok", what="ray", found="not used: cluster.executor is `local`")
         return
     started_at = time.monotonic()
     try:
-        connect(cluster).close()
+        if cluster.submit is not None:
+            JobCluster(cluster.submit)
+        else:
+            connect(cluster).close()
     except UnclipError as error:
         yield Finding(level="problem", what="ray", found=str(error), remedy="see the message")
         return
-    word = "starts" if cluster.address == "local" else f"at {cluster.address} answers"
+    address = cluster.submit or cluster.address
+    word = "starts" if address == "local" else f"at {address} answers"
     yield Finding(level="ok", what="ray", found=f"{word} ({time.monotonic() - started_at:.0f} s)")
 
 

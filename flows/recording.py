@@ -29,8 +29,9 @@ class Recording:
         display: to be told about every stage; passes it on to whoever wants to know.
     """
 
-    def __init__(self, record: RunRecord, *displays: Display) -> None:
+    def __init__(self, record: RunRecord, *displays: Display, traces: run_traces.RunTraces | None = None) -> None:
         self.record = record
+        self._traces = traces
         self.display: Display = Displays(self, *displays)
         self._outcomes: dict[str, Outcome] = {}
         self._result: tuple[str, Sequence[str], int] | None = None
@@ -45,6 +46,8 @@ class Recording:
     def note_result(self, status: str, errors: Sequence[str], exit_code: int) -> None:
         """Say how the run ended; without it, what ends the ``with`` block tells."""
         self._result = (status, errors, exit_code)
+        if self._traces is not None:
+            self._traces.note_result(status, errors)
 
     def close(self, root: str, error: BaseException | None) -> None:
         """Write the end of the run."""
@@ -94,9 +97,11 @@ def recorded(project: Project, selection: Selection, config_path: str, shown: Di
                 port = stack.enter_context(metrics.served(config.cluster.metrics_host, config.cluster.metrics_port))
                 logger.info("metrics: http://%s:%d/metrics", config.cluster.metrics_host, port)
                 displays.append(metrics)
+            traces: run_traces.RunTraces | None = None
             if run_traces.wanted():
-                displays.append(stack.enter_context(run_traces.exported(record)))
-            recording = Recording(record, *displays)
+                traces = stack.enter_context(run_traces.exported(record))
+                displays.append(traces)
+            recording = Recording(record, *displays, traces=traces)
             yield recording
     except BaseException as failure:
         error = failure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -90,7 +91,7 @@ def run_project(
                     stage.settle()
             error = execute(run)
         except KeyboardInterrupt:
-            pass
+            interrupt.stop(128 + signal.SIGINT)  # where it takes no signals, nobody has told it before the stages ran
         finally:
             executor.close()
             ended = _ended(run, error)

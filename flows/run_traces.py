@@ -20,7 +20,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -85,6 +85,7 @@ class RunTraces:
         self._guard = threading.Lock()
         self._open: dict[str, _Open] = {}
         self._failed: list[str] = []
+        self._result: tuple[str, Sequence[str]] | None = None
         self._run = tracer.start_span(
             "unclip run", context=_given_context(), start_time=clock_ns(), attributes=_attributes_of(record)
         )
@@ -131,6 +132,11 @@ class RunTraces:
                 _mark_failed(span, outcome.message)
             span.end(now_ns)
 
+    def note_result(self, status: str, errors: Sequence[str]) -> None:
+        """Say how the run ended; without it, the stages and what ends the run tell."""
+        with self._guard:
+            self._result = (status, errors)
+
     def close(self, error: BaseException | None) -> None:
         """End every span that is still open.
 
@@ -146,10 +152,11 @@ class RunTraces:
             self._open.clear()
             if isinstance(error, Exception):
                 self._failed.append(f"{type(error).__name__}: {error}")
-            status = "failed" if self._failed else "cancelled" if error is not None else "done"
+            seen = "failed" if self._failed else "cancelled" if error is not None else "done"
+            status, errors = self._result or (seen, self._failed)
             self._run.set_attribute("unclip.status", status)
-            if self._failed:
-                _mark_failed(self._run, "; ".join(self._failed))
+            if status == "failed":
+                _mark_failed(self._run, "; ".join(errors))
             self._run.end(now_ns)
 
     def _begin(self, name: str, parent: Span, at_ns: int, attributes: Mapping[str, str | int | float]) -> Span:

@@ -11,7 +11,6 @@ import hashlib
 import io
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -62,7 +61,7 @@ class Adoption(Download):
             InputError: if the table is not img2dataset's.
             ShardError: if the tar cannot be read.
         """
-        name = PurePosixPath(urls["list"][0].as_py()).name
+        name = urls["list"][0].as_py()  # the path in its folder; no other list of the source has the same
         if name not in self._names:
             return super().rows_of(shard, urls)
         table = self._table(name).take(urls["row"].combine_chunks()).to_pylist()

@@ -200,6 +200,10 @@ class Stage(ABC, Generic[C]):
         """
         return None
 
+    def named_results(self) -> Sequence[tuple[str, str]]:
+        """Return stage and fingerprint of the results of other runs in this store that the settings name."""
+        return ()
+
     def fingerprint(self, inputs: Mapping[str, str]) -> str:
         """Name the stage's output: same question, same folder.
 

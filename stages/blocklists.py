@@ -41,7 +41,7 @@ def read_lines(uri: str, place: str) -> list[str]:
         InputError: if it cannot be read.
     """
     try:
-        text = storage.read_bytes(uri).decode()
+        text = storage.read_bytes(uri).decode("utf-8-sig")
     except (StorageError, UnicodeDecodeError) as error:
         raise InputError(f"{place}: {error}") from error
     lines = (line.strip() for line in text.splitlines())

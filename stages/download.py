@@ -31,15 +31,15 @@ import numpy.typing as npt
 import pyarrow as pa
 from PIL import Image
 
-from stages import shapes
-from stages.base import Resources, Result, Shard, Stage, setting
+from stages import shapes, storage
+from stages.base import Resources, Result, Shard, Stage, record_uri, setting
 from stages.errors import ConfigError, InputError, ShardError, StageError
 from stages.failure_codes import is_transient, remedy_of
 from stages.fetch import FetchLimits
 from stages.img2dataset_unit import FACTS, Resize, UnitRow, load_img2dataset, rebound, run_unit
 from stages.manifest import Manifest, ShardRecord
 from stages.politeness import Courtesy
-from stages.retries import settled, with_retries
+from stages.retries import settled, with_retries, withdraw
 from stages.row_fetcher import ExpectedHashes, RowFetcher
 from stages.samples import Sample, row_keys, table_from_bytes, table_to_bytes, write_tar
 from stages.tombstones import REASON as TAKEDOWN
@@ -186,11 +186,12 @@ class Download(Stage[DownloadConfig]):
         shards = [
             self.shard(index, inputs={"urls": record.files["urls"]}, **params) for index, record in enumerate(records)
         ]
-        return with_retries(
-            self.root,
-            shards,
-            lambda shard, rows: self.shard(0, inputs=shard.inputs, **params, rows=rows, retry_of=shard.id),
-        )
+        return with_retries(self.root, shards, self._again)
+
+    def _again(self, shard: Shard, rows: Sequence[int]) -> Shard:
+        """Build the shard that tries some rows of another one again."""
+        same = {name: value for name, value in shard.params.items() if name == "served_port"}
+        return self.shard(0, inputs=shard.inputs, **same, rows=rows, retry_of=shard.id)
 
     def service(self, inputs: Mapping[str, Manifest]) -> AbstractContextManager[None]:
         """Serve the shapes while they are downloaded, if that is what the source is."""
@@ -211,6 +212,7 @@ class Download(Stage[DownloadConfig]):
                 pass (no network, no name resolution).
         """
         started_at = time.monotonic()
+        withdraw(self.root, output, shard, self._again)
         urls = table_from_bytes(shard.inputs["urls"].read(self.root))
         keys = row_keys(shard.inputs["urls"].sha256, urls.num_rows)
         chosen = shard.params.get("rows")
@@ -259,6 +261,11 @@ class Download(Stage[DownloadConfig]):
         Raises:
             StageError: if not a single image arrived.
         """
+        planned = {shard.id: shard for shard in self.plan(inputs)}
+        for record in records:
+            if record.shard_id not in planned:  # the shard that it retried was done anew in this run
+                storage.delete(record_uri(storage.join(self.root, self.name, "shards"), record.shard_id))
+        records = [record for record in records if record.shard_id in planned]
         if not any(record.num_kept for record in records):
             reasons: Counter[str] = Counter()
             for record in records:
@@ -268,7 +275,7 @@ class Download(Stage[DownloadConfig]):
                 f"download: none of {reasons.total()} rows gave an image ({_listed(reasons)}); {hint}, "
                 "then run again with --force download"
             )
-        retry_of = {s.params["retry_of"]: s.id for s in self.plan(inputs) if "retry_of" in s.params}
+        retry_of = {s.params["retry_of"]: s.id for s in planned.values() if "retry_of" in s.params}
         return Result(records=settled(self.root, records, retry_of))
 
     def _rows_without(

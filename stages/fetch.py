@@ -21,6 +21,7 @@ import http.client
 import io
 import ipaddress
 import ssl
+import string
 import time
 import urllib.parse
 from dataclasses import dataclass
@@ -289,7 +290,9 @@ def _response(connection: Connection, target: Target, limits: FetchLimits) -> ht
 def _content(response: http.client.HTTPResponse, limits: FetchLimits) -> bytes | Redirect:
     _refuse_opt_out(response.headers, limits)
     if response.status in _REDIRECTS and response.headers.get("Location"):
-        return Redirect(response.headers["Location"])
+        # Headers are decoded as Latin-1; what the server sent are these bytes, as a rule UTF-8.
+        location = urllib.parse.quote(response.headers["Location"], safe=string.punctuation, encoding="iso-8859-1")
+        return Redirect(location)
     if response.status != 200:
         wait = seconds_to_wait(response.headers.get("Retry-After"))
         raise FetchError(f"http_{response.status}", response.reason, retry_after_s=wait)

@@ -73,12 +73,14 @@ class _Names:
         results: stage and fingerprint of results whose manifests count, or that a given config is making.
         finished: stage and id of shards that a manifest names.
         planned: stage and id of shards that a given config will name.
+        unplanned: stages of which that is not known, because what a given config would read is not there yet.
     """
 
     paths: set[str]
     results: set[tuple[str, str]]
     finished: set[tuple[str, str]]
     planned: set[tuple[str, str]]
+    unplanned: set[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ def find_garbage(
         pipelines: the stages of every config whose work is to be kept; their names are the folders looked at.
         fingerprints: names of their results.
         older_than_days: nothing younger goes, except temporary files older than ``TEMPORARY_DAYS``.
-        stale: whether results are garbage too that none of the configs reaches and no version is made of.
+        stale: whether results are garbage too that none of the configs reaches or names and no version is made of.
         on_held: told of every result that is being made, for whose sake the shards of its stage are kept.
 
     Returns:
@@ -144,11 +146,8 @@ def find_garbage(
             Result(stage=name, fingerprint=stage.fingerprint) for v in versions for name, stage in v.stages.items()
         }
         read = _with_upstream(busy, pipelines)
-        old = {
-            r
-            for r in live - reached - registered
-            if r.stage not in read and _age_days(listings, r, now_s) > older_than_days
-        }
+        kept = reached | registered | _named_elsewhere(root, pipelines)
+        old = {r for r in live - kept if r.stage not in read and _age_days(listings, r, now_s) > older_than_days}
         live -= old
     names = _named(
         root, listings, sorted(live, key=lambda r: (r.stage, r.fingerprint)), reached, pipelines, fingerprints
@@ -208,6 +207,24 @@ def _with_upstream(stages: Iterable[str], pipelines: Sequence[Mapping[str, Stage
     return found
 
 
+def _named_elsewhere(root: str, pipelines: Sequence[Mapping[str, Stage[Any]]]) -> set[Result]:
+    """Return the results of other runs that the configs name, and all that these were made from."""
+    found = set[Result]()
+    following = {
+        Result(stage=name, fingerprint=fingerprint)
+        for pipeline in pipelines
+        for stage in pipeline.values()
+        for name, fingerprint in stage.named_results()
+    }
+    while following:
+        result = following.pop()
+        found.add(result)
+        manifest = Manifest.read(root, result.stage, result.fingerprint)
+        inputs = manifest.inputs.items() if manifest is not None else ()
+        following |= {Result(stage=name, fingerprint=given["fingerprint"]) for name, given in inputs} - found
+    return found
+
+
 def _age_days(listings: Mapping[str, Mapping[str, Entry]], result: Result, now_s: float) -> float:
     entry = listings[result.stage].get(f"{result.fingerprint}/{MANIFEST_NAME}")
     return (now_s - entry.modified_ns / 1e9) / _DAY_S if entry is not None else 0.0
@@ -221,7 +238,7 @@ def _named(
     pipelines: Sequence[Mapping[str, Stage[Any]]],
     fingerprints: Sequence[Mapping[str, str]],
 ) -> _Names:
-    names = _Names(set(), {(r.stage, r.fingerprint) for r in reached}, set(), set())
+    names = _Names(set(), {(r.stage, r.fingerprint) for r in reached}, set(), set(), set())
     manifests: dict[tuple[str, str], Manifest] = {}
     for result in live:
         try:
@@ -261,13 +278,18 @@ def _add_plans(
     manifests: Mapping[tuple[str, str], Manifest],
     names: _Names,
 ) -> None:
-    """Add the shards that a config would do next: those of unfinished stages whose inputs are there."""
+    """Add the shards that a config would do next: those of unfinished stages whose inputs are there.
+
+    Those of later stages, such as a takedown leaves, may be done already: it shows once their inputs are there again.
+    """
     for name, stage in pipeline.items():
         if (name, fingerprints[name]) in manifests:
             continue
         inputs = {up: manifests.get((up, fingerprints[up])) for up in stage.upstream}
         given = {up: manifest for up, manifest in inputs.items() if manifest is not None}
-        if len(given) == len(inputs):
+        if len(given) < len(inputs):
+            names.unplanned.add(name)
+        else:
             shards = stage.plan(given)
             names.planned.update((name, shard.id) for shard in shards)
             names.paths.update(file.path for shard in shards for file in shard.inputs.values())
@@ -308,4 +330,6 @@ def _why(stage: str, name: str, entry: Entry, names: _Names, newest: Mapping[str
         return "", 0  # logs of a training
     if key in names.planned:
         return "", 0
-    return (NOT_NAMED if key in names.finished else NO_MANIFEST), written_ns
+    if key in names.finished:
+        return NOT_NAMED, written_ns
+    return ("", 0) if stage in names.unplanned else (NO_MANIFEST, written_ns)

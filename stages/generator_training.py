@@ -116,6 +116,17 @@ class Training(GangStage[TrainingC]):
             (found["validation"],) = self._yardstick.digests()
         return found
 
+    def named_results(self) -> Sequence[tuple[str, str]]:
+        """See ``Stage.named_results``: further data sets, the one to validate on, the weights to start from."""
+        config: Any = self.config
+        own = (None, self.root)
+        sets = [one for one in (*config.datasets, config.validation.dataset) if one is not None]
+        found = [("curate", one.fingerprint) for one in sets if one.root in own]
+        init = config.init_from
+        if init is not None and init.fingerprint is not None and init.root in own:
+            found.append((init.stage or self.name, init.fingerprint))
+        return found
+
     def _work(self, scopes: Sequence[Affects]) -> dict[str, Any]:
         """Leave out what the config does not use of other runs: such a training is what it was without the setting.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -130,10 +130,14 @@ class Insight:
         """The step to export, and whose checkpoint is to be kept; None: the last one."""
         return self._early_stop.best_step
 
-    def lose(self, steps: Iterable[int]) -> dict[str, float]:
+    def lose(self, steps: Iterable[int], done: int) -> dict[str, float]:
         """Take in that the checkpoints of steps could not be written; return what the next line has to tell of it."""
-        lost = [step for step in steps if self._early_stop.lose(step)]
+        lost = [step for step in steps if self._early_stop.lose(step, done)]
         return {LOST: float(lost[-1])} if lost else {}
+
+    def choose_among(self, steps: Collection[int]) -> None:
+        """Let the best step be one of those whose checkpoints there are."""
+        self._early_stop.choose_among(steps)
 
     def look(self, done: int) -> Seen:
         """Validate and draw what is due after a step (collective)."""

@@ -151,7 +151,7 @@ def _compare(
         if new.equals(old):
             continue
         for position, (was, is_) in enumerate(zip_longest(old.to_pylist(), new.to_pylist())):
-            if was != is_:
+            if _differ(was, is_):
                 num_changed += 1
                 if len(examples) < _NUM_EXAMPLES:
                     examples.append(f"row {known.start + position:,}: {_difference(was, is_)}")
@@ -169,8 +169,12 @@ def _compare(
 def _difference(was: Mapping[str, Any], is_: Mapping[str, Any] | None) -> str:
     if is_ is None:
         return f"{_short(was['url'])} is gone"
-    names = [name for name in was if was[name] != is_.get(name)]
+    names = [name for name in was if _differ(was[name], is_.get(name))]
     return ", ".join(f"{name} {_short(was[name])} -> {_short(is_.get(name))}" for name in names)
+
+
+def _differ(was: Any, is_: Any) -> bool:
+    return bool(was != is_) and repr(was) != repr(is_)  # a number that is none (NaN) differs from itself
 
 
 def _short(value: Any) -> str:

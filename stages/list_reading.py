@@ -268,7 +268,7 @@ def _text_batches(path: Path) -> Batches:
 def _text_lines(path: Path) -> Iterator[str]:
     num_empty = 0  # empty lines at the end are no rows
     with _opened(path) as file:
-        for line in (line.strip() for part in file for line in part.decode().splitlines()):
+        for line in (line.strip() for part in file for line in part.decode("utf-8-sig").splitlines()):
             if not line:
                 num_empty += 1
                 continue

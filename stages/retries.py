@@ -2,8 +2,8 @@
 
 The shards of a finished download are never rewritten. A request names rows of a shard
 (``<root>/download/retries/<shard id>.json``); the download's plan then has a further shard of exactly these rows, with
-the keys they had. In
-the final records a row counts where it was tried last, so that the numbers still balance. A retry can be retried.
+the keys they had. In the final records a row counts where it was tried last, so that the numbers still balance. A retry
+can be retried. A shard that is itself done anew (forced, repaired) tries all its rows, and its request is withdrawn.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import replace
 import pyarrow.compute as pc
 
 from stages import storage
-from stages.base import Shard
+from stages.base import Shard, record_uri
 from stages.manifest import Manifest, ShardRecord
 from stages.samples import table_from_bytes
 
@@ -68,6 +68,22 @@ def with_retries(root: str, shards: Sequence[Shard], again: Callable[[Shard, Seq
             positions = storage.read_json(storage.join(_folder(root), shard.id + _SUFFIX))
             found.append(replace(again(shard, positions), index=len(found)))
     return found
+
+
+def withdraw(root: str, output: str, shard: Shard, again: Callable[[Shard, Sequence[int]], Shard]) -> None:
+    """Forget the retries of a shard that is done anew, and that they were asked for.
+
+    Args:
+        root: the store.
+        output: URI of the folder of the download's shards.
+        shard: the shard, of which there is no record.
+        again: as for ``with_retries``.
+    """
+    first, *retries = with_retries(root, [shard], again)
+    for retry in retries:
+        storage.delete(record_uri(output, retry.id))
+    for asked in reversed((first, *retries[:-1]) if retries else ()):
+        storage.delete(storage.join(_folder(root), asked.id + _SUFFIX))
 
 
 def settled(root: str, records: Sequence[ShardRecord], retry_of: Mapping[str, str]) -> list[ShardRecord]:

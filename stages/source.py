@@ -447,7 +447,10 @@ def _readable(uri: str) -> Iterator[Path]:
 
 
 def _require(table: pa.Table, name: str, uri: str, field: str) -> None:
-    if name in table.column_names:
+    count = table.column_names.count(name)
+    if count > 1:
+        raise InputError(f"source.{field}: {uri} has {count} columns named '{name}'; rename all but one")
+    if count:
         return
     by_lower = {column.lower(): column for column in table.column_names}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 from stages.base import Shard
 from stages.errors import ConfigError, IntegrityError
@@ -26,6 +26,7 @@ class Prior(Training[PriorTraining]):
     """Train the prior, diffusion or autoregressive."""
 
     name = "prior"
+    version: ClassVar[int] = 2
     needs_images = False
     needs_embeddings = True
 

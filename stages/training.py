@@ -156,8 +156,16 @@ def train(
                     num_timesteps=num_timesteps,
                     lines=lines,
                 )
+                if (best := insight.best_step) is not None:
+                    # A rollback comes to where an older step was the best, which a later one may have pushed out.
+                    insight.choose_among(engine.gather(checkpoints.steps())[0])
+                    if rank == 0 and insight.best_step != best:
+                        now_best = insight.best_step
+                        logger.warning("%s: step %d, the best, has no checkpoint; now: %s", place, best, now_best)
                 guard = StepGuard(config.spike_threshold, config.spike_window, resumed.guard if resumed else b"")
                 history = rollbacks.history(first_step)
+                if history.rollbacks and history.rollbacks[-1].to_step == first_step:
+                    guard.bad_steps.clear()  # of the stretch gone back from, whose data is behind: counting starts anew
                 batches = attempt.enter_context(
                     contextlib.closing(stream.batches(first_step + history.data_offset, rank, world_size))
                 )
@@ -223,6 +231,7 @@ class _Loop:
     insight: Insight
     report: Callable[[Progress], None]
     stop: _StopRequest
+    lost: dict[str, float] = field(default_factory=dict)  # what the next line has to tell of failed saves
     saved_at: float = field(default_factory=time.monotonic)
     loss_scale: float = 1.0
 
@@ -262,8 +271,9 @@ class _Loop:
                 reporter.step_done(done, result.loss, waited_s)
             self.watchdog.enter("insight", done)
             seen = self.insight.look(done)
-            is_last = done == config.num_steps or self.insight.has_ended
             stopping, due = self._agree()
+            self._note_lost(done)  # which may make this step the best, or the last
+            is_last = done == config.num_steps or self.insight.has_ended
             due = due or done % config.checkpoint_every_steps == 0 or done == self.insight.best_step
             self._keep(done, learning_rate, seen, saving=due, ending=is_last or stopping)
             if stopping and not is_last:
@@ -283,16 +293,18 @@ class _Loop:
             began_at = time.monotonic()
             self.saver.finish()
             self.window.add_saving(time.monotonic() - began_at)
-        lost = self.insight.lose(self.saver.take_failed())
+            self._note_lost(done)
+            ending = ending or self.insight.has_ended
         if saving or seen.seconds is not None or done % self.config.log_every_steps == 0:
             self.watchdog.enter("log", done)
             metrics = self.window.close(self.engine, learning_rate) | self.stragglers.close()
             metrics |= self.watch.close(self.engine, done)
             metrics |= self.insight.machine(metrics["samples_per_s"]) | dict(seen.numbers)
-            metrics |= lost | {
+            metrics |= self.lost | {
                 "num_spikes": float(self.guard.num_spikes),
                 "num_rollbacks": float(len(self.history.rollbacks)),
             }
+            self.lost.clear()
             if self.config.precision == "fp16":
                 metrics["loss_scale"] = self.loss_scale
             if self.log is not None:
@@ -307,6 +319,10 @@ class _Loop:
             self.saver.save(done, extra, wait=ending)
             self.saved_at = time.monotonic()
             self.window.add_saving(self.saved_at - began_at)
+
+    def _note_lost(self, done: int) -> None:
+        """Take in which saves have failed; no save is under way then, or none has failed."""
+        self.lost |= self.insight.lose(self.saver.take_failed(), done)
 
     def _micro_batches(self, batch: Batch) -> Iterator[MicroBatch]:
         """Cut a rank's batch into micro batches on the engine's device, each with its randomness."""

@@ -110,7 +110,8 @@ class ARPrior(Float32Buffers):
             ValueError: if ``set_pca`` was never called.
         """
         self._require_pca()
-        components = (image_embedding.float() - self.pca_mean) @ self.pca_axes.T  # (B, k)
+        # In float64, which autocast leaves alone: in half precision a third of the codes would be others.
+        components = ((image_embedding.double() - self.pca_mean) @ self.pca_axes.double().T).float()  # (B, k)
         inner_edges = self.code_edges[:, 1:-1].contiguous()
         return torch.searchsorted(inner_edges, components.T.contiguous(), right=True).T  # (k, B) -> (B, k)
 
@@ -123,7 +124,7 @@ class ARPrior(Float32Buffers):
         self._require_pca()
         centres = (self.code_edges[:, :-1] + self.code_edges[:, 1:]) / 2  # (k, num_buckets)
         components = centres.T.gather(0, codes)  # (B, k): row c of centres.T holds bucket c of every component
-        return components @ self.pca_axes + self.pca_mean
+        return (components.double() @ self.pca_axes.double() + self.pca_mean).float()
 
     def encode_dot(self, image_embedding: Tensor, text_embedding: Tensor) -> Tensor:
         """Quantise the dot product of two batches of unit-norm embeddings ``(B, D)``, int64 ``(B,)``."""

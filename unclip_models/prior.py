@@ -34,6 +34,7 @@ from unclip_models.transformer import KVCache, Transformer
 
 _NUM_EXTRA_POSITIONS = 4  # text embedding, timestep, noised image embedding, final query
 _UNMEASURED = -1.0
+_SAMPLES_AT_ONCE = 16
 
 
 class DiffusionPrior(Float32Buffers):
@@ -272,17 +273,27 @@ class DiffusionPrior(Float32Buffers):
         Returns:
             Gamma ``(T,)``, float32.
         """
+        num_samples = len(batch["image_embedding"])
+        total = torch.zeros(self.gamma.shape, dtype=torch.float64)
+        # A few at a time: the cache of the paper's prior takes 150 MiB a sample.
+        for start in range(0, num_samples, _SAMPLES_AT_ONCE):
+            rows = slice(start, start + _SAMPLES_AT_ONCE)
+            part = {name: tensor[rows] for name, tensor in batch.items()}
+            own = SampleRandom(random.seed, random.step, random.indices[rows], random.device)
+            total += len(own) * self._gamma_of(part, own, num_points).double()
+        self.gamma.copy_(total / num_samples)
+        return self.gamma
+
+    def _gamma_of(self, batch: Mapping[str, Tensor], random: SampleRandom, num_points: int) -> Tensor:
         x_start = self.scaling.scale(batch["image_embedding"])[:, None]  # (B, 1, D)
         keep = torch.zeros(x_start.shape[0], dtype=torch.bool, device=x_start.device)
-        measured = measure_gamma(
+        return measure_gamma(
             self.bind(batch["tokens"], batch["text_embedding"], keep, text_sequence=batch.get("text_sequence")),
             x_start,
             self.diffusion,
             noise_like=lambda t: random.normal(f"gamma/{t}", tuple(x_start.shape[1:])),
             num_points=num_points,
         )
-        self.gamma.copy_(measured)
-        return self.gamma
 
 
 def _with_suffix(visible: Tensor | None) -> Tensor | None:
@@ -301,6 +312,7 @@ def best_candidate(candidates: Tensor, text_embedding: Tensor) -> Tensor:
         float32 ``(B, D)``: the chosen candidates as they were given.
     """
     directions = F.normalize(candidates, dim=-1)
-    scores = torch.einsum("bnd,bd->bn", directions, text_embedding.to(candidates.dtype))
+    # No product of matrices: autocast would compute it in half precision.
+    scores = (directions * text_embedding.to(candidates.dtype)[:, None]).sum(dim=-1)
     best = scores.argmax(dim=1)
     return candidates[torch.arange(candidates.shape[0], device=candidates.device), best]

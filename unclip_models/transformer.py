@@ -31,7 +31,9 @@ class KVCache:
         return keys, values
 
     def repeated(self, times: int) -> "KVCache":
-        """Return a copy for a batch in which every row appears ``times`` times in a row."""
+        """Return a cache for a batch in which every row appears ``times`` times in a row."""
+        if times == 1:
+            return self.fork()
         other = KVCache(len(self._keys))
         other._keys = [None if keys is None else keys.repeat_interleave(times, dim=0) for keys in self._keys]
         other._values = [None if values is None else values.repeat_interleave(times, dim=0) for values in self._values]

@@ -35,6 +35,17 @@ def test_a_machine_outside_drives_through_rays_client(cluster: Machines, tmp_pat
     assert list((tmp_path / "source").glob("*/manifest.json"))
 
 
+def test_a_machine_tells_its_node_from_all_others(cluster: Machines) -> None:
+    """Ray's sockets have the same path on each."""
+    if not cluster.isolated:
+        pytest.skip("without namespaces all nodes are on this machine")
+    asked = f"from cluster.draining import this_node; print(this_node({cluster.gcs!r}))"
+    for machine in (cluster.head, *cluster.others):
+        command = machine.command([sys.executable, "-c", asked])
+        said = subprocess.run(command, env=cluster.environment, cwd=TOP, capture_output=True, text=True)
+        assert said.stdout.split() == [machine.node_id], said.stderr
+
+
 def test_the_address_of_the_head_is_for_its_nodes(cluster: Machines, tmp_path: Path) -> None:
     """Elsewhere Ray would end the process without a word that helps."""
     if not cluster.isolated:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.cost import NodeType, PriceTable, StageEstimate, estimate, storage_price, total
+from cluster.cost import NodeType, PriceTable, StageEstimate, estimate, storage_price, this_machine, total
 from cluster.throughput import Throughput, speed_settings
 from flows.cli import main
 from stages.config import load_config
@@ -147,6 +147,25 @@ def test_speed_depends_on_models_and_not_on_the_number_of_steps() -> None:
     assert of("embed") != of("embed", "clip.model.vision_width=64")
     assert of("embed") == of("embed", "clip.num_steps=7", "clip.warmup_steps=0")
     assert of("generate") != of("generate", "decoder.model.unet.model_channels=48")
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_known"),
+    [
+        (["cluster.num_cpus=2"], True),
+        (["cluster.submit=http://head:8265"], False),
+        (["cluster.address=ray://head:10001"], False),
+        (["cluster.executor=local"], False),
+    ],
+)
+def test_what_runs_elsewhere_or_in_one_process_is_not_held_to_this_machine(
+    settings: list[str], is_known: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = ["root=nowhere/at-all", "decoder.num_ranks=2", "decoder.cpus_per_rank=64", "cluster.num_gpus=0", *settings]
+    assert (this_machine(load_config(QUICKSTART, wanted)) is not None) == is_known
+    line = ["plan", QUICKSTART, "--cost", *(part for setting in wanted for part in ("-s", setting))]
+    assert main(line) == (2 if is_known else 0)
+    assert ("decoder" in capsys.readouterr().err) == is_known
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from flows.ablation_report import DIVERSITY, Findings, estimate, findings_json
+from flows.cli import main
 from stages.ablation import AblationConfig, Claim, GuidanceSweep, Trial
+from stages.errors import ConfigError
 
+TINY = Path(__file__).parents[1] / "tiny.yaml"
 CONFIG = AblationConfig(
     base="base.yaml",
     seeds=(0, 1, 2),
@@ -69,7 +73,36 @@ def test_everything_is_written() -> None:
 def test_metrics_that_were_not_measured_are_named() -> None:
     findings = _findings()
     trials = {trial: {"clip_score": 1.0} for trial in findings.trials}
-    with pytest.raises(ValueError, match="frechet_distance was not measured"):
+    with pytest.raises(ConfigError, match="frechet_distance was not measured"):
         Findings(CONFIG, trials).verdict(CONFIG.claims[0])
-    with pytest.raises(ValueError, match=r"set generate\.images_per_caption"):
+    with pytest.raises(ConfigError, match=r"set generate\.images_per_caption"):
         Findings(CONFIG, trials).diversity_verdicts()
+
+
+ABLATION = """
+base: {base}
+seeds: [0, 1]
+set: {{root: {root}}}
+variants: {{full: {{}}, bare: {{generate.use_prior: false}}}}
+claims: [{{better: full, worse: bare, metric: clip_score}}]
+guidance: {{scales: [1, 3], variants: [bare], set: {{generate.images_per_caption: 2}}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ("clip_score", "clip_scor", "claims: clip_scor: is no metric of the evaluate stage; did you mean 'clip_score'"),
+        ("clip_score", "prior_validation_loss", "claims: prior_validation_loss: is no metric"),
+        ("per_caption: 2", "per_caption: 1", "guidance: bare has generate.images_per_caption 1"),
+        ("set: {root:", "set: {cluster.submit: 'http://head:8265', root:", "-s cluster.submit=null, and cluster.addr"),
+    ],
+)
+def test_a_mistake_is_said_before_any_work(
+    tmp_path: Path, old: str, new: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = ABLATION.format(base=TINY, root=tmp_path / "store")
+    assert text.count(old) == 1
+    (tmp_path / "a.yaml").write_text(text.replace(old, new))
+    assert main(["ablate", str(tmp_path / "a.yaml")]) == 2
+    assert expected in capsys.readouterr().err and not (tmp_path / "store").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from cluster.jobs import JobState
 from flows.cli import main
-from flows.cli_jobs import _environment, _exit_code, _for_the_cluster, _selection_arguments, _what
+from flows.cli_jobs import _STATUS, _environment, _exit_code, _for_the_cluster, _is_of, _selection_arguments, _what
 from flows.project import Project, open_project
 from flows.selection import select
 from stages.config import load_config
@@ -106,6 +106,21 @@ def test_a_job_that_cannot_be_submitted(
     assert expected in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("label", "is_meant"),
+    [
+        ("tiny.yaml", True),
+        ("tiny", True),
+        ("tiny-v1.5", True),
+        ("tiny-v1.5.yaml", True),
+        ("tiny-v1", False),
+        ("", False),
+    ],
+)
+def test_jobs_bear_the_name_of_a_file_or_of_a_deployment(label: str, is_meant: bool) -> None:
+    assert _is_of(label, {"tiny", "tiny-v1.5"}) == is_meant
+
+
 def test_nothing_to_cancel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cancel", TINY, "-s", f"root={tmp_path}"]) == 2
     assert "cancel: cluster.submit names no cluster" in capsys.readouterr().err
@@ -118,6 +133,7 @@ def test_nothing_to_cancel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (JobState(status="FAILED", exit_code=1), 1),
         (JobState(status="FAILED", exit_code=2), 2),
         (JobState(status="FAILED", exit_code=130), 130),
+        (JobState(status="FAILED", exit_code=143), 143),
         (JobState(status="FAILED", exit_code=-9), 1),
         (JobState(status="FAILED"), 1),
         (JobState(status="STOPPED", exit_code=-15), 130),
@@ -125,3 +141,4 @@ def test_nothing_to_cancel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 )
 def test_exit_codes_are_those_of_a_run_here(state: JobState, code: int) -> None:
     assert _exit_code(state) == code
+    assert _STATUS.get(code) == {0: "done", 130: "cancelled", 143: "cancelled"}.get(code)

@@ -257,6 +257,22 @@ def test_cancelling_stops_ray_and_leaves_the_store_clean(place: Place, tmp_path:
     assert len(after) == 12 and {path: after[path] for path in done} == done, "the finished shards were not done again"
 
 
+def test_a_run_that_is_interrupted_does_not_count_as_completed(place: Place, tmp_path: Path) -> None:
+    """By SIGINT to its process, of which Prefect's worker knows nothing."""
+    config = written(
+        tmp_path,
+        "interrupted",
+        cluster={"executor": "local"},
+        source={"shapes": {"num_images": 3_000_000, "port": free_port()}, "rows_per_shard": 25_000},
+    )
+    run = place.start(place.deploy(config, "--until", "source")["name"])
+    eventually(lambda: len(committed(tmp_path / "store" / "source" / "shards")) >= 2, 120, "two committed shards")
+    (engine,) = [process for process in marked(MARK, place.mark) if "prefect.engine" in words_of(process)]
+    engine.send_signal(signal.SIGINT)
+    assert place.until_over(run) == "Crashed", place.said()
+    check_cancelled(tmp_path / "store")
+
+
 def test_cancelling_stops_a_training_in_a_ray_job_before_the_run_is_over(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,15 +372,20 @@ def check_stopped_in_the_middle(store: Path) -> dict[str, int]:
     """Hold a store to what a cancelled run of 12 source shards leaves; return the shards that are done."""
     done = committed(store / "source" / "shards")
     assert 2 <= len(done) < 12, "it was stopped in the middle"
+    check_cancelled(store)
+    left = {path.name for path in (store / "source" / "shards").iterdir() if path.is_file()}
+    assert {name for name in left if name.partition(".")[0] not in {n.partition(".")[0] for n in done}} == set()
+    return done
+
+
+def check_cancelled(store: Path) -> None:
+    """Hold a store to what is left of a run that was stopped in its source."""
     (lease,) = (store / "source").glob("*/lease.json")
     holding = read_lease(str(lease))
     assert holding is not None and holding.is_free, holding
     (record,) = [json.loads(path.read_text()) for path in (store / "runs").glob("*.json")]
     assert record["status"] == "cancelled"
     assert not list(lease.parent.glob("manifest.json"))
-    left = {path.name for path in (store / "source" / "shards").iterdir() if path.is_file()}
-    assert {name for name in left if name.partition(".")[0] not in {n.partition(".")[0] for n in done}} == set()
-    return done
 
 
 def committed(shards: Path) -> dict[str, int]:

@@ -11,7 +11,10 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import doctor
 from flows.doctor import Finding
+from stages.config import load_config
 from tests.conftest import free_port
+
+TINY = str(Path(__file__).parents[1] / "tiny.yaml")
 
 
 def only(findings: Iterator[Finding]) -> Finding:
@@ -93,6 +96,15 @@ def test_a_check_that_breaks_is_a_finding() -> None:
 
     first, second = doctor._guarded(check_nothing)
     assert first.what == "first" and second.what == "nothing" and "broken" in second.found
+
+
+@pytest.mark.parametrize("executor", ["ray", "local"])
+def test_a_cluster_that_takes_no_jobs(executor: str) -> None:
+    """The cluster is asked, not a Ray of this machine."""
+    submit = f"http://127.0.0.1:{free_port()}"
+    config = load_config(TINY, ["root=nowhere", f"cluster.submit={submit}", f"cluster.executor={executor}"])
+    found = only(doctor.check_ray(config))
+    assert found.level == "problem" and f"cluster.submit: '{submit}'" in found.found and found.remedy
 
 
 @pytest.mark.slow

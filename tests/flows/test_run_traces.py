@@ -179,6 +179,23 @@ def test_what_breaks_a_run_off_ends_its_spans(collector: Collector, tmp_path: Pa
     }
 
 
+@pytest.mark.parametrize(
+    ("status", "errors"), [("cancelled", []), ("failed", [f"the server is gone: {SECRET}"]), ("done", [])]
+)
+def test_a_run_whose_end_is_noted_ends_like_that(
+    status: str, errors: list[str], collector: Collector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever runs the stages swallows Ctrl-C, and not every failure is a stage's."""
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    project = open_project(TINY, [f"root={tmp_path}/store"])
+    with recorded(project, Selection(("source",)), TINY, LogDisplay()) as recording:
+        recording.note_result(status, errors, 1)
+    [run] = collector.named("unclip run")
+    assert values(run)["unclip.status"] == read_runs(project.config.root)[0].status == status
+    assert (run.status.code == Status.StatusCode.STATUS_CODE_ERROR) == (status == "failed")
+    assert run.status.message == ("the server is gone: ***" if errors else "")
+
+
 def test_batches_partition_the_work_of_a_stage(tmp_path: Path) -> None:
     """Ten shards in 25 seconds, then a second try that begins with what the first one has committed."""
     memory, provider, now_ns = InMemorySpanExporter(), TracerProvider(), [0]

@@ -308,6 +308,15 @@ class _Handler(BaseHTTPRequestHandler):
     def answer_redirect(self) -> None:
         self.send(b"", status=302, Location=self.query)
 
+    def answer_redirect_unescaped(self) -> None:
+        self.send(b"", status=302, Location="/quoted?é".encode().decode("latin-1"))  # headers are sent as Latin-1
+
+    def answer_quoted(self) -> None:
+        if self.query == "%C3%A9":
+            self.send()
+        else:
+            self.send(b"", status=404)
+
     def answer_loop(self) -> None:
         self.send(b"", status=301, Location="/loop")
 

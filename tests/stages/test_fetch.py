@@ -120,6 +120,7 @@ def test_redirects_are_followed_within_the_allowed(server: str) -> None:
     assert fetched(f"{server}/redirect?/image", limits_for(server)) == PNG
     assert fetched(f"{server}/redirect?{server}/image", limits_for(server)) == PNG
     assert fetched(f"{server}/redirect?/image", limits_for(server, max_redirects=0)) == "redirects"
+    assert fetched(f"{server}/redirect_unescaped", limits_for(server)) == PNG
 
 
 @pytest.mark.parametrize("path", ["/slow-drip", "/dribbled-headers", "/silent"])

@@ -216,7 +216,7 @@ def test_blocked_images(store: Store, tmp_path: Path) -> None:
 
 def test_blocked_urls(store: Store, tmp_path: Path) -> None:
     path = tmp_path / "urls.txt"
-    path.write_text("# unwanted\nExample.com\nmünchen.de.\nhttps://b.org/ads/\n\n")
+    path.write_text("\ufeffhttps://b.org/ads/\n# unwanted\nExample.com\nmünchen.de.\n\n")  # as Windows writes it
     cases = {
         "https://example.com/1.jpg": True,
         "https://IMG.example.com:8080/1.jpg": True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,36 @@ def test_other_results_stay_unless_stale(root: str) -> None:
     listings = {stage: storage.list_entries(f"{root}/{stage}") for stage in new.stages}
     kinds = {name: type(stage) for name, stage in new.stages.items()}
     assert verify(root, all_results(listings), kinds).findings == []
+
+
+class Borrowing(Squares):
+    """Squares that name another result of the store."""
+
+    borrowed: tuple[tuple[str, str], ...] = ()
+
+    def named_results(self) -> Sequence[tuple[str, str]]:
+        return self.borrowed
+
+
+def test_what_a_config_names_of_other_runs_is_not_stale(root: str) -> None:
+    other, own = Pipeline(root, 6, 7, power=3), Pipeline(root)
+    other.run()
+    own.run()
+    assert {item.stage for item in collect(own, stale=True)} == {"numbers", "squares"}
+    borrowing = Borrowing(SquaresConfig(), root=root)
+    borrowing.borrowed = (("squares", other.names["squares"]),)
+    own.stages["squares"] = borrowing
+    assert collect(own, stale=True) == []  # nor the numbers that it was made from
+
+
+def test_shards_whose_stage_cannot_be_planned_yet_stay(root: str) -> None:
+    """Such as a takedown leaves them: without the manifests, and to be used again."""
+    pipeline = Pipeline(root)
+    before = pipeline.run()
+    for manifest in before.values():
+        storage.delete(manifest.uri)
+    assert [item for item in collect(pipeline) if "/shards/" in item.path] == []
+    assert pipeline.run()["squares"].digest == before["squares"].digest
 
 
 def test_unnamed_files_go_when_they_are_old(root: str) -> None:

@@ -21,6 +21,7 @@ from stages.other_datasets import CuratedSet, OtherDataset
 from stages.runner import run_stage
 from stages.train import Decoder, Upsampler256
 from stages.validation_config import ValidationConfig
+from stages.warm_start import InitFrom
 from stages.weights import weights_of
 from tests.stages.training_data import DIM, manifests, put, write_dataset
 from unclip_models.checkpoint import load_model
@@ -200,3 +201,18 @@ def run_cold(own: dict[str, Manifest]) -> Manifest:
     used = {name: own[name] for name in stage.upstream}
     names = {name: manifest.fingerprint for name, manifest in used.items()}
     return run_stage(stage, stage.fingerprint(names), used, LocalExecutor(), ClusterConfig())
+
+
+def test_the_results_that_it_names_in_its_own_store_are_told(
+    own: dict[str, Manifest], other: dict[str, Manifest]
+) -> None:
+    elsewhere = decoder(mixed(DECODER, other), own)
+    assert elsewhere.named_results() == []
+    config = dataclasses.replace(
+        DECODER,
+        datasets=(OtherDataset(fingerprint="a" * 16, weight=0.5),),
+        validation=ValidationConfig(num_samples=4, dataset=CuratedSet(fingerprint="b" * 16, root=own["curate"].root)),
+        init_from=InitFrom(fingerprint="c" * 16, stage="upsampler_256"),
+    )
+    named = [("curate", "a" * 16), ("curate", "b" * 16), ("upsampler_256", "c" * 16)]
+    assert decoder(config, own).named_results() == named

@@ -13,6 +13,7 @@ from stages.garbage import find_garbage
 from stages.life import find_lives
 from stages.manifest import Manifest
 from stages.retries import request_retries
+from stages.runner import forget
 from stages.samples import table_from_bytes
 from tests.stages.data_run import Pictures, run_data, serving, stages_of, write_list
 
@@ -106,3 +107,19 @@ def test_all_may_fail_again(tmp_path: Path, server: Pictures, lists: Path) -> No
     after = run_data(root, lists, download=settings)
     assert after["download"].dropped == before["download"].dropped
     assert len(after["download"].records) == 5
+
+
+def test_a_shard_that_is_done_anew_takes_its_rows_back(tmp_path: Path, server: Pictures, lists: Path) -> None:
+    root = str(tmp_path / "store")
+    before = run_data(root, lists)
+    request_retries(before["download"], is_transient)
+    run_data(root, lists)
+    stage = stages_of(root, lists)["download"]
+    forget(stage, before["download"].fingerprint, {"source": before["source"]})
+    server.failing = {"/12.png"}
+    after = run_data(root, lists)
+    assert after["download"].dropped == {"http_503": 1, "http_404": 1} and len(after["download"].records) == 3
+    assert after["ledger"].metrics == {"num_rows": NUM_ROWS, "num_kept": NUM_ROWS - 2}
+    assert request_retries(after["download"], is_transient) == {"http_503": 1}
+    server.failing = set()
+    assert run_data(root, lists)["ledger"].metrics == {"num_rows": NUM_ROWS, "num_kept": NUM_ROWS - 1}

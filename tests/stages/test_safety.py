@@ -104,6 +104,29 @@ def test_without_a_checkpoint_or_a_rollback_left_it_stops_and_says_what_to_try(t
         run(tmp_path / "none", dataclasses.replace(CAREFUL, max_rollbacks=0))
 
 
+def test_after_a_rollback_into_the_bad_stretch_counting_starts_anew(tmp_path: Path) -> None:
+    """The only checkpoint holds two of four bad steps; two more afterwards are not four in a row."""
+
+    class Deadly(VectorStream):
+        def batches(self, first_step: int, rank: int, world_size: int) -> Any:
+            for batch in super().batches(first_step, rank, world_size):
+                if batch.step == 9:
+                    raise KeyboardInterrupt
+                yield batch
+
+    config = dataclasses.replace(CONFIG, max_nonfinite_steps=4)
+    bad = frozenset(range(4, 10))
+    straight = run(tmp_path / "straight", config, VectorStream(poisoned_steps=bad))
+    (rollback,) = RollbackHistory.read(str(tmp_path / "straight")).rollbacks
+    assert (rollback.from_step, rollback.to_step, rollback.data_offset) == (8, 6, 2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "killed", config, Deadly(poisoned_steps=bad))
+    with pytest.raises(TrainingStoppedError):
+        run(tmp_path / "stopped", config, VectorStream(poisoned_steps=bad), stop_after=8)
+    for name in ("killed", "stopped"):
+        assert same(run(tmp_path / name, config, VectorStream(poisoned_steps=bad)), straight), name
+
+
 def test_targets_are_regular_checkpoints_from_before_the_stretch() -> None:
     assert rollback_target([18, 14, 12, 6], 15, 6) == 12
     assert rollback_target([18, 14], 15, 6) == 14

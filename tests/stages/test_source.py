@@ -102,7 +102,7 @@ def test_compressed_lists(tmp_path: Path) -> None:
 
 def test_text_lists_have_urls_and_no_captions(tmp_path: Path) -> None:
     path = tmp_path / "urls.txt"
-    path.write_text("http://a/1.jpg\n\n  http://a/2.jpg \n\n")
+    path.write_text("\ufeffhttp://a/1.jpg\n\n  http://a/2.jpg \n\n")  # as Windows writes it
     rows = rows_of(run(make(tmp_path, path)))
     assert [(row["row"], row["url"], row["caption"]) for row in rows] == [
         (0, "http://a/1.jpg", None),
@@ -232,6 +232,7 @@ def test_a_list_that_changes_during_the_run_is_noticed(tmp_path: Path) -> None:
         ("a.jsonl", b'{"url": "x"}\n{"url": \n', {}, "line 2"),
         ("a.jsonl", b'{"url": ["x"], "caption": "c"}\n', {}, "column 'url' of .* holds list.*, not text"),
         ("a.csv.gz", b"no gzip", {}, "a.csv.gz is not a readable csv file"),
+        ("a.csv", b"url,caption,caption\nhttp://a,b,c\n", {}, "source.caption_column: .*a.csv has 2 columns named"),
         ("a.txt", b"", {}, "a.txt holds no rows"),
         ("a.txt", b"\xff\xfe", {}, "a.txt is not a readable txt file"),
         ("a.xlsx", b"x", {}, "must end in .parquet"),
@@ -291,6 +292,21 @@ def changed(path: Path, tmp_path: Path, rows: list[dict[str, Any]], **settings: 
     """Write a list anew and return a source that has not read it yet."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return make(tmp_path, path.parent, rows_per_shard=3, **settings)
+
+
+def test_a_number_that_is_none_is_no_change(tmp_path: Path) -> None:
+    path, columns = tmp_path / "lists" / "pairs.parquet", {"extra_columns": ("score",)}
+    path.parent.mkdir()
+    rows = {"url": ["http://h/1", "http://h/2"], "caption": ["one", "two"], "score": [float("nan"), 0.5]}
+    pq.write_table(pa.table(rows), path)
+    run(make(tmp_path, path.parent, **columns))
+    pq.write_table(pa.table({name: [*values, values[0]] for name, values in rows.items()}), path)
+    grown = make(tmp_path, path.parent, **columns)
+    assert [change.num_changed for change in grown.changes()] == [0]
+    rows["caption"][0] = "another"
+    pq.write_table(pa.table(rows), path)
+    (change,) = make(tmp_path, path.parent, **columns).changes()
+    assert change.examples == ["row 0: caption 'one' -> 'another'"]
 
 
 def test_changed_rows_are_refused_with_a_diff_unless_accepted(tmp_path: Path) -> None:

@@ -74,6 +74,15 @@ def test_codes_round_trip_within_half_a_bucket(prior: ARPrior) -> None:
     assert torch.equal(prior.encode(prior.decode(codes)), codes)
 
 
+def test_the_quantiser_does_not_mind_autocast() -> None:
+    prior = _with_pca(ARPrior(dataclasses.replace(CONFIG, num_codes=DIM, num_buckets=1024)), DIM, 1024)
+    codes = prior.encode(_data(500))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(prior.encode(_data(500)), codes)
+        decoded = prior.decode(codes)
+    assert decoded.dtype == torch.float32 and torch.equal(decoded, prior.decode(codes))
+
+
 def test_all_components_and_fine_buckets_reconstruct_the_embedding() -> None:
     config = dataclasses.replace(CONFIG, num_codes=DIM, num_buckets=1024)
     prior = _with_pca(ARPrior(config), DIM, 1024)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import get_args
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -146,6 +146,10 @@ def test_the_best_candidate_has_the_largest_dot_product() -> None:
     best = best_candidate(candidates, text_embedding)
     scores = torch.einsum("bnd,bd->bn", candidates, text_embedding)
     assert torch.allclose((best * text_embedding).sum(-1), scores.max(dim=1).values)
+    close = text_embedding[:, None] + 1e-3 * candidates  # bfloat16 cannot tell them apart
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = best_candidate(close, text_embedding)
+    assert torch.equal(cast, best_candidate(close, text_embedding))
 
 
 def test_more_candidates_never_match_worse(prior: DiffusionPrior) -> None:
@@ -156,6 +160,21 @@ def test_more_candidates_never_match_worse(prior: DiffusionPrior) -> None:
     score = lambda z: (z * batch["text_embedding"]).sum(-1)  # noqa: E731
     assert float(score(chosen).mean()) >= float(score(alone).mean())
     assert not torch.allclose(chosen, alone)
+
+
+def test_gamma_is_measured_some_samples_at_a_time(prior: DiffusionPrior, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, random = _batch(5), SampleRandom(0, 0, range(5))
+    held, bind = list[int](), prior.bind
+
+    def counted(tokens: Tensor, *rest: Any, **named: Any) -> Any:
+        held.append(len(tokens))
+        return bind(tokens, *rest, **named)
+
+    monkeypatch.setattr(prior, "bind", counted)
+    whole = prior.measure_gamma(batch, random, num_points=8).clone()
+    monkeypatch.setattr("unclip_models.prior._SAMPLES_AT_ONCE", 2)
+    assert torch.allclose(prior.measure_gamma(batch, random, num_points=8), whole, rtol=1e-5)
+    assert held == [5, 2, 2, 1]
 
 
 def test_analytic_sampling_needs_gamma_which_survives_half_precision(prior: DiffusionPrior) -> None:
