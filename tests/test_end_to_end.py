@@ -180,6 +180,7 @@ def test_every_manipulation_and_exchange_of_weights(
     latents = tmp_path / "latents.safetensors"
     said = unclip("invert", first, "--latents", str(latents), "-o", f"{tmp_path}/r.png")
     assert "reconstruction error: 0." in said and latents.stat().st_size > 16 * 16 * 3 * 4
+    assert json.loads(unclip("invert", first, "--json", "-o", f"{tmp_path}/r.png"))["output"] == f"{tmp_path}/r.png"
 
     exported = tmp_path / "exported"
     unclip("export", "--format", "safetensors", "-o", str(exported))
