@@ -25,6 +25,11 @@ def render(config: AwsConfig, *, root: str, settings_path: str) -> dict[str, Any
     """
     if is_local(root):
         raise ConfigError(f"root: '{root}' is a folder of this machine; machines of a cluster need s3://bucket/prefix")
+    if config.instance_profile is None:
+        raise ConfigError(
+            f"aws.instance_profile: null, so the machines could not reach {root}; name an instance profile that may "
+            "use the store, start and end EC2 machines, and pass itself on to them"
+        )
     return {
         "cluster_name": config.name,
         "max_workers": config.data.max_machines + config.gpu.max_machines,
@@ -83,11 +88,11 @@ def _machine(config: AwsConfig, instances: InstanceConfig) -> dict[str, Any]:
     machine: dict[str, Any] = {
         "InstanceType": instances.instance_type,
         "BlockDeviceMappings": [{"DeviceName": "/dev/sda1", "Ebs": disk}],
+        # On the head it takes the place of the role that Ray would make, with which the autoscaler works.
+        "IamInstanceProfile": {"Arn": config.instance_profile},
     }
     if config.ami is not None:
         machine["ImageId"] = config.ami
     if instances.spot:
         machine["InstanceMarketOptions"] = {"MarketType": "spot"}
-    if config.instance_profile is not None:
-        machine["IamInstanceProfile"] = {"Arn": config.instance_profile}
     return machine

@@ -320,7 +320,7 @@ def _num_shards(
         return made[_FED_BY[name]].num_shards
     if name == "generate":
         return math.ceil(config.generate.num_samples / config.generate.samples_per_shard)
-    return made["generate"].num_shards if name == "evaluate" else 1
+    return 1
 
 
 def _room(

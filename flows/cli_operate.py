@@ -84,7 +84,7 @@ def runs(args: argparse.Namespace) -> int:
 def logs(args: argparse.Namespace) -> int:
     """Print the log of a run."""
     from flows.run_log import follow_log, read_log
-    from flows.run_record import find_run, read_runs
+    from flows.run_record import find_run, is_running
     from stages.graph import STAGE_NAMES
 
     if args.stage is not None and args.stage not in STAGE_NAMES:
@@ -92,12 +92,9 @@ def logs(args: argparse.Namespace) -> int:
     root = _root(args)
     run = find_run(root, args.run)
 
-    def is_over() -> bool:
-        return all(record.status != "running" for record in read_runs(root) if record.id == run)
-
     lines: Iterable[Mapping[str, Any]] = read_log(root, run, stage=args.stage)
     if args.follow:
-        lines = follow_log(root, run, stage=args.stage, is_over=is_over)
+        lines = follow_log(root, run, stage=args.stage, is_over=lambda: not is_running(root, run))
     for line in lines:
         print(json.dumps(line) if args.json else _readable(line), flush=args.follow)
     return 0

@@ -104,7 +104,8 @@ def retrain(
     production = read_production(root)
     if production.number == version.number:
         return Retrained(root=root, status="unchanged", has_run=has_run, version=version, production=version.number)
-    if any(change.number == version.number for change in production.history):
+    has_stood = any(change.number == version.number for change in production.history)
+    if has_stood and version.number not in production.standing:
         return Retrained(root=root, status="taken back", has_run=has_run, version=version, production=production.number)
     if not promote:
         decision = ask_gate(root, gate, version.metrics)

@@ -84,8 +84,9 @@ class RunLog(logging.Handler):
         """Take one line."""
         seconds = time.time() if time_s is None else time_s
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds)) + f".{int(seconds % 1 * 1000):03d}Z"
-        value = {"time": at, "level": level, "run": self._run, "stage": stage, "shard": shard, "message": message}
-        line = hide_secrets(json.dumps({name: item for name, item in value.items() if item != ""})).encode() + b"\n"
+        value = {"time": at, "level": level, "run": self._run, "stage": stage, "shard": shard}
+        value["message"] = hide_secrets(message)  # before it is JSON, in which a secret may look otherwise
+        line = json.dumps({name: item for name, item in value.items() if item != ""}).encode() + b"\n"
         with self._guard:
             if len(line) > self._left:
                 self._num_dropped += 1

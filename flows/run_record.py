@@ -131,6 +131,14 @@ def read_runs(root: str, *, newest: int | None = None) -> list[RunRecord]:
         return [record for record in pool.map(read, ids) if record is not None]
 
 
+def is_running(root: str, run: str) -> bool:
+    """Tell whether a run has not ended, as its record says; a pruned one has."""
+    try:
+        return bool(storage.read_json(_uri(root, run))["status"] == "running")
+    except NotFoundError:
+        return False
+
+
 def find_run(root: str, run: str | None) -> str:
     """Return the id of a run: the newest, or the one whose id begins with ``run``.
 

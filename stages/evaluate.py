@@ -1,17 +1,19 @@
 """Judge the generated images: distances to real ones on CLIP features, agreement with their captions, and the gate.
 
 Every number is given together with the same number for real images the distances were not fitted on (``real_...``): the
-floor or ceiling that a perfect generator would reach with as few images. The caption accuracy is read from pixels alone
-by ``stages/pixel_check.py``, which shares nothing with CLIP or the generators; it needs captions of coloured shapes.
+floor or ceiling that a perfect generator would reach, with as few images where ``num_real`` is at least twice what is
+generated. The caption accuracy is read from pixels alone by ``stages/pixel_check.py``, which shares nothing with CLIP
+or the generators; it needs captions of coloured shapes.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -33,7 +35,7 @@ from stages.distances import (
 )
 from stages.errors import InputError
 from stages.manifest import Manifest, ShardRecord
-from stages.samples import embeddings_of, kept_keys, read_tar, table_from_bytes, table_to_bytes
+from stages.samples import Sample, embeddings_of, kept_keys, read_tar, table_from_bytes, table_to_bytes
 from stages.weights import checked_copy, weights_of
 
 Features = npt.NDArray[np.float64]
@@ -204,25 +206,37 @@ class Evaluate(Stage[EvaluateConfig]):
         with checked_copy(self.root, shard.inputs["weights"]) as path:
             clip = ClipModel.load(path, device)
         files = _roles(shard, "generated")
-        samples = [sample for role in files for sample in read_tar(shard.inputs[role].read(self.root))]
-        images = {sample.key: _pixels(sample.image) for sample in samples}
+        samples = self._samples_of(shard, files)
         image_parts, text_parts = [], []
-        for start in range(0, len(samples), self.config.batch_size):
-            part = samples[start : start + self.config.batch_size]
-            batch = torch.from_numpy(np.stack([images[sample.key] for sample in part])).permute(0, 3, 1, 2)
+        keys, captions = list[str](), list[str]()
+        images: dict[str, npt.NDArray[np.uint8]] = {}
+        while part := list(itertools.islice(samples, self.config.batch_size)):
+            pixels = [_pixels(sample.image) for sample in part]
+            batch = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
             image_parts.append(clip.encode_image(batch.to(device)).cpu().numpy())
             text_parts.append(clip.encode_text(clip.tokenize([sample.caption for sample in part])).cpu().numpy())
-            self.report(Progress(done=start + len(part), total=len(samples), unit="images"))
+            keys += [sample.key for sample in part]
+            captions += [sample.caption for sample in part]
+            # Those of which pixels can tell something: tens of thousands of large images would not fit.
+            told = (pixel_check.parse_caption(sample.caption) is not None for sample in part)
+            images |= {sample.key: p for sample, p, tells in zip(part, pixels, told, strict=True) if tells}
         # Rounded as the real images' embeddings are, which come from the embed stage in half precision.
         features = np.concatenate(image_parts).astype(np.float16).astype(np.float64)
         texts = np.concatenate(text_parts).astype(np.float16).astype(np.float64)
         found = ImageSet(
-            keys=[sample.key for sample in samples],
-            captions=[sample.caption for sample in samples],
+            keys=keys,
+            captions=captions,
             features=features,
             clip_scores=np.einsum("nd,nd->n", features, texts),
         )
         return found, images
+
+    def _samples_of(self, shard: Shard, roles: Sequence[str]) -> Iterator[Sample]:
+        """Read the tars of some roles one by one."""
+        for done, role in enumerate(roles):
+            self.report(Progress(done=done, total=len(roles), unit="shards"))
+            yield from read_tar(shard.inputs[role].read(self.root))
+        self.report(Progress(done=len(roles), total=len(roles), unit="shards"))
 
     def _real(self, shard: Shard, *, num_generated: int) -> tuple[ImageSet, ImageSet]:
         """Read real images' embeddings; return the reference, and a disjoint control set of the generated's size."""
@@ -252,7 +266,8 @@ class Evaluate(Stage[EvaluateConfig]):
         )
 
     def _images_of(self, shard: Shard, wanted: ImageSet) -> dict[str, npt.NDArray[np.uint8]]:
-        keys = frozenset(wanted.keys)
+        asked = zip(wanted.keys, wanted.captions, strict=True)
+        keys = frozenset(key for key, caption in asked if pixel_check.parse_caption(caption) is not None)
         return {
             sample.key: _pixels(sample.image)
             for role in _roles(shard, "images")
@@ -305,7 +320,8 @@ def diversity_within_captions(images: ImageSet) -> float | None:
 
 def read_all(images: ImageSet, pixels: Mapping[str, npt.NDArray[np.uint8]]) -> dict[str, PixelReading]:
     """Compare images with their captions; key -> reading, without the images whose caption is not one of shapes."""
-    found = {key: _read(caption, pixels[key]) for key, caption in zip(images.keys, images.captions, strict=True)}
+    asked = zip(images.keys, images.captions, strict=True)
+    found = {key: _read(caption, pixels[key]) for key, caption in asked if key in pixels}
     return {key: reading for key, reading in found.items() if reading is not None}
 
 

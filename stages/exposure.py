@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stages import storage
-from stages.manifest import MANIFEST_NAME, Manifest
+from stages.manifest import MANIFEST_NAME, Manifest, manifest_uri
 from stages.metrics import SAMPLES_NAME, TENSORBOARD_NAME
 from stages.registry import read_versions
 from stages.version import Version
@@ -48,6 +48,10 @@ def find_exposed(root: str, gone: set[Name], data_stages: Sequence[str]) -> Expo
     """
     names = [name for name in storage.list_files(root) if name.split("/")[0] not in data_stages]
     trainings = {(manifest.stage, manifest.fingerprint): manifest for manifest in _trainings(root, names)}
+    if gone:
+        # What is not there at present (a takedown that was interrupted, a stage that is done anew) may have held them.
+        read = {(s, str(m.inputs[s]["fingerprint"])) for m in trainings.values() for s in m.inputs if s in data_stages}
+        gone = gone | {name for name in read if not storage.exists(manifest_uri(root, *name))}
     exposed = {name for name, manifest in trainings.items() if _read_by(manifest) & gone}
     looked_at = exposed | {name for name, manifest in trainings.items() if _validated_on(manifest) & gone}
     versions = read_versions(root)

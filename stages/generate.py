@@ -377,7 +377,8 @@ def draw_rows(sizes: Sequence[int], num_rows: int, seed: int) -> npt.NDArray[np.
         raise InputError("generate: curate kept no sample to take captions from; loosen its thresholds, or give a file")
     rng = np.random.default_rng([seed, num_rows])
     whole, rest = divmod(num_rows, total)
-    drawn = np.concatenate([np.tile(np.arange(total), whole), rng.choice(total, rest, replace=False)])
+    rounds = np.tile(np.arange(total), whole) if whole else np.empty(0, np.int64)  # of billions of rows, no list
+    drawn = np.concatenate([rounds, rng.choice(total, rest, replace=False)])
     drawn = np.sort(drawn)
     parts = np.searchsorted(ends, drawn, side="right")
     return np.stack([parts, drawn - (ends[parts] - np.asarray(sizes)[parts])], axis=1)

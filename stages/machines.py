@@ -136,7 +136,11 @@ class AwsConfig:
     image: str = setting("unclip:latest", "built from cluster/Containerfile, with its registry", affects="nothing")
     ami: str | None = setting(None, "machine image with docker and NVIDIA's drivers; null: Ray's", affects="nothing")
     ssh_user: str = setting("ubuntu", "user of that machine image", affects="nothing")
-    instance_profile: str | None = setting(None, "ARN of an IAM profile that may use the store", affects="nothing")
+    instance_profile: str | None = setting(
+        None,
+        "ARN of an IAM instance profile of all machines: may use the store and, on the head, start and end machines",
+        affects="nothing",
+    )
     idle_minutes: int = setting(10, "minutes after which an idle machine is given back", affects="nothing")
     heed_rebalance: bool = setting(
         False,

@@ -33,8 +33,8 @@ def model_card(version: Version) -> str:
             ),
         ),
         "## Metrics",
-        "Of generated images, and of as many real ones (`real`): the floor or ceiling of each metric. The losses are "
-        "of real samples that were not trained on.",
+        "Of generated images, and of real ones that were left out of the comparison (`real`): the floor or ceiling of "
+        "each metric. The losses are of real samples that were not trained on.",
         _metrics(version),
         "## Gate",
         _gate(version),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from stages.errors import InputError
@@ -41,8 +41,7 @@ def read_mask(path: str | Path) -> npt.NDArray[np.bool_]:
 def _opened(path: str | Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return ImageOps.exif_transpose(image)  # loaded, and upright
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name a PNG or JPEG picture") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:

@@ -22,6 +22,8 @@ from unclip_models.sampling import seeded_generators
 from unclip_models.sampling_settings import PriorSampling, SamplingConfig
 from unclip_models.upsampler import Upsampler
 
+_PX_AT_ONCE = 4 * 1024**2  # of images that an upsampler samples together
+
 
 @dataclass(frozen=True)
 class GeneratedImages:
@@ -227,15 +229,24 @@ class UnCLIP:
         images = {self.decoder.config.image_size: to_uint8(x)}
         for index, upsampler in enumerate(self.upsamplers):
             up = sampling.upsamplers[index]
-            x = upsampler.sample(
-                x,
-                steps=up.steps,
-                sampler=up.sampler,
-                eta=up.eta,
-                generators=seeded_generators(seeds, f"upsampler_{index}"),
-                noise_temperature=up.noise_temperature,
-                noise_level=up.noise_level,
-                tile_px=up.tile_px,
+            generators = seeded_generators(seeds, f"upsampler_{index}")
+            # Of large images a few at a time: each takes gigabytes, and its noise is its own.
+            num_at_once = max(1, _PX_AT_ONCE // upsampler.config.image_size**2)
+            parts = [slice(start, start + num_at_once) for start in range(0, len(x), num_at_once)]
+            x = torch.cat(
+                [
+                    upsampler.sample(
+                        x[part],
+                        steps=up.steps,
+                        sampler=up.sampler,
+                        eta=up.eta,
+                        generators=generators[part],
+                        noise_temperature=up.noise_temperature,
+                        noise_level=up.noise_level,
+                        tile_px=up.tile_px,
+                    )
+                    for part in parts
+                ]
             )
             images[upsampler.config.image_size] = to_uint8(x)
         return images

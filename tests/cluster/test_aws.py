@@ -6,6 +6,7 @@ import copy
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -38,7 +39,9 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
         written["worker_start_ray_commands"][-1],
     )
     assert watch is not None and watch[1] == "--address=$RAY_HEAD_IP:6379"
-    steady = render(AwsConfig(heed_rebalance=True), root="s3://b/x", settings_path="x")["worker_start_ray_commands"]
+    steady = render(
+        AwsConfig(heed_rebalance=True, instance_profile="arn:aws:iam::1:x"), root="s3://b/x", settings_path="x"
+    )["worker_start_ray_commands"]
     assert steady == written["worker_start_ray_commands"][:-1]
     assert [Path(path).is_file() for path in written["file_mounts"].values()] == [True]
     inside = load_config(tmp_path / "config.yaml").cluster
@@ -48,8 +51,11 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_store_must_be_reachable_and_pools_add_up() -> None:
-    config = AwsConfig(data=InstanceConfig(max_machines=7), gpu=GpuInstanceConfig(max_machines=2))
+    pools: Any = {"data": InstanceConfig(max_machines=7), "gpu": GpuInstanceConfig(max_machines=2)}
+    config = AwsConfig(instance_profile="arn:aws:iam::1:x", **pools)
     assert render(config, root="s3://b/x", settings_path="x")["max_workers"] == 9
+    with pytest.raises(ConfigError, match=r"aws.instance_profile: null, so the machines could not reach s3://b/x"):
+        render(AwsConfig(), root="s3://b/x", settings_path="x")
     with pytest.raises(ConfigError, match="need s3://"):
         render(config, root="runs/x", settings_path="x")
     with pytest.raises(ValueError, match="min_machines: 3"):

@@ -145,4 +145,6 @@ def test_every_step_runs(layer: Layer) -> None:
     assert layer.run("id", "-u").strip() == str(_USER_ID)
     found = layer.run("python", "-c", "import flows.cli, pathlib; print(pathlib.Path(flows.cli.__file__).parent)")
     assert found.strip() == "/opt/unclip/flows"
+    programs = layer.run("bash", "--login", "-c", "command -v ray unclip python").split()
+    assert programs == [f"/opt/unclip/.venv/bin/{name}" for name in ("ray", "unclip", "python")]
     assert "root:" in layer.run("unclip", "config", "configs/quickstart.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
 from pathlib import Path
 
@@ -52,14 +53,14 @@ def test_runs_are_found_by_the_beginning_of_their_id_and_pruned_with_their_logs(
 
 
 def test_a_log_names_run_stage_and_shard(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("A_SECRET", "planted-secret")
+    monkeypatch.setenv("A_SECRET", 'planted-"é\\-secret')  # JSON would write it otherwise
     log = RunLog(root, "run-1")
     logger = logging.getLogger("stages.test_log")
     logger.setLevel(logging.INFO)
     with log.kept():
         log.update(StageProgress(stage="filter", num_done=1, num_shards=3))
         log.update(StageProgress(stage="filter", num_done=2, num_shards=3))
-        logger.warning("shard failed with planted-secret", extra={"stage": "filter", "shard": "ab12"})
+        logger.warning("shard failed with %s", os.environ["A_SECRET"], extra={"stage": "filter", "shard": "ab12"})
         log.publish()
         logger.info("of no stage")
         logging.getLogger("somebody.else").error("not ours")

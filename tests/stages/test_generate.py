@@ -204,6 +204,11 @@ def test_rows_are_drawn_evenly() -> None:
     assert draws.mean() == pytest.approx(0.7, abs=0.04)
 
 
+def test_a_few_of_billions_of_rows_are_drawn_without_a_list_of_all() -> None:
+    drawn = draw_rows([10**12, 10**12], 4, seed=0)  # terabytes, as a list
+    assert drawn.shape == (4, 2) and set(drawn[:, 0]) <= {0, 1}
+
+
 def test_drawing_from_nothing_is_refused() -> None:
     with pytest.raises(InputError, match="curate kept no sample"):
         draw_rows([0, 0], 3, seed=0)

@@ -149,6 +149,15 @@ def test_versions_that_learned_from_it_are_withdrawn(run: Run) -> None:
     assert read_withdrawn(root) == withdrawn
 
 
+def test_what_a_version_read_may_be_gone_at_the_moment(run: Run) -> None:
+    """A stage that is done anew, or a takedown that was interrupted: nobody can tell what it held."""
+    first = run()
+    learned = version_of(run.root, train(run.root, first["curate"]))
+    storage.delete(first["curate"].uri)
+    add_tombstones(run.root, Tombstones(urls=frozenset({run.server.url(9)})), "")
+    assert set(find_affected(run.root, read_tombstones(run.root)).exposed.versions) == {learned}
+
+
 def test_pictures_that_a_training_drew_of_it_are_removed(run: Run) -> None:
     found = run()
     model = DecoderConfig(image_size=8, embedding_dim=EMBEDDING_DIM, text=TEXT, unet=unet(norm_groups=4))

@@ -34,6 +34,16 @@ def test_an_image_does_not_depend_on_its_batch(stack: UnCLIP) -> None:
         assert (images[1:2].int() - alone.images[side].int()).abs().max() <= 1  # a rounding of the last bit
 
 
+def test_large_images_are_upsampled_a_few_at_a_time(stack: UnCLIP, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, seeds = torch.rand(3, 3, stack.decoder.config.image_size, stack.decoder.config.image_size), [1, 2, 3]
+    together = stack.enlarge(x, seeds)
+    monkeypatch.setattr("unclip_models.generate._PX_AT_ONCE", 1)
+    alone = stack.enlarge(x, seeds)
+    assert alone.keys() == together.keys() and len(together) > 1
+    for side, images in together.items():
+        assert (alone[side].int() - images.int()).abs().max() <= 1
+
+
 def test_without_a_prior_the_text_embedding_is_decoded(stack: UnCLIP) -> None:
     bare = UnCLIP(stack.clip, None, stack.decoder)
     expected = stack.clip.encode_text(stack.clip.tokenize(["green"]))
