@@ -29,6 +29,7 @@ from stages.principal_axes import Solution, Sums, Vectors, project, solve, spect
 from stages.samples import half_embeddings_of, table_from_bytes
 
 _IO_THREADS = 8
+MAX_EDGE_SHARDS = 1024  # that are read again to place the edges
 _BLOCK_ROWS = 4096  # components that are quantised together, so that they stay in cache
 
 T = TypeVar("T")
@@ -87,7 +88,7 @@ class Pca(Stage[PcaConfig]):
 
     name = "pca"
     counts = "curate"
-    version = 3
+    version = 4
 
     @property
     def upstream(self) -> tuple[str, ...]:
@@ -256,9 +257,16 @@ def choose_components(solution: Solution, config: PcaConfig) -> int:
 def spread_rows(shard_sizes: Sequence[int], limit: int) -> list[npt.NDArray[np.int64]]:
     """Choose at most ``limit`` rows, evenly spaced over the shards laid end to end.
 
+    Of many shards only ``MAX_EDGE_SHARDS``, evenly spaced ones, are taken.
+
     Returns:
         Rows of every shard, increasing.
     """
+    num_shards = len(shard_sizes)
+    if sum(shard_sizes) > limit and num_shards > MAX_EDGE_SHARDS:
+        # A few rows of every shard would have one worker read the whole data set again.
+        read = {i * num_shards // MAX_EDGE_SHARDS for i in range(MAX_EDGE_SHARDS)}
+        shard_sizes = [size if i in read else 0 for i, size in enumerate(shard_sizes)]
     ends = np.cumsum([0, *shard_sizes], dtype=np.int64)
     total = int(ends[-1])
     chosen = np.arange(total) if total <= limit else np.arange(limit) * total // limit

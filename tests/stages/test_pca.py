@@ -290,6 +290,12 @@ def test_spread_rows_are_even(sizes: list[int], limit: int) -> None:
         assert np.ptp(np.diff(chosen)) <= 1
 
 
+def test_of_many_shards_some_are_read_again() -> None:
+    lengths = [len(rows) for rows in spread_rows([10] * 5000, 2048)]
+    assert sum(lengths) == 2048 and set(lengths) == {0, 2} and lengths[0] == 2
+    assert max(np.diff(np.flatnonzero(lengths))) <= 5
+
+
 def test_fewer_edge_samples_give_nearly_the_same_edges(tmp_path: Path) -> None:
     root = str(tmp_path)
     curate, _, _ = publish_curate(root, (900, 900))
