@@ -53,7 +53,7 @@ def _refuse_unreachable(config: KubernetesConfig, root: str) -> None:
     if not is_local(root):
         if config.store_claim is not None:
             raise ConfigError(f"kubernetes.store_claim: '{config.store_claim}', but root is {root}; write null")
-    elif config.store_claim is None or not root.startswith("/"):
+    elif config.store_claim is None or not root.startswith("/") or not root.strip("/"):
         raise ConfigError(
             f"root: '{root}' is a folder of this machine, which pods do not see; write s3://bucket/prefix, or an "
             "absolute path with kubernetes.store_claim, a claim that many pods may write"

@@ -23,7 +23,8 @@ def render(args: argparse.Namespace) -> int:
     from stages.config import dump_yaml, load_config, to_values, to_yaml
 
     config = load_config(args.config, args.set)
-    _refuse_local_lists(args.config, getattr(config.source, "lists", ()), config.kubernetes.store_claim)
+    has_claim = args.target == "kubernetes" and config.kubernetes.store_claim is not None
+    _refuse_local_lists(args.config, getattr(config.source, "lists", ()), config.root if has_claim else None)
     # What runs on the cluster joins the Ray that is there, and hands nothing on to another one; which machines are
     # rendered for is no matter to it.
     on_cluster = replace(config, cluster=replace(config.cluster, submit=None, executor="ray", address="auto"))
@@ -50,8 +51,8 @@ def render(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_local_lists(place: str, lists: tuple[str, ...], store_claim: str | None) -> None:
-    """Refuse URL lists that lie on this machine; an absolute path may be on the claim that holds the store."""
+def _refuse_local_lists(place: str, lists: tuple[str, ...], claimed: str | None) -> None:
+    """Refuse URL lists that lie on this machine; those below the root are on the claim that holds the store, if any."""
     for uri in lists:
-        if storage.is_local(uri) and not (store_claim is not None and uri.startswith("/")):
+        if storage.is_local(uri) and (claimed is None or not f"{uri}/".startswith(f"{claimed.rstrip('/')}/")):
             raise ConfigError(f"{place}: source.lists: '{uri}' is on this machine, not on the cluster; write s3://...")

@@ -61,19 +61,25 @@ def state_folder() -> Path:
     ``$XDG_STATE_HOME`` (default ``~/.local/state``), or in the temporary folder where that is not writable.
     """
     name = f"prefect-{importlib.metadata.version('prefect')}-{platform.node() or 'localhost'}"
-    base = Path(os.environ.get("XDG_STATE_HOME") or Path("~/.local/state").expanduser())
+    base = Path(os.environ.get("XDG_STATE_HOME") or _in_home(".local/state"))
     folder = base / "unclip" / name
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        if base.is_absolute():  # it is not where the user has no home
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if os.access(folder, os.W_OK):
+                return folder
     folder = Path(tempfile.gettempdir()) / f"unclip-{os.getuid()}-{name}"
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise ServerError(f"{folder}: belongs to another user; set XDG_STATE_HOME to a folder of yours")
     return folder
+
+
+def _in_home(path: str) -> Path:
+    """Return a path below the user's home; as it is, and so not absolute, where there is none."""
+    with contextlib.suppress(RuntimeError):
+        return Path("~", path).expanduser()
+    return Path(path)
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ def _may_name_an_api() -> bool:
     named = ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH")
     if any(os.environ.get(name) for name in named):
         return True
-    home = Path(os.environ.get("PREFECT_HOME") or Path("~/.prefect").expanduser())
+    home = Path(os.environ.get("PREFECT_HOME") or _in_home(".prefect"))
     if Path("prefect.toml").is_file() or _mentions(Path("pyproject.toml"), "tool.prefect"):
         return True
     return any(_mentions(path, "prefect") for path in (Path(".env"), home / "profiles.toml"))

@@ -111,14 +111,35 @@ def check_config(values: Mapping[str, Any], *, place: str = "config") -> Config:
     """
     config: Config = _checked(Config, values, place)
     try:
-        is_local(config.root)
-    except StorageError as error:
+        config = dataclasses.replace(config, root=_settled_root(config.root))
+    except (ValueError, StorageError) as error:
         raise ConfigError(f"{place}: root: {error}") from None
     try:
         refuse_secrets(to_values(config))
     except ConfigError as error:
         raise ConfigError(f"{place}: {error}") from None
     return config
+
+
+def _settled_root(root: str) -> str:
+    """Return a root that means one store to every command; ``~`` is the user's home.
+
+    Raises:
+        ValueError: if it means none, such as ``s3://$BUCKET`` with an empty variable.
+        StorageError: if its scheme is unknown.
+    """
+    if not root:
+        raise ValueError("'' is empty; write a folder or s3://bucket/prefix")
+    if re.match(r"[a-z][a-z0-9]*:/(?!/)", root):
+        raise ValueError(f"'{root}' is neither a folder nor an address; write {root.replace(':/', '://', 1)}")
+    if not is_local(root):
+        if not root.partition("://")[2].partition("/")[0]:
+            raise ValueError(f"'{root}' names no bucket; write s3://bucket/prefix")
+        return root
+    try:
+        return str(Path(root).expanduser()) if root.startswith("~") else root
+    except RuntimeError as error:
+        raise ValueError(f"'{root}': {error}; write the folder out") from None
 
 
 def load_ablation(path: str | Path, overrides: Sequence[str] = ()) -> tuple[AblationConfig, list[Trial]]:
@@ -257,6 +278,10 @@ class _Loader(yaml.SafeLoader):
         """Build a mapping; refuse a repeated key, which plain YAML silently resolves to the last."""
         seen: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key is a list or a mapping; is this an unfilled template?", key_node.start_mark
+                )
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key '{key_node.value}' is given twice", key_node.start_mark

@@ -62,6 +62,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts} is below 1; write 1 for a single try")
+        if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
+            raise ValueError(f"metrics_port: {self.metrics_port} is no port; write a number from 0 to 65535")
         if self.lease_ttl_s < 0:
             raise ValueError(f"lease_ttl_s: {self.lease_ttl_s} is negative; write 0 to do without leases")
         if self.wait_for_nodes_s is not None and self.wait_for_nodes_s < 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from stages.base import setting
 
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,40}[a-z0-9])?")  # RFC 1035: KubeRay makes services of it
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,40}[a-z0-9])?")  # RFC 1123, short enough for what KubeRay appends
 
 
@@ -89,15 +90,20 @@ class KubernetesConfig:
     def __post_init__(self) -> None:
         for name in ("name", "namespace", "service_account", "store_claim", "queue"):
             value = getattr(self, name)
-            if value is not None and not _LABEL.fullmatch(value):
-                raise ValueError(f"{name}: '{value}' is no name for Kubernetes; write a-z, 0-9 and -, at most 42")
+            if value is not None and not (_NAME if name == "name" else _LABEL).fullmatch(value):
+                raise ValueError(
+                    f"{name}: '{value}' is no name for Kubernetes; write a-z, 0-9 and -, a letter first, at most 42"
+                )
         for secret in self.secrets:
             if not _LABEL.fullmatch(secret):
                 raise ValueError(
                     f"secrets: '{secret}' is no name of a Secret; write names here, and the values with "
                     "`kubectl create secret`"
                 )
-        if self.spot_label.count("=") != 1:
+        for name in ("max_retries", "keep_finished_s"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: {getattr(self, name)} is negative")
+        if self.spot_label.count("=") != 1 or not all(self.spot_label.split("=")):
             raise ValueError(f"spot_label: '{self.spot_label}' is not `label=value`")
         if self.data.num_gpus:
             raise ValueError("data.num_gpus: this is the pool without GPUs; set gpu.num_gpus")

@@ -85,6 +85,11 @@ class PrefectConfig:
                 raise ValueError(f"{name}: {value} is below 1")
         if self.cron is not None and self.interval_s is not None:
             raise ValueError("interval_s: cannot be joined with cron; set one of them to null")
+        if self.watch_lists_s is not None and self.when_busy == "skip":
+            raise ValueError(
+                "when_busy: skip would lose lists that appear while a run is at work, for which watch_lists_s starts "
+                "one; write queue, or set watch_lists_s to null"
+            )
         if self.timezone not in zoneinfo.available_timezones():
             raise ValueError(f"timezone: '{self.timezone}' is unknown; write a name such as UTC or Europe/Berlin")
         for block in self.notify:

@@ -182,7 +182,10 @@ def test_a_store_that_pods_cannot_reach_is_refused() -> None:
     [
         ({"name": "Un_clip"}, "no name for Kubernetes"),
         ({"secrets": ("AKIA/SECRET+VALUE",)}, "names here, and the values"),
+        ({"name": "2026-run"}, "a letter first"),
         ({"spot_label": "spot"}, "label=value"),
+        ({"spot_label": "="}, "label=value"),
+        ({"max_retries": -1}, "max_retries: -1 is negative"),
         ({"data": PoolConfig(num_gpus=1)}, "the pool without GPUs"),
     ],
 )
@@ -216,4 +219,8 @@ def test_lists_of_this_machine_are_refused(tmp_path: Path, capsys: pytest.Captur
     given = ["-s", "root=s3://bucket/store", "-s", "source={kind: urls, lists: [urls.csv]}"]
     assert main(["render", "kubernetes", str(QUICKSTART), *given, "-o", str(tmp_path)]) == 2
     assert "source.lists: 'urls.csv' is on this machine" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    claimed = ["-s", "root=/mnt/store", "-s", "kubernetes.store_claim=store"]
+    for place, code in (("/home/me/urls.csv", 2), ("/mnt/storehouse/urls.csv", 2), ("/mnt/store/urls.csv", 0)):
+        assert list(tmp_path.iterdir()) == []
+        lists = ["-s", f"source={{kind: urls, lists: [{place}]}}"]
+        assert main(["render", "kubernetes", str(QUICKSTART), *claimed, *lists, "-o", str(tmp_path)]) == code

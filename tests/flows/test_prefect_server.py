@@ -152,3 +152,15 @@ def test_state_folder_is_of_one_version_and_machine(tmp_path: Path, monkeypatch:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     assert not state_folder().is_relative_to(tmp_path)
+
+
+def test_a_user_without_a_home_has_a_state_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in a container whose user is a mere number."""
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.expanduser", _no_home)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert state_folder().parent == tmp_path
+
+
+def _no_home(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")

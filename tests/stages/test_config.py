@@ -75,6 +75,12 @@ def test_a_section_of_another_kind_takes_the_place_of_the_one_it_extends(tmp_pat
         ("prior.model.kind=foo", "prior.model.kind: \"foo\": input should be 'diffusion' or 'autoregressive'"),
         ("prior.num_streams=3", "prior.global_batch_size: 64 is not a multiple of num_streams: 3"),
         ("root=ftp://x", "root: ftp://x: no storage for scheme 'ftp'"),
+        ("root=''", "root: '' is empty"),
+        ("root=s3:/bucket/x", "root: 's3:/bucket/x' is neither a folder nor an address; write s3://bucket/x"),
+        ("root=s3:///x", "root: 's3:///x' names no bucket"),
+        ("root=s3://", "root: 's3://' names no bucket"),
+        ("root='~nobody-of-this-name/x'", "root: '~nobody-of-this-name/x': "),
+        ("cluster.metrics_port=99999", "cluster.metrics_port: 99999 is no port"),
         ("decoder", "write dotted.key=value"),
         ("seed.x=1", "'seed' is a single value, not a section"),
         ("root={", "not valid YAML"),
@@ -86,6 +92,10 @@ def test_a_mistake_is_named(override: str, message: str) -> None:
     assert message in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert caught.value.exit_code == 2
+
+
+def test_a_root_in_the_home_folder_is_one_for_every_command() -> None:
+    assert load_config(QUICKSTART, ["root='~/runs/mine'"]).root == str(Path("~/runs/mine").expanduser())
 
 
 def test_all_mistakes_are_named_at_once() -> None:
@@ -100,6 +110,7 @@ def test_all_mistakes_are_named_at_once() -> None:
         ("root: [", "not valid YAML"),
         ("- a\n- b\n", "holds list, not sections"),
         ("seed: 1\nseed: 2\n", "key 'seed' is given twice"),
+        ("root: {{ROOT}}\n", "a key is a list or a mapping; is this an unfilled template?"),
         ("extends: nowhere.yaml\n", "cannot read the config file"),
         ("extends: config.yaml\n", "extend each other in a circle"),
         ("extends: [a]\n", "is not a file name"),

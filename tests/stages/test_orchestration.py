@@ -33,6 +33,7 @@ def test_delays_double() -> None:
         ("timezone=Mars/North", "prefect.timezone: 'Mars/North' is unknown"),
         ("notify=[https://hooks.example/secret]", "is no block of Prefect; write kind/name"),
         ("concurrency=0", "prefect.concurrency: 0 is below 1"),
+        ("{watch_lists_s: 60, when_busy: skip}", "prefect.when_busy: skip would lose lists"),
     ],
 )
 def test_mistakes_are_refused(override: str, expected: str) -> None:
