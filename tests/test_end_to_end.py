@@ -61,14 +61,16 @@ class Place:
     """A store and how to run the pipeline on it."""
 
     root: str
-    given: str  # the root as the command line names it, relative to the folder around the watched one
     watched: Path  # the folder of the store on this disk, S3 or not
     environment: dict[str, str]
     port: int
+    config: Path | None = None  # a file that says all this
 
     def command(self, *extra: str) -> list[str]:
         unclip = str(Path(sys.executable).with_name("unclip"))
-        return [unclip, "run", str(TINY), "-s", f"root={self.given}", "-s", f"source.shapes.port={self.port}", *extra]
+        if self.config is not None:
+            return [unclip, "run", str(self.config), *extra]
+        return [unclip, "run", str(TINY), "-s", f"root={self.root}", "-s", f"source.shapes.port={self.port}", *extra]
 
     def run(self, *extra: str) -> subprocess.CompletedProcess[str]:
         return self.execute(self.command(*extra))
@@ -94,8 +96,8 @@ def port() -> int:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, port: int, prefect_state: Path) -> Place:
     folder = tmp_path_factory.mktemp("undisturbed") / "store"
-    place = Place(str(folder), folder.name, folder, {"XDG_STATE_HOME": str(prefect_state)}, port)
     config = folder.with_suffix(".yaml")
+    place = Place(str(folder), folder, {"XDG_STATE_HOME": str(prefect_state)}, port, config)
     values = {"extends": str(TINY), "root": place.root, "source": {"shapes": {"port": port}}}
     config.write_text(json.dumps(values))  # JSON is YAML
     # With the installation that these tests have, wherever it lies.
@@ -258,7 +260,7 @@ def disturbed(s3_server: str, tmp_path_factory: pytest.TempPathFactory, port: in
     state = tmp_path_factory.mktemp("disturbed")  # a Prefect server of its own, which meets the same accidents
     root = f"s3://bucket/{state.name}"
     environment = s3_environment(s3_server) | {"XDG_STATE_HOME": str(state)}
-    return Place(root, root, Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / state.name, environment, port)
+    return Place(root, Path(os.environ["TEST_S3_FOLDER"]) / "bucket" / state.name, environment, port)
 
 
 @pytest.mark.chaos
