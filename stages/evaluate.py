@@ -218,8 +218,7 @@ class Evaluate(Stage[EvaluateConfig]):
             keys += [sample.key for sample in part]
             captions += [sample.caption for sample in part]
             # Those of which pixels can tell something: tens of thousands of large images would not fit.
-            told = (pixel_check.parse_caption(sample.caption) is not None for sample in part)
-            images |= {sample.key: p for sample, p, tells in zip(part, pixels, told, strict=True) if tells}
+            images |= {s.key: p for s, p in zip(part, pixels, strict=True) if pixel_check.parse_caption(s.caption)}
         # Rounded as the real images' embeddings are, which come from the embed stage in half precision.
         features = np.concatenate(image_parts).astype(np.float16).astype(np.float64)
         texts = np.concatenate(text_parts).astype(np.float16).astype(np.float64)
@@ -267,7 +266,7 @@ class Evaluate(Stage[EvaluateConfig]):
 
     def _images_of(self, shard: Shard, wanted: ImageSet) -> dict[str, npt.NDArray[np.uint8]]:
         asked = zip(wanted.keys, wanted.captions, strict=True)
-        keys = frozenset(key for key, caption in asked if pixel_check.parse_caption(caption) is not None)
+        keys = frozenset(key for key, caption in asked if pixel_check.parse_caption(caption))
         return {
             sample.key: _pixels(sample.image)
             for role in _roles(shard, "images")

@@ -119,11 +119,14 @@ class Training(GangStage[TrainingC]):
     def named_results(self) -> Sequence[tuple[str, str]]:
         """See ``Stage.named_results``: further data sets, the one to validate on, the weights to start from."""
         config: Any = self.config
-        own = (None, self.root)
+
+        def is_here(named: Any) -> bool:
+            return named.root is None or storage.absolute(named.root) == storage.absolute(self.root)
+
         sets = [one for one in (*config.datasets, config.validation.dataset) if one is not None]
-        found = [("curate", one.fingerprint) for one in sets if one.root in own]
+        found = [("curate", one.fingerprint) for one in sets if is_here(one)]
         init = config.init_from
-        if init is not None and init.fingerprint is not None and init.root in own:
+        if init is not None and init.fingerprint is not None and is_here(init):
             found.append((init.stage or self.name, init.fingerprint))
         return found
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import pairwise
 
 import pyarrow.compute as pc
 
@@ -79,10 +80,9 @@ def withdraw(root: str, output: str, shard: Shard, again: Callable[[Shard, Seque
         shard: the shard, of which there is no record.
         again: as for ``with_retries``.
     """
-    first, *retries = with_retries(root, [shard], again)
-    for retry in retries:
+    # The last retry first: what is left at any moment can be found from the shard.
+    for asked, retry in reversed(list(pairwise(with_retries(root, [shard], again)))):
         storage.delete(record_uri(output, retry.id))
-    for asked in reversed((first, *retries[:-1]) if retries else ()):
         storage.delete(storage.join(_folder(root), asked.id + _SUFFIX))
 
 

@@ -211,7 +211,9 @@ def test_the_results_that_it_names_in_its_own_store_are_told(
     config = dataclasses.replace(
         DECODER,
         datasets=(OtherDataset(fingerprint="a" * 16, weight=0.5),),
-        validation=ValidationConfig(num_samples=4, dataset=CuratedSet(fingerprint="b" * 16, root=own["curate"].root)),
+        validation=ValidationConfig(
+            num_samples=4, dataset=CuratedSet(fingerprint="b" * 16, root=own["curate"].root + "/")
+        ),
         init_from=InitFrom(fingerprint="c" * 16, stage="upsampler_256"),
     )
     named = [("curate", "a" * 16), ("curate", "b" * 16), ("upsampler_256", "c" * 16)]
