@@ -52,15 +52,21 @@ def _rclone() -> str:
     return found
 
 
-@contextmanager
-def kept_logging() -> Iterator[None]:
-    """Put handlers and levels of loggers back, which commands that are called in this process set."""
-    from flows.logs import PACKAGES
+@pytest.fixture(autouse=True)
+def _plain_logging() -> Iterator[None]:
+    """Take back what commands called in this process, by a test or a fixture of its module, set for the process."""
+    _forget_console()
+    yield
+    _forget_console()
+
+
+def _forget_console() -> None:
+    from flows.logs import PACKAGES, ConsoleHandler
 
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-    yield
-    root.handlers[:], root.level = handlers, level
+    for handler in root.handlers[:]:
+        if isinstance(handler, ConsoleHandler):
+            root.removeHandler(handler)
     for name in PACKAGES:
         logging.getLogger(name).setLevel(logging.NOTSET)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +16,8 @@ from flows.cli import main
 from flows.selection import check_upstream, select
 from stages.errors import ConfigError
 from stages.graph import STAGE_NAMES
-from tests.conftest import kept_logging
 
 CONFIG = str(Path(__file__).parents[2] / "configs" / "quickstart.yaml")
-
-
-@pytest.fixture(autouse=True)
-def keep_logging() -> Iterator[None]:
-    with kept_logging():
-        yield
 
 
 def arguments(root: Path, num_images: int = 40, executor: str = "local") -> list[str]:

@@ -17,7 +17,6 @@ from flows.cli import main
 from flows.project import open_project
 from stages import storage
 from stages.manifest import Manifest
-from tests.conftest import kept_logging
 from tests.stages.data_run import Pictures, serving, write_list
 from tests.stages.small_store import run, small_clip
 from tests.stages.test_adopt import MAKE
@@ -28,11 +27,9 @@ STAGES = ("source", "download", "filter", "clip", "embed", "curate")
 
 
 @pytest.fixture(autouse=True)
-def keep_logging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # Torch sees no GPU then, whatever the machine has.
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let Torch see no GPU, whatever the machine has."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with kept_logging():
-        yield
 
 
 @pytest.fixture

@@ -41,7 +41,7 @@ from stages.lease import read_lease
 from stages.runner import run_stage
 from stages.storage import TEMPORARY_SUFFIX
 from tests.cluster.machines import machines
-from tests.conftest import free_port, kept_logging
+from tests.conftest import free_port
 from tests.flows.prefect_setup import (
     TOP,
     end,
@@ -149,7 +149,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     mark, auth = uuid.uuid4().hex, f"drill:{uuid.uuid4().hex}"
     asks = {"PREFECT_SERVER_API_AUTH_STRING": auth, AUTH: auth}
     with (
-        kept_logging(),
         pytest.MonkeyPatch.context() as patch,
         running_database() as database,
         running_server(home, **database, **asks) as url,
