@@ -14,7 +14,6 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +44,7 @@ from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
 from stages.mapped_memory import zeros_in_files
 from stages.sharded_state import Fragment, ShardedState, Snapshot
+from stages.state_file import StateFile, Stretch
 from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
@@ -170,14 +170,21 @@ class DeepSpeedEngine:
         """See ``Engine.snapshot``; in stage 0 all ranks hold the same, so the first one's counts."""
         return self._state.snapshot(self.rank) if self.rank == 0 or self._settings.zero_stage > 0 else None
 
-    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def needed(self, files: Mapping[str, Sequence[Stretch]]) -> list[str]:
         """See ``Engine.needed``."""
         return self._state.needed(files)
 
-    def load(self, files: Sequence[Path]) -> None:
+    def load(self, files: Iterable[StateFile]) -> None:
         """See ``Engine.load``."""
         self._state.load(files)
-        self._publish()
+
+    def publish(self) -> None:
+        """See ``Engine.publish``: of changed master weights, to the weights that DeepSpeed computes with."""
+        optimizer = self._engine.optimizer
+        if self._settings.zero_stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self._settings.zero_stage == 3:
+            _publish_stage_3(optimizer)
 
     def close(self) -> None:
         """Release DeepSpeed's hooks and buffers."""
@@ -187,15 +194,7 @@ class DeepSpeedEngine:
 
     def _exchange(self) -> None:
         self._state.exchange()
-        self._publish()
-
-    def _publish(self) -> None:
-        """Bring changed master weights to where the forward pass reads them."""
-        optimizer = self._engine.optimizer
-        if self._settings.zero_stage in (1, 2):
-            optimizer.update_lp_params()
-        elif self._settings.zero_stage == 3:
-            _publish_stage_3(optimizer)
+        self.publish()
 
     def _gathered(self, whole: bool) -> AbstractContextManager[Any]:
         """Hold all parameters on every rank, where that is asked for and they are partitioned."""

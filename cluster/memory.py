@@ -65,13 +65,15 @@ class TrainingShape:
 
     Attributes:
         sizes: elements of every trainable parameter.
-        fixed: bytes of frozen parameters and buffers.
+        fixed: bytes of frozen parameters and buffers, those of a frozen CLIP beside the model too.
         activations: of a micro batch.
+        drawing: bytes beside the weights while samples are drawn during the training; 0: none are.
     """
 
     sizes: Sequence[int]
     fixed: int
     activations: ActivationMemory
+    drawing: int = 0
 
 
 def shape_of(
@@ -111,13 +113,12 @@ def states_and_passing(
     part = -(-whole // world_size)
     accumulates = settings.num_micro_batches > 1
     if plain:
-        return RankMemory(
-            weights=whole + fixed, optimizer=2 * whole, averages=whole, gradients=whole, passing=activations.peak
-        )
+        passing = max(activations.peak, shape.drawing)
+        return RankMemory(weights=whole + fixed, optimizer=2 * whole, averages=whole, gradients=whole, passing=passing)
     zero = deepspeed_config(settings, sum(sizes))["zero_optimization"]
     if settings.zero_stage == 0:
         kept = activations.peak_beside(lambda done: whole if accumulates else done)
-        passing = max(kept, whole + min(whole, _F32 * _DENSE_BUCKET))
+        passing = max(kept, whole + min(whole, _F32 * _DENSE_BUCKET), shape.drawing)
         return RankMemory(weights=whole + fixed, optimizer=2 * whole, averages=whole, gradients=0, passing=passing)
     bucket = _F32 * zero["reduce_bucket_size"]
     buffers = bucket * (2 if zero.get("overlap_comm") else 1)
@@ -135,6 +136,9 @@ def states_and_passing(
         small = _F32 * sum(size for size in sizes if size < threshold)
         gradients, weights = part + bucket, part + small
         passing = _passing_of_stage_3(sizes, whole - small, activations, bucket, zero)
+        if shape.drawing:  # on every rank; the weights gathered for it go one by one, once they were used
+            passing = max(passing, whole - small + shape.drawing)
+    passing = max(passing, shape.drawing)
     if settings.offload_optimizer != "none":
         # The gradient's part, a staging copy of the weights (stages 1 and 2), and a parameter's gradient on its way.
         staging = part + 2 * _F32 * max(sizes) if settings.zero_stage < 3 else 0

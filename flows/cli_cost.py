@@ -106,7 +106,7 @@ class _Memory:
 
 def _memory(project: Project, machines: PriceTable | None) -> _Memory:
     """Estimate the trainings that are still to run; refuse those that do not fit the GPUs of the table."""
-    from cluster.memory_plan import RankMemories
+    from cluster.memory_plan import RankMemories, clip_text_bytes
     from cluster.memory_ways import check_fits, ways
     from stages.generator_config import GeneratorTraining
 
@@ -116,7 +116,7 @@ def _memory(project: Project, machines: PriceTable | None) -> _Memory:
         config = stage.config
         if not isinstance(config, GeneratorTraining) or project.states[name].manifest is not None:
             continue
-        memories = RankMemories()
+        memories = RankMemories(clip_text_bytes(project.config.clip))
         if limit is None or not config.gpus_per_rank:
             found.chosen[name] = memories.of(config)
         else:

@@ -109,6 +109,8 @@ def deploy(config: Config, name: str, work: Literal["run", "retrain"], **default
                 variables,
                 schedules=schedules,
                 schema=parameters.run_schema() if work == "run" else parameters.retrain_schema(),
+                concurrency=chosen.concurrency,
+                when_busy=chosen.when_busy,
                 defaults=defaults,
             )
             watcher = _register_watch(client, name, config, variables)
@@ -133,10 +135,11 @@ def _register(
     *,
     schedules: list[DeploymentScheduleCreate],
     schema: Mapping[str, Any],
+    concurrency: int | None,
+    when_busy: Literal["queue", "skip"],
     defaults: Mapping[str, Any] = MappingProxyType({}),
 ) -> UUID:
-    chosen = config.prefect
-    strategy = ConcurrencyLimitStrategy.ENQUEUE if chosen.when_busy == "queue" else ConcurrencyLimitStrategy.CANCEL_NEW
+    strategy = ConcurrencyLimitStrategy.ENQUEUE if when_busy == "queue" else ConcurrencyLimitStrategy.CANCEL_NEW
     return client.create_deployment(
         flow_id=client.create_flow_from_name(flow_name),
         name=name,
@@ -144,12 +147,12 @@ def _register(
         description=f"The unCLIP pipeline on `{config.root}`.",
         tags=["unclip"],
         schedules=schedules,
-        concurrency_limit=chosen.concurrency,
+        concurrency_limit=concurrency,
         concurrency_options=ConcurrencyOptions(collision_strategy=strategy),
         parameters={**defaults, "config": to_values(config), "name": name},
         parameter_openapi_schema=dict(schema),
         enforce_parameter_schema=True,
-        work_pool_name=chosen.pool,
+        work_pool_name=config.prefect.pool,
         job_variables=dict(variables),
         entrypoint=entrypoint,
         pull_steps=[],
@@ -167,16 +170,17 @@ def _register_watch(client: SyncPrefectClient, name: str, config: Config, variab
         client.delete_deployment(found.id)
         return None
     schedule = DeploymentScheduleCreate(schedule=IntervalSchedule(interval=timedelta(seconds=interval_s)), active=True)
-    watched = replace(config, prefect=replace(config.prefect, concurrency=1, when_busy="skip"))
     _register(
         client,
         name,
         WATCH_NAME,
         "flows.deployed.watch",
-        watched,
+        config,
         variables,
         schedules=[schedule],
         schema=parameters.watch_schema(),
+        concurrency=1,
+        when_busy="skip",  # the next look sees what this one would have
     )
     return f"{WATCH_NAME}/{name}"
 

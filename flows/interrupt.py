@@ -14,6 +14,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
@@ -24,7 +25,7 @@ from stages.lease import release_all
 logger = logging.getLogger(__name__)
 
 DEADLINE_S = 8.5
-_RELEASE_S = 1.0
+_LAST_ACTS_S = 1.0  # longer than that nobody waits for a store
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -56,6 +57,7 @@ class Interrupt:
         self._on_stop = on_stop
         self._takes_signals = takes_signals
         self._close: Callable[[], object] | None = None
+        self._note: Callable[[int], object] | None = None
         self._old_handlers: dict[int, Any] = {}
         self._is_active = False
         self._releasing: threading.Thread | None = None
@@ -64,6 +66,10 @@ class Interrupt:
         """Name what releases the workers, once they are up; called at the first signal, in a thread of its own."""
         self._close = close
         self.listen()
+
+    def notes(self, note: Callable[[int], object]) -> None:
+        """Name what writes down, with the exit code, that the run was cancelled; called before a hard end only."""
+        self._note = note
 
     def __enter__(self) -> Interrupt:
         self._old_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -120,9 +126,17 @@ class Interrupt:
             except Exception as error:  # this thread has nobody to raise it to
                 logger.warning("stopping: %s; something may go on", first_line(error))
 
+    def _write_down(self) -> None:
+        if self._note is not None:
+            self._note(self.exit_code)
+
     def _end_hard(self) -> None:
         threading.Event().wait(self._deadline_s)
-        release_all(timeout_s=_RELEASE_S)
+        ends_at = time.monotonic() + _LAST_ACTS_S
+        writing = threading.Thread(target=self._write_down, daemon=True)
+        writing.start()
+        release_all(timeout_s=_LAST_ACTS_S)
+        writing.join(max(0.0, ends_at - time.monotonic()))
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):
                 stream.flush()

@@ -49,6 +49,11 @@ class Recording:
         if self._traces is not None:
             self._traces.note_result(status, errors)
 
+    def close_cancelled(self, root: str, exit_code: int) -> None:
+        """Write that the run was cancelled, before its process ends hard."""
+        self.note_result("cancelled", [], exit_code)
+        self.close(root, None)
+
     def close(self, root: str, error: BaseException | None) -> None:
         """Write the end of the run."""
         status, errors, exit_code = self._result or _result_of(error)

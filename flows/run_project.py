@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from flows.interrupt import Interrupt
@@ -68,6 +69,7 @@ def run_project(
         from flows.tasks import Run
         from stages.generator_training import Training
 
+        interrupt.notes(partial(recording.close_cancelled, config.root))
         executor = open_executor(config.cluster, interrupt)
         run = Run(
             root=config.root,

@@ -1,4 +1,4 @@
-"""What a micro batch holds in memory while it is trained on, found by a rehearsal in which no tensor has content.
+"""What a batch holds in memory while it is trained on or drawn, found by a rehearsal in which no tensor has content.
 
 Forward and backward pass run on fake tensors (torch's ``FakeTensorMode``): every operation happens, in its order, with
 activation checkpointing and autocast, and only the storages are counted as they come and go. That takes seconds for
@@ -20,9 +20,12 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stages.engine import AUTOCAST
+from stages.engine import autocast
+from stages.engine_settings import EngineSettings, Precision
 from stages.flops import LossOfModel
 from unclip_models.randomness import SampleRandom
+
+Draw = Callable[[nn.Module, Mapping[str, Tensor]], object]
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class ActivationMemory:
 
 
 def activation_memory(
-    model: nn.Module, loss: LossOfModel, batch: Mapping[str, Tensor], *, num_samples: int, precision: str
+    model: nn.Module, loss: LossOfModel, batch: Mapping[str, Tensor], *, num_samples: int, precision: Precision
 ) -> ActivationMemory:
     """Rehearse one micro batch.
 
@@ -68,20 +71,51 @@ def activation_memory(
         num_samples: in the micro batch.
         precision: ``fp32``, ``bf16`` or ``fp16``.
     """
-    was_training = model.training
-    model.train()
-    try:
-        with FakeTensorMode(), torch.random.fork_rng(devices=()):
-            return _rehearse(model, loss, batch, num_samples, precision)
-    finally:
-        model.train(was_training)
+
+    def train(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        random = SampleRandom(0, 0, range(num_samples), "cpu")
+        with autocast(EngineSettings(precision=precision)):
+            value, _ = loss(model, batch, random)
+        value.backward()
+
+    return _rehearse(train, model, batch, num_samples, training=True)
+
+
+def drawing_memory(draw: Draw, model: nn.Module, batch: Mapping[str, Tensor], *, num: int, precision: Precision) -> int:
+    """Rehearse a drawing; returns the bytes of its worst moment, beside the weights.
+
+    Args:
+        draw: what is rehearsed.
+        model: see ``activation_memory``.
+        batch: likewise.
+        num: samples to draw at once.
+        precision: ``fp32``, ``bf16`` or ``fp16``.
+    """
+
+    def look(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+        with torch.no_grad(), autocast(EngineSettings(precision=precision)):
+            draw(model, batch)
+
+    return _rehearse(look, model, batch, num, training=False).peak
 
 
 def _rehearse(
-    model: nn.Module, loss: LossOfModel, batch: Mapping[str, Tensor], num_samples: int, precision: str
+    act: Callable[[nn.Module, Mapping[str, Tensor]], None],
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    num_samples: int,
+    *,
+    training: bool,
 ) -> ActivationMemory:
     state: dict[str, Any] = {}
-    with _Storages() as storages, contextlib.ExitStack() as hooks:
+    was_training = model.training
+    model.train(training)
+    with (
+        FakeTensorMode(),
+        torch.random.fork_rng(devices=()),
+        _Storages() as storages,
+        contextlib.ExitStack() as hooks,
+    ):
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
                 hooks.callback(module.register_forward_pre_hook(storages.use_weights).remove)
@@ -96,27 +130,22 @@ def _rehearse(
         }
         before = storages.live
         storages.begin()
-        random = SampleRandom(0, 0, range(num_samples), "cpu")
-        functional_call(_Pass(model, loss, precision), state, (inputs, random))
+        hooks.callback(model.train, was_training)
+        functional_call(_Act(act, model), state, (inputs,))
     stretches = [(done, start - before, peak - before) for done, start, peak in storages.stretches]
     return ActivationMemory(stretches, storages.forward_peak - before)
 
 
-class _Pass(nn.Module):
-    """Forward and backward pass as one call: a backward pass that recomputes activations needs the fake weights too."""
+class _Act(nn.Module):
+    """What is rehearsed as one call: a backward pass that recomputes activations needs the fake weights too."""
 
-    def __init__(self, model: nn.Module, loss: LossOfModel, precision: str) -> None:
+    def __init__(self, act: Callable[[nn.Module, Mapping[str, Tensor]], None], model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._loss = loss
-        self._precision = precision
+        self._act = act
 
-    def forward(self, batch: Mapping[str, Tensor], random: SampleRandom) -> None:
-        """Do both."""
-        dtype = AUTOCAST.get(self._precision)
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            value, _ = self._loss(self.model, batch, random)
-        value.backward()
+    def forward(self, batch: Mapping[str, Tensor]) -> None:
+        self._act(self.model, batch)
 
 
 class _Storages(TorchDispatchMode):

@@ -11,13 +11,12 @@ Layout::
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,8 @@ from stages import storage
 from stages.engine import Engine, files_to_load
 from stages.errors import IntegrityError, NotFoundError, StorageError, UnclipError
 from stages.metrics import METRICS_NAME
-from stages.sharded_state import RANK_FILE, assemble, stored_stretches
+from stages.sharded_state import assemble
+from stages.state_file import RANK_FILE, StateFile
 from stages.step_guard import GUARD_NAME
 from stages.storage import Written
 
@@ -164,17 +164,16 @@ class CheckpointFolder:
         """
         steps = engine.gather(self.steps())[0]
         for number, step in enumerate(steps):
-            with contextlib.ExitStack() as stack:
-                fetched = self._try_fetch(engine, step, stack)
-                found = engine.gather(fetched if isinstance(fetched, _Unusable) else None)
-                problems = sorted((problem for problem in found if problem), key=lambda problem: problem.is_damaged)
-                if not problems:
-                    assert not isinstance(fetched, _Unusable)
-                    engine.load(fetched[0])
-                    # Among the newest ones they would push out whole ones.
-                    if (problem := self._forget_records(engine, steps[:number])) is not None:
-                        raise StorageError(problem)
-                    return Resumed(step, *fetched[1:])
+            loaded = self._try_load(engine, step)
+            found = engine.gather(loaded if isinstance(loaded, _Unusable) else None)
+            problems = sorted((problem for problem in found if problem), key=lambda problem: problem.is_damaged)
+            if not problems:
+                assert isinstance(loaded, Resumed)
+                engine.publish()
+                # Among the newest ones they would push out whole ones.
+                if (problem := self._forget_records(engine, steps[:number])) is not None:
+                    raise StorageError(problem)
+                return loaded
             if not problems[0].is_damaged:
                 raise StorageError(
                     f"the checkpoint of step {step} cannot be read at present ({problems[0].why}); once it can, run "
@@ -218,19 +217,17 @@ class CheckpointFolder:
         """
         record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
         names = sorted(name for name in record.files if RANK_FILE.fullmatch(name))
-        with contextlib.ExitStack() as stack:
-            return assemble([self._fetch(record, name, stack) for name in names], shapes)
+        return assemble((self._state_file(record, name) for name in names), shapes)
 
-    def _try_fetch(
-        self, engine: Engine, step: int, stack: contextlib.ExitStack
-    ) -> tuple[Sequence[Path], bytes, bytes] | _Unusable:
-        """Get this rank's files of a checkpoint, checked; or say in a few words why that is impossible."""
+    def _try_load(self, engine: Engine, step: int) -> Resumed | _Unusable:
+        """Load this rank's part of a checkpoint, checked; or say in a few words why that is impossible."""
         try:
             record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
             names = self._needed(record, files_to_load(record.files, record.layout, engine), engine)
-            paths = [self._fetch(record, name, stack) for name in names]
-            guard = self._fetch(record, GUARD_NAME, stack).read_bytes() if GUARD_NAME in record.files else b""
-            return paths, self._fetch(record, METRICS_NAME, stack).read_bytes(), guard
+            metrics = self._content(record, METRICS_NAME)
+            guard = self._content(record, GUARD_NAME) if GUARD_NAME in record.files else b""
+            engine.load(self._state_file(record, name) for name in names)
+            return Resumed(step, metrics, guard)
         except UnclipError as error:
             return _Unusable(f"{error}", isinstance(error, IntegrityError | NotFoundError))
 
@@ -238,9 +235,8 @@ class CheckpointFolder:
         """Leave out the files that hold nothing of this rank; each of the others is read whole, to check it."""
         if len(names) < 2:
             return names
-        uris = {name: storage.join(self.uri_of(record.step), name) for name in names}
         try:
-            needed = engine.needed({name: stored_stretches(partial(storage.read_range, uris[name])) for name in names})
+            needed = engine.needed({name: self._state_file(record, name).stretches() for name in names})
         except IntegrityError:
             return names  # a damaged head, or one spoiled on its way: to read the whole file tells which
         logger.debug(
@@ -248,16 +244,24 @@ class CheckpointFolder:
         )
         return needed
 
-    def _fetch(self, record: Checkpoint, name: str, stack: contextlib.ExitStack) -> Path:
+    def _state_file(self, record: Checkpoint, name: str) -> StateFile:
+        return StateFile(*self._place(record, name))
+
+    def _content(self, record: Checkpoint, name: str) -> bytes:
+        """Read a small file, checked."""
+        uri, wanted = self._place(record, name)
+        for _ in range(1 if storage.is_local(uri) else 2):  # what was spoiled on its way is whole the second time
+            content = storage.read_bytes(uri)
+            if Written(sha256=hashlib.sha256(content).hexdigest(), num_bytes=len(content)) == wanted:
+                return content
+        raise IntegrityError(f"{uri}: differs from its record, it is damaged")
+
+    def _place(self, record: Checkpoint, name: str) -> tuple[str, Written]:
+        """Say where a file is, and what it was when it was written."""
         uri = storage.join(self.uri_of(record.step), name)
         if name not in record.files:
             raise IntegrityError(f"{uri}: not named in the checkpoint's record")
-        wanted = record.files[name]
-        for _ in range(1 if storage.is_local(uri) else 2):  # what was spoiled on its way is whole the second time
-            path = stack.enter_context(storage.local_copy(uri))
-            if path.stat().st_size == wanted.num_bytes and storage.sha256_of(path) == wanted.sha256:
-                return path
-        raise IntegrityError(f"{uri}: differs from its record, it is damaged")
+        return uri, record.files[name]
 
     def _retain(self) -> None:
         """Delete all but the newest and the permanent checkpoints, and what broken-off writes left before them."""

@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 import torch
@@ -26,7 +25,8 @@ from stages.compute_clock import ComputeClock
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError
 from stages.loss_scale import LossScale
-from stages.sharded_state import RANK_FILE, Fragment, ShardedState, Snapshot, rank_file
+from stages.sharded_state import Fragment, ShardedState, Snapshot
+from stages.state_file import RANK_FILE, StateFile, Stretch, rank_file
 from unclip_models.randomness import SampleRandom
 
 T = TypeVar("T")
@@ -131,26 +131,33 @@ class Engine(Protocol):
         """Copy this rank's part of the state; None where another rank holds the same and writes it."""
         ...
 
-    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def needed(self, files: Mapping[str, Sequence[Stretch]]) -> list[str]:
         """Choose the state files that hold something of this rank.
 
         Args:
-            files: of a checkpoint: name -> key of a stretch -> elements, as ``stored_stretches`` reads them.
+            files: of a checkpoint: name -> what it holds.
 
         Returns:
             Their names in the same order, one at least; all of them, if together they lack something.
         """
         ...
 
-    def load(self, files: Sequence[Path]) -> None:
-        """Take up a saved state.
+    def load(self, files: Iterable[StateFile]) -> None:
+        """Take up a saved state, which is in force after ``publish``.
+
+        If it fails, what the engine holds is good for nothing but to load another one.
 
         Args:
             files: those named by ``files_to_load``, or of these the ``needed`` ones.
 
         Raises:
-            IntegrityError: if the files do not hold the whole state of this model.
+            IntegrityError: if a file is damaged, or they do not hold the whole state of this model.
+            StorageError: if a file cannot be read.
         """
+        ...
+
+    def publish(self) -> None:
+        """Bring a state that all ranks have loaded to where the forward pass reads it (collective)."""
         ...
 
     def close(self) -> None:
@@ -202,7 +209,7 @@ class TorchEngine:
         fragments = _whole_fragments(self._params)
         self._scale = loss_scale(settings)
         self._state = ShardedState([self._weights], fragments, optimizer, settings.ema_decay, self._scale)
-        self._publish()
+        self.publish()
 
     def step(
         self, micro_batches: Iterable[MicroBatch], learning_rate: float, accepts: Accept = is_finite
@@ -264,21 +271,21 @@ class TorchEngine:
         """See ``Engine.snapshot``; all ranks hold the same, so the first one's counts."""
         return self._state.snapshot(0) if self.rank == 0 else None
 
-    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def needed(self, files: Mapping[str, Sequence[Stretch]]) -> list[str]:
         """See ``Engine.needed``."""
         return self._state.needed(files)
 
-    def load(self, files: Sequence[Path]) -> None:
+    def load(self, files: Iterable[StateFile]) -> None:
         """See ``Engine.load``."""
         self._state.load(files)
 
-    def close(self) -> None:
-        """Nothing to release."""
-
-    def _publish(self) -> None:
-        """Start all ranks from the first one's weights."""
+    def publish(self) -> None:
+        """Let all ranks have the first one's weights: what they begin with, and after a ``load`` no news to anyone."""
         if self.world_size > 1:
             dist.broadcast(self._weights.detach(), src=0)
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 def _flatten(params: Mapping[str, nn.Parameter], device: torch.device) -> tuple[nn.Parameter, Tensor]:
@@ -357,9 +364,13 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def autocast(settings: EngineSettings) -> torch.autocast:
-    """Return the context in which losses are computed: half precision where it is safe, or nothing."""
+    """Return the context in which losses are computed: half precision where it is safe, or nothing.
+
+    Weights in half precision are kept for a backward pass only; else half the model would lie beside the whole one.
+    """
     dtype = AUTOCAST.get(settings.precision)
-    return torch.autocast(settings.device, dtype=dtype, enabled=dtype is not None)
+    kept = torch.is_grad_enabled()
+    return torch.autocast(settings.device, dtype=dtype, enabled=dtype is not None, cache_enabled=kept)
 
 
 def loss_scale(settings: EngineSettings) -> LossScale | None:

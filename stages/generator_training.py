@@ -231,7 +231,7 @@ class Training(GangStage[TrainingC]):
     @property
     def reads_clip_text(self) -> bool:
         """Whether the model reads the frozen CLIP's text instead of encoding captions itself."""
-        return getattr(getattr(self.config.model, "text", None), "kind", "own") == "clip"
+        return reads_clip_text(self.config.model)
 
     def extra_files(self, inputs: Mapping[str, Manifest]) -> dict[str, File]:
         """Return further input files, by role: the CLIP, where its text is read."""
@@ -311,7 +311,7 @@ class Training(GangStage[TrainingC]):
         from unclip_models.clip import ClipModel
 
         with checked_copy(self.root, shard.inputs["clip"]) as path:
-            return ClipModel.load(path, self._device)
+            return ClipModel.load(path).keep_text().to(self._device)
 
     @property
     def _device(self) -> torch.device:
@@ -491,6 +491,11 @@ class Training(GangStage[TrainingC]):
                     "num_parameters": float(sum(param.numel() for param in model.parameters())),
                 },
             )
+
+
+def reads_clip_text(model: Any) -> bool:
+    """Tell whether a model, by its config, reads the frozen CLIP's text instead of encoding captions itself."""
+    return getattr(getattr(model, "text", None), "kind", "own") == "clip"
 
 
 def _without_place(validation: ValidationConfig) -> dict[str, Any]:

@@ -78,14 +78,12 @@ class Painter:
         """
         batch, indices = self._batch(device)
         generators = [torch.Generator().manual_seed((self._seed + index) % (1 << 63)) for index in indices]
+        drawn = draw(model, batch, self._config, generators)
         if isinstance(model, DiffusionPrior | ARPrior):
-            return Drawn(numbers=self._cosines(model, batch, generators))
-        if isinstance(model, Decoder):
-            return Drawn(picture=_grid(batch["image"], self._decoded(model, batch, generators)))
+            return Drawn(numbers=_cosines(batch, drawn.float()))
         if isinstance(model, Upsampler):
-            small = downsample(batch["image"], model.config.input_size)
-            return Drawn(picture=_grid(small, self._enlarged(model, small, generators), batch["image"]))
-        raise TypeError(f"{type(model).__name__} draws nothing")
+            return Drawn(picture=_grid(_shrunk(model, batch), drawn, batch["image"]))
+        return Drawn(picture=_grid(batch["image"], drawn))
 
     def _batch(self, device: torch.device) -> tuple[Mapping[str, Tensor], Sequence[int]]:
         if self._loaded is None:
@@ -94,46 +92,65 @@ class Painter:
             self._loaded = self._complete(batch.part(0, count, device)), batch.indices
         return self._loaded
 
-    def _cosines(
-        self, model: DiffusionPrior | ARPrior, batch: Mapping[str, Tensor], generators: Sequence[torch.Generator]
-    ) -> dict[str, float]:
-        true, text = batch["image_embedding"], batch["text_embedding"]
-        options: dict[str, Any] = {"steps": self._steps(model)} if isinstance(model, DiffusionPrior) else {}
-        drawn = model.sample(
+
+def draw(
+    model: nn.Module, batch: Mapping[str, Tensor], config: SamplesConfig, generators: Sequence[torch.Generator]
+) -> Tensor:
+    """Draw one sample of every row of a batch.
+
+    Args:
+        model: in evaluation mode.
+        batch: whole held-out samples, on the model's device.
+        config: the settings.
+        generators: one per row, of the noise.
+
+    Returns:
+        Image embeddings ``(N, D)`` of a prior, images ``(N, 3, s, s)`` in [-1, 1] of the others.
+
+    Raises:
+        TypeError: for a model that draws nothing.
+    """
+    if isinstance(model, DiffusionPrior | ARPrior):
+        options: dict[str, Any] = {"steps": _steps(model, config)} if isinstance(model, DiffusionPrior) else {}
+        return model.sample(
             batch["tokens"],
-            text,
+            batch["text_embedding"],
             **options,
-            guidance_scale=self._config.guidance_scale,
+            guidance_scale=config.guidance_scale,
             generators=generators,
             num_candidates=1,
             text_sequence=batch.get("text_sequence"),
-        ).float()
-        pairs = {"image": (drawn, true), "text": (drawn, text), "true": (true, text)}
-        return {f"sample_cosine_{name}": float(F.cosine_similarity(a, b).mean()) for name, (a, b) in pairs.items()}
-
-    def _decoded(self, model: Decoder, batch: Mapping[str, Tensor], generators: Sequence[torch.Generator]) -> Tensor:
+        )
+    if isinstance(model, Decoder):
         return model.sample(
             batch[model.config.condition_on],
             batch["tokens"],
-            steps=self._steps(model),
-            guidance_scale=self._config.guidance_scale,
+            steps=_steps(model, config),
+            guidance_scale=config.guidance_scale,
             sampler="ddim",
             generators=generators,
             clip_text=features_of(batch),
         )
-
-    def _enlarged(self, model: Upsampler, small: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    if isinstance(model, Upsampler):
+        small, steps = _shrunk(model, batch), _steps(model, config)
         size = len(small) if model.config.image_size**2 <= _PX_AT_ONCE else 1
-        parts = range(0, len(small), size)
-        return torch.cat(
-            [
-                model.sample(small[i : i + size], steps=self._steps(model), generators=generators[i : i + size])
-                for i in parts
-            ]
-        )
+        parts = (slice(i, i + size) for i in range(0, len(small), size))
+        return torch.cat([model.sample(small[part], steps=steps, generators=generators[part]) for part in parts])
+    raise TypeError(f"{type(model).__name__} draws nothing")
 
-    def _steps(self, model: DiffusionPrior | Decoder | Upsampler) -> int:
-        return min(self._config.steps, model.diffusion.num_timesteps)
+
+def _steps(model: DiffusionPrior | Decoder | Upsampler, config: SamplesConfig) -> int:
+    return min(config.steps, model.diffusion.num_timesteps)
+
+
+def _shrunk(model: Upsampler, batch: Mapping[str, Tensor]) -> Tensor:
+    return downsample(batch["image"], model.config.input_size)
+
+
+def _cosines(batch: Mapping[str, Tensor], drawn: Tensor) -> dict[str, float]:
+    true, text = batch["image_embedding"], batch["text_embedding"]
+    pairs = {"image": (drawn, true), "text": (drawn, text), "true": (true, text)}
+    return {f"sample_cosine_{name}": float(F.cosine_similarity(a, b).mean()) for name, (a, b) in pairs.items()}
 
 
 def _grid(*rows: Tensor) -> Pixels:

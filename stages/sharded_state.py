@@ -1,44 +1,31 @@
-"""The state of a training on one rank: weights, moving averages and moments, and their files.
+"""The state of a training on one rank: weights, moving averages and moments, and their way into a file and back.
 
 Every engine keeps float32 master weights in flat tensors. A ``Fragment`` says which stretch of which parameter lies
-where, and a file holds the stretches by name. One format therefore serves every engine, ZeRO stage and number of ranks;
-another world size reads the same checkpoint. Files are safetensors: reading one executes nothing.
+where, and a file (``stages/state_file.py``) holds the stretches by name. One format therefore serves every engine, ZeRO
+stage and number of ranks; another world size reads the same checkpoint.
 
 Buffers of the model are not kept: in these models they are constants, set before the training starts.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import math
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from stages.adamw import FlatAdamW
 from stages.errors import IntegrityError
 from stages.loss_scale import LossScale
 from stages.mapped_memory import Allocate
+from stages.state_file import StateFile, Stretch, rank_file, write_state
 from unclip_models.ema import ema_update, warmed_up_decay
 
 # What is kept of every weight: the weight itself, its moving average, and Adam's two moments.
 KINDS = ("param", "ema", "exp_avg", "exp_avg_sq")
 _EXCHANGED = 1 << 24  # elements swapped at once: 64 MiB of memory beside weights and averages
-_SIZE_BYTES, _MOST_OF_A_HEAD = 8, 100_000_000  # of safetensors: the size of the head in front of it, and its limit
-RANK_FILE = re.compile(r"rank-\d{4}\.safetensors")
-
-
-def rank_file(rank: int) -> str:
-    """Return the name of a rank's state file."""
-    return f"rank-{rank:04d}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,7 +66,7 @@ class Snapshot:
     def write(self, folder: Path) -> None:
         """Write the rank's file into a local folder."""
         metadata = {"num_updates": str(self.num_updates), **self.loss_scale}
-        save_file(dict(self.tensors), folder / rank_file(self.rank), metadata=metadata)
+        write_state(folder / rank_file(self.rank), self.tensors, metadata)
 
 
 class ShardedState:
@@ -140,41 +127,44 @@ class ShardedState:
                 weights.copy_(averages)
                 averages.copy_(kept)
 
-    def needed(self, files: Mapping[str, Mapping[str, int]]) -> list[str]:
+    def needed(self, files: Mapping[str, Sequence[Stretch]]) -> list[str]:
         """See ``Engine.needed``."""
         targets = self._targets()
-        found = {}
-        for file, stretches in files.items():
-            parts = ((*split_key(key), length) for key, length in stretches.items())
-            found[file] = sum(
-                max(0, min(start + length, f.start + f.length) - max(start, f.start))
-                for kind, name, start, length in parts
-                if kind == KINDS[0]  # every kind is kept of every stretch
-                for f in targets.get(name, ())
+        found = {
+            file: sum(
+                max(0, last - first)
+                for stretch in stretches
+                if stretch.kind == KINDS[0]  # every kind is kept of every stretch
+                for f in targets.get(stretch.name, ())
+                for first, last in [_overlap(f, stretch.start, stretch.end - stretch.begin)]
             )
+            for file, stretches in files.items()
+        }
         if sum(found.values()) != sum(f.length for f in self.fragments):
             return list(files)  # something is missing or was misread: to load all tells what
         return [file for file in files if found[file]] or list(files)[:1]  # which also counts the updates
 
-    def load(self, files: Sequence[Path]) -> None:
-        """Fill every fragment from the files; see ``Engine.load``."""
+    def load(self, files: Iterable[StateFile]) -> None:
+        """Fill every fragment from the files, one after another; see ``Engine.load``."""
         targets = self._targets()
         for master in self.masters:
             self.optimizer.reset(master)
+
+        def take(kind: str, name: str, start: int, values: Tensor) -> int:
+            return sum(self._copy(values, kind, start, fragment) for fragment in targets.get(name, ()))
+
         wanted = sum(f.length for f in self.fragments) * len(KINDS)
         covered = 0
-        for path in files:
-            with _opened(path) as file:
-                self.num_updates = int(file.metadata()["num_updates"])
-                if self.loss_scale is not None:
-                    self.loss_scale.load(file.metadata())
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    kind, name, start = split_key(key)
-                    covered += sum(self._copy(file, key, kind, start, f) for f in targets.get(name, ()))
+        for file in files:
+            num_taken, metadata = file.read(take)
+            covered += num_taken
+            self.num_updates = int(metadata["num_updates"])
+            if self.loss_scale is not None:
+                self.loss_scale.load(metadata)
         if covered != wanted:
             raise IntegrityError(
-                f"checkpoint files {[path.name for path in files]} hold {covered} of the {wanted} numbers that this "
-                "model needs; they belong to another model"
+                f"the checkpoint's files hold {covered} of the {wanted} numbers that this model needs; they belong to "
+                "another model"
             )
         for master in self.masters:
             self.optimizer.state[master]["step"].fill_(float(self.num_updates))
@@ -186,16 +176,13 @@ class ShardedState:
             found.setdefault(fragment.name, []).append(fragment)
         return found
 
-    def _copy(self, file: Any, key: str, kind: str, start: int, target: Fragment) -> int:
-        """Copy where a stored stretch and a fragment overlap; return how many elements that were."""
-        stored = file.get_slice(key)
-        length: int = stored.get_shape()[0]
-        first = max(start, target.start)
-        last = min(start + length, target.start + target.length)
+    def _copy(self, values: Tensor, kind: str, start: int, target: Fragment) -> int:
+        """Copy where stored numbers and a fragment overlap; return how many elements that were."""
+        first, last = _overlap(target, start, len(values))
         if first >= last:
             return 0
         self._stretch(kind, target)[first - target.start : last - target.start].copy_(
-            stored[first - start : last - start]
+            values[first - start : last - start]
         )
         return last - first
 
@@ -219,34 +206,13 @@ class ShardedState:
         return values.to("cpu", copy=True) if self._zeros_elsewhere is None else self._clone(values)
 
 
-def split_key(key: str) -> tuple[str, str, int]:
-    """Split the name of a stored stretch into kind, parameter and first element."""
-    kind, _, rest = key.partition("/")
-    name, _, start = rest.rpartition("/")
-    return kind, name, int(start)
+def _overlap(fragment: Fragment, start: int, length: int) -> tuple[int, int]:
+    """Return which elements of the parameter lie both in a fragment and in a stretch; none if the first is not less."""
+    return max(start, fragment.start), min(start + length, fragment.start + fragment.length)
 
 
-def stored_stretches(read: Callable[[int, int], bytes]) -> dict[str, int]:
-    """Read from the head of a state file, and nothing else of it, which stretches it holds: key -> elements.
-
-    Args:
-        read: gives the bytes of the file from its first argument to before its second.
-
-    Raises:
-        IntegrityError: if that is no head of a state file.
-    """
-    num_bytes = int.from_bytes(read(0, _SIZE_BYTES), "little")
-    try:
-        if num_bytes > _MOST_OF_A_HEAD:
-            raise ValueError(f"of {num_bytes} bytes")
-        head = json.loads(read(_SIZE_BYTES, _SIZE_BYTES + num_bytes))
-        return {key: math.prod(entry["shape"]) for key, entry in head.items() if key != "__metadata__"}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise IntegrityError(f"not the head of a state file ({error})") from error
-
-
-def assemble(files: Sequence[Path], shapes: Mapping[str, torch.Size], kind: str = "ema") -> dict[str, Tensor]:
-    """Put whole parameters together from the state files of all ranks.
+def assemble(files: Iterable[StateFile], shapes: Mapping[str, torch.Size], kind: str = "ema") -> dict[str, Tensor]:
+    """Put whole parameters together from the state files of all ranks; float32, on the CPU.
 
     Args:
         files: of one checkpoint.
@@ -254,28 +220,18 @@ def assemble(files: Sequence[Path], shapes: Mapping[str, torch.Size], kind: str 
         kind: one of ``KINDS``.
 
     Raises:
-        IntegrityError: if some elements are in no file.
+        IntegrityError: if a file is damaged, or some elements are in none.
+        StorageError: if a file cannot be read.
     """
     whole = {name: torch.zeros(shape.numel(), dtype=torch.float32) for name, shape in shapes.items()}
-    covered = dict.fromkeys(whole, 0)
-    for path in files:
-        with _opened(path) as file:
-            for key in file.keys():  # noqa: SIM118 - not a dict
-                stored_kind, name, start = split_key(key)
-                if stored_kind != kind or name not in whole:
-                    continue
-                values = file.get_tensor(key)
-                whole[name][start : start + len(values)] = values
-                covered[name] += len(values)
-    if gaps := [name for name, shape in shapes.items() if covered[name] != shape.numel()]:
-        raise IntegrityError(f"checkpoint lacks parts of {gaps[0]} and {len(gaps) - 1} more parameters; train again")
+
+    def take(stored_kind: str, name: str, start: int, values: Tensor) -> int:
+        if stored_kind != kind or name not in whole:
+            return 0
+        whole[name][start : start + len(values)] = values
+        return len(values)
+
+    covered = sum(file.read(take)[0] for file in files)
+    if covered != (wanted := sum(len(values) for values in whole.values())):
+        raise IntegrityError(f"the checkpoint holds {covered} of the {wanted} weights of this model; train again")
     return {name: whole[name].view(shape) for name, shape in shapes.items()}
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{path}: not a whole state file ({error})") from error

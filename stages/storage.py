@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -41,7 +42,6 @@ SCHEMES = ("s3",)
 # Seconds between our own attempts; the libraries below have had several quick ones by then.
 _RETRY_WAITS_S = (0.2, 0.6, 1.8)
 _ONE_REQUEST_BYTES = 16 << 20  # what is larger is read faster in parts
-_PRECONDITION_FAILED = 412
 _LIBRARIES = frozenset({"botocore", "aiobotocore", "aiohttp", "s3fs"})
 _LASTING_ERRNOS = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.EINVAL, errno.ENOSPC, errno.EDQUOT})
 
@@ -181,7 +181,12 @@ def read_range(uri: str, start: int, end: int) -> bytes:
 
     def request() -> bytes:
         if not is_local(uri):
-            return bytes(_remote().cat_file(uri, start=start, end=end))
+            try:
+                return bytes(_remote().cat_file(uri, start=start, end=end))
+            except OSError as error:
+                if _status(error) == HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE:
+                    return b""
+                raise
         with Path(uri).open("rb") as file:
             file.seek(start)
             return file.read(end - start)
@@ -293,8 +298,7 @@ def put_object(uri: str, data: bytes, **condition: str) -> str | None:
         try:
             return str(_remote().call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)["ETag"])
         except OSError as error:
-            answer = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {})
-            if answer.get("HTTPStatusCode") == _PRECONDITION_FAILED:
+            if _status(error) == HTTPStatus.PRECONDITION_FAILED:
                 return None
             raise
 
@@ -509,6 +513,12 @@ def explained(action: str, uri: str, request: Callable[[], T]) -> T:
         if not _from_library(error):
             raise
         raise StorageError(f"cannot {action} {uri}: {_remedy(error, uri)}") from error
+
+
+def _status(error: OSError) -> int | None:
+    """Return the status of S3's answer that s3fs made an error of."""
+    status: int | None = getattr(error.__cause__, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
 
 
 def _from_library(error: BaseException) -> bool:

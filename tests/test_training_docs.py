@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from cluster.memory import shape_of, states_and_passing
+from cluster.memory_plan import RankMemories, clip_text_bytes
 from stages.config import Config, load_config
 from stages.example_batch import example_batch
 from stages.flops import flops_per_sample
@@ -69,6 +70,15 @@ def test_the_configs_use_the_gpus_they_are_for_and_leave_the_training_as_publish
         engine_settings(getattr(configs[512], n), getattr(configs[512], n).num_ranks).num_micro_batches == 1
         for n in MODELS
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("config", ["paper", "paper_ar"])
+def test_the_papers_trainings_fit_cards_of_80_gb(config: str, name: str) -> None:
+    loaded = load_config(TOP / "configs" / f"{config}.yaml")
+    planned = RankMemories(clip_text_bytes(loaded.clip)).of(getattr(loaded, name))
+    assert planned.on_device / GIB < 60, "libraries and fragmentation need room, too"
 
 
 @pytest.mark.slow

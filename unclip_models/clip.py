@@ -132,6 +132,11 @@ class ClipModel(nn.Module):
         self.requires_grad_(False)
         return self.eval()
 
+    def keep_text(self) -> ClipModel:
+        """Let go of the vision tower, where captions alone are encoded; return the model."""
+        del self.model.visual
+        return self
+
     @property
     def image_size(self) -> int:
         """Side of the vision tower's input in px."""

@@ -25,6 +25,20 @@ def build_open_clip(model_config: Mapping[str, Any]) -> nn.Module:
     return cast(nn.Module, (CustomTextCLIP if model_config.get("custom_text") else CLIP)(**values))
 
 
+def published_shape(name: str) -> dict[str, Any] | None:
+    """Look the architecture of a published model up, in open_clip's JSON form; None where only its weights tell it.
+
+    Args:
+        name: as for ``ClipModel.from_pretrained``.
+    """
+    from open_clip.factory import get_model_config
+
+    if name.startswith(SELF_CONTAINED):
+        return None
+    found: dict[str, Any] | None = get_model_config(name.partition("/")[0])
+    return found
+
+
 def load_published(
     name: str, weights: str | None, quick_gelu: bool | None, cache_dir: str | None, device: torch.device | str
 ) -> tuple[nn.Module, dict[str, Any], ClipPreprocess, str]:

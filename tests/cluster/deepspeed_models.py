@@ -12,7 +12,9 @@ from torch import nn
 from cluster.deepspeed_engine import DeepSpeedEngine
 from stages.engine import Engine, TorchEngine
 from stages.engine_settings import EngineSettings, Precision
+from stages.sample_grids import draw
 from stages.training import model_loss
+from stages.validation_config import SamplesConfig
 from tests.unclip_models.golden_curves import BATCH, CONFIGS, images_for, make_batch
 from unclip_models.checkpoint import build
 from unclip_models.randomness import SampleRandom
@@ -29,7 +31,7 @@ def compute_twice(name: str, world_size: int) -> dict[str, Any]:
 
     Returns:
         ``plain``, and for every stage ``kept <stage>`` and ``twice <stage>``: ``rows``, loss and norm of every step;
-        ``calls``, how often a module was called.
+        ``calls``, how often a module was called; ``drawn``, numbers of samples drawn with the averaged weights, twice.
     """
     settings = EngineSettings(
         micro_batch_size=_MICRO_BATCH_SIZE,
@@ -75,5 +77,18 @@ def _train(engine: Engine, name: str) -> dict[str, Any]:
         result = engine.step(parts, 2e-3)
         rows.append([result.loss, result.grad_norm])
     handle.remove()
+    drawn = [_drawn(engine, {key: values[:2] for key, values in batch.items()}) for _ in range(2)]
     engine.close()
-    return {"rows": rows, "calls": calls}
+    return {"rows": rows, "calls": calls, "drawn": drawn}
+
+
+def _drawn(engine: Engine, batch: dict[str, Any]) -> list[float]:
+    """Draw two samples, as a training does that looks at them, and return some of their numbers."""
+    samples = SamplesConfig(steps=3, guidance_scale=2.0)
+    with engine.evaluating(averaged=True, whole=True) as model:
+        if engine.rank and not engine.partitioned:
+            return []
+        drawn = draw(
+            model, batch, samples, [torch.Generator().manual_seed(seed) for seed in range(len(batch["tokens"]))]
+        )
+    return [float(number) for number in drawn.flatten()[:: max(drawn.numel() // 16, 1)]]

@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,17 @@ import torch
 import torch.distributed as dist
 
 from cluster.deepspeed_engine import DeepSpeedEngine
-from stages import storage
 from stages.checkpoints import CheckpointFolder
 from stages.engine import Accept, Engine, TorchEngine, files_to_load, is_finite
 from stages.engine_settings import EngineSettings
 from stages.insight import Watch
 from stages.metrics import read_metrics
-from stages.sharded_state import rank_file, stored_stretches
+from stages.state_file import rank_file
 from stages.training import TrainingStoppedError, model_loss, train
 from stages.training_config import TrainingConfig, engine_settings
 from tests.cluster.deepspeed_models import MODELS, compute_twice
 from tests.cluster.ranks import joined
+from tests.stages.state_files import state_file
 from tests.stages.training_data import Disturbed, TinyModel, VectorStream
 from unclip_models.randomness import SampleRandom
 
@@ -82,14 +81,11 @@ def save(engine: Engine, folder: Path) -> None:
 
 def load(engine: Engine, folder: Path, layout: str) -> None:
     names = files_to_load([path.name for path in folder.iterdir()], layout, engine)
+    files = {name: state_file(folder / name) for name in names}
     if len(names) > 1:
-        names = engine.needed({name: stretches_of(folder / name) for name in names})
-    engine.load([folder / name for name in names])
-
-
-def stretches_of(path: Path) -> dict[str, int]:
-    """Read which stretches a state file holds."""
-    return stored_stretches(partial(storage.read_range, str(path)))
+        names = engine.needed({name: file.stretches() for name, file in files.items()})
+    engine.load(files[name] for name in names)
+    engine.publish()
 
 
 def look(engine: Engine) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import json
 import pickle
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from cluster.deepspeed_engine import DeepSpeedEngine
+from stages.dataset import Batch
 from stages.engine import MicroBatch, TorchEngine
 from stages.example_batch import example_batch
+from stages.sample_grids import Painter
 from stages.training import model_loss
 from stages.training_config import engine_settings
 from unclip_models.ar_prior import ARPrior
@@ -50,18 +52,36 @@ def live_bytes() -> int:
 
 
 def micro_batches(config: Any, num: int, size: int) -> Iterator[MicroBatch]:
-    rng = torch.Generator().manual_seed(0)
     for _ in range(num):
-        batch = {}
-        for name, example in example_batch(config.model).items():
-            shape = (size, *example.shape[1:])
-            is_float = example.dtype.is_floating_point
-            batch[name] = torch.rand(shape, generator=rng) if is_float else torch.zeros(shape, dtype=example.dtype)
-        yield batch, SampleRandom(0, 0, range(size), "cpu")
+        yield filled(example_batch(config.model), size), SampleRandom(0, 0, range(size), "cpu")
+
+
+def filled(examples: Mapping[str, Tensor], size: int) -> dict[str, Tensor]:
+    """Make a batch of numbers of any kind."""
+    found = {}
+    for name, example in examples.items():
+        shape = (size, *example.shape[1:])
+        is_float = example.dtype.is_floating_point
+        found[name] = torch.rand(shape) if is_float else torch.zeros(shape, dtype=example.dtype)
+    return found
+
+
+class AnySamples:
+    """Held-out samples of any kind."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+
+    def __len__(self) -> int:
+        return int(self._config.validation.num_samples)
+
+    def load(self, first: int, last: int, *, whole: bool = False) -> Batch:
+        """See ``HeldOut``."""
+        return Batch(0, range(first, last), filled(example_batch(self._config.model, whole=whole), last - first))
 
 
 def measure(config: Any, world_size: int) -> dict[str, float]:
-    """Build an engine and take four steps; all allocations count, from the first on."""
+    """Build an engine, take four steps and draw samples if asked to; all allocations count, from the first on."""
     before = live_bytes()
     settings = engine_settings(config, world_size)
     make: Any = TorchEngine if config.engine == "torch" else DeepSpeedEngine
@@ -76,10 +96,14 @@ def measure(config: Any, world_size: int) -> dict[str, float]:
             batches = micro_batches(config, settings.num_micro_batches, settings.micro_batch_size)
             return bool(engine.step(batches, 1e-4).applied)
 
+        draw = Painter(config.samples, AnySamples(config), 0)
         applied = [step(), step()]  # the first allocates the moments
         held = live_bytes() - before
         with record_function(WATCHED):
             applied += [step(), step()]
+            if config.samples.every_steps:
+                with engine.evaluating(averaged=True, whole=True) as lent:
+                    draw(lent, engine.device)
         engine.close()
     assert all(applied), "a step that is skipped takes less"
     events = watched.profiler.kineto_results.events()

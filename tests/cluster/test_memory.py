@@ -20,6 +20,7 @@ from stages.activation_memory import ActivationMemory
 from stages.errors import ConfigError
 from stages.training_config import engine_settings
 from stages.units import GIB
+from stages.validation_config import SamplesConfig, ValidationConfig
 from tests.stages.small_config import quickstart
 
 WORLD_SIZE = 8
@@ -47,6 +48,18 @@ SMALL = {
     "stage3_max_live_parameters": 1_000_000,
     "stage3_max_reuse_distance": 500_000,
 }
+
+
+def drawing(precision: str) -> dict[str, Any]:
+    """Return the settings of a training that looks at more samples than it trains on at once."""
+    return {
+        "precision": precision,
+        "micro_batch_size": 1,
+        "validation": ValidationConfig(num_samples=192),
+        "samples": SamplesConfig(every_steps=1, num_samples=192, steps=2, guidance_scale=3.0),
+    }
+
+
 WAYS: dict[str, dict[str, Any]] = {
     **{f"zero {stage}, accumulating": {"zero_stage": stage, "micro_batch_size": 2} for stage in range(4)},
     **{f"zero {stage}, small buckets": {"zero_stage": stage, "deepspeed": SMALL} for stage in (1, 2, 3)},
@@ -57,6 +70,11 @@ WAYS: dict[str, dict[str, Any]] = {
     **{f"zero {stage}, offloaded": {"zero_stage": stage, "offload_optimizer": "cpu"} for stage in (1, 2, 3)},
     "zero 3, all offloaded": {"zero_stage": 3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
     "zero 2, bf16": {"zero_stage": 2, "precision": "bf16"},
+    **{
+        f"{name}, drawing{', bf16' if precision == 'bf16' else ''}": {**PLAIN[name], **drawing(precision)}
+        for name in ("torch", "zero 3")
+        for precision in ("fp32", "bf16")
+    },
 }
 
 

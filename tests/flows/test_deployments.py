@@ -221,8 +221,8 @@ def test_a_scheduled_run_fails_is_tried_again_and_ends(place: Place, tmp_path: P
     shown = {artifact.key: artifact for artifact in place.artifacts(run)}
     assert {"progress-source", "progress-download", "funnel", "cost", "report"} <= set(shown)
     assert shown["progress-download"].data == 100.0 and "2 shards" in shown["progress-download"].description
-    lines = [log.message for log in place.client.read_logs(LogFilter(flow_run_id={"any_": [run.id]}))]
-    assert any("trying again in about" in line for line in lines) and any("done in" in line for line in lines), lines
+    log = eventually(lambda: logged(place, run, "done in"), 30, "the end of the log")
+    assert "trying again in about" in log
     # The next one by the clock finds all of it done.
     later = eventually(lambda: [r for r in place.runs(name, "Completed") if r.id != run.id], 60, "the next run")[0]
     assert place.tasks(later)["download"] == "Cached"
@@ -365,6 +365,13 @@ def words_of(process: psutil.Process) -> str:
     with contextlib.suppress(psutil.Error):
         return " ".join(process.cmdline())
     return ""
+
+
+def logged(place: Place, run: Any, words: str) -> str:
+    """Return the log of a run; empty until these words are in it, which may be after the run's end."""
+    lines = place.client.read_logs(LogFilter(flow_run_id={"any_": [run.id]}))
+    text = "\n".join(line.message for line in lines)
+    return text if words in text else ""
 
 
 def check_stopped_in_the_middle(store: Path) -> dict[str, int]:
@@ -613,7 +620,7 @@ def test_a_secret_comes_from_a_block_and_is_told_to_nobody(place: Place, tmp_pat
         states += place.client.read_task_run_states(task.id)
     told = {
         "states": "\n".join(state.model_dump_json() for state in states),
-        "logs": "\n".join(log.message for log in place.client.read_logs(LogFilter(flow_run_id={"any_": [run.id]}))),
+        "logs": eventually(lambda: logged(place, run, f"{tmp_path}/store/"), 30, "the end of the log"),
         "artifacts": "\n".join(f"{found.description} {found.data}" for found in place.artifacts(run)),
     }
     assert {kind: "download/shards" in text for kind, text in told.items()} == dict.fromkeys(told, False)

@@ -14,9 +14,11 @@ from torch import Tensor
 from stages.engine import MicroBatch, TorchEngine, files_to_load, make_optimizer
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError, IntegrityError
-from stages.sharded_state import Fragment, ShardedState, assemble, rank_file, stored_stretches
+from stages.sharded_state import Fragment, ShardedState, assemble
+from stages.state_file import rank_file
 from stages.step_guard import StepGuard
 from stages.training import model_loss
+from tests.stages.state_files import state_file
 from tests.stages.training_data import TinyModel, VectorStream
 from unclip_models.ema import warmed_up_decay
 from unclip_models.randomness import SampleRandom
@@ -42,7 +44,7 @@ def write(engine: TorchEngine, folder: Path) -> None:
 def weights_of(engine: TorchEngine, folder: Path, kind: str = "param") -> dict[str, Tensor]:
     folder.mkdir()
     write(engine, folder)
-    return assemble([folder / rank_file(0)], {n: p.shape for n, p in TinyModel().named_parameters()}, kind)
+    return assemble([state_file(folder / rank_file(0))], {n: p.shape for n, p in TinyModel().named_parameters()}, kind)
 
 
 def test_steps_equal_the_formulas(tmp_path: Path) -> None:
@@ -78,7 +80,7 @@ def test_resuming_is_exact(tmp_path: Path) -> None:
         straight.step(micro_batches(step), 1e-2)
     write(straight, tmp_path)
     resumed = TorchEngine(TinyModel(seed=7), model_loss, SETTINGS)
-    resumed.load([tmp_path / rank_file(0)])
+    resumed.load([state_file(tmp_path / rank_file(0))])
     for step in range(4, 8):
         a, b = straight.step(micro_batches(step), 1e-2), resumed.step(micro_batches(step), 1e-2)
         assert (a.loss, a.grad_norm) == (b.loss, b.grad_norm)
@@ -148,11 +150,13 @@ def test_the_loss_scale_is_in_the_checkpoint(tmp_path: Path) -> None:
     assert [straight.step(micro_batches(step, 1), 1e-2).overflowed for step in range(4)] == [True, False, False, False]
     write(straight, tmp_path)
     resumed = TorchEngine(TinyModel(seed=7), model_loss, FP16)
-    resumed.load([tmp_path / rank_file(0)])
+    resumed.load([state_file(tmp_path / rank_file(0))])
     for step in range(4, 7):
         a, b = straight.step(micro_batches(step, 1), 1e-2), resumed.step(micro_batches(step, 1), 1e-2)
         assert (a.loss, a.grad_norm, a.loss_scale) == (b.loss, b.grad_norm, b.loss_scale) and a.loss_scale < 2.0**16
-    TorchEngine(TinyModel(), model_loss, SETTINGS).load([tmp_path / rank_file(0)])  # another precision reads it
+    TorchEngine(TinyModel(), model_loss, SETTINGS).load(
+        [state_file(tmp_path / rank_file(0))]
+    )  # another precision reads it
 
 
 def test_half_precision_weights_and_frozen_models_are_refused() -> None:
@@ -182,10 +186,6 @@ def sharded(cuts: list[int], rank: int, fill: Tensor | None = None) -> ShardedSt
     return ShardedState([master], [Fragment("w", first, 0, 0, last - first)], optimizer, 0.9)
 
 
-def stretches_of(path: Path) -> dict[str, int]:
-    return stored_stretches(lambda start, end: path.read_bytes()[start:end])
-
-
 @pytest.mark.parametrize(("saved", "loaded"), [([], [4]), ([4], []), ([3, 6], [5]), ([5], [2, 4, 9]), ([5], [5])])
 def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: list[int], loaded: list[int]) -> None:
     values = torch.arange(10.0)
@@ -193,8 +193,8 @@ def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: lis
         state = sharded(saved, rank, values)
         state.num_updates = 3
         state.snapshot(rank).write(tmp_path)
-    files = sorted(tmp_path.iterdir())
-    heads = {path.name: stretches_of(path) for path in files}
+    files = {path.name: state_file(path) for path in sorted(tmp_path.iterdir())}
+    heads = {name: file.stretches() for name, file in files.items()}
     for rank in range(len(loaded) + 1):
         state = sharded(loaded, rank)
         fragment = state.fragments[0]
@@ -205,30 +205,28 @@ def test_another_number_of_ranks_reads_the_same_files(tmp_path: Path, saved: lis
             for number, (first, last) in enumerate(bounds)
             if first < fragment.start + fragment.length and last > fragment.start
         ]
-        state.load([tmp_path / name for name in needed])
+        state.load(files[name] for name in needed)
         stretch = slice(fragment.start, fragment.start + fragment.length)
         assert torch.equal(state.masters[0][: fragment.length], values[stretch])
         assert torch.equal(state.averages[0][: fragment.length], values[stretch])
         assert state.num_updates == 3 and float(state.optimizer.state[state.masters[0]]["step"]) == 3
-    assert torch.equal(assemble(files, {"w": torch.Size([2, 5])}, "param")["w"], values.view(2, 5))
+    assert torch.equal(assemble(files.values(), {"w": torch.Size([2, 5])}, "param")["w"], values.view(2, 5))
 
 
 def test_missing_parts_are_noticed(tmp_path: Path) -> None:
     sharded([4], 0, torch.ones(10)).snapshot(0).write(tmp_path)
-    heads = {name: stretches_of(tmp_path / rank_file(0)) for name in ("first", "second")}
+    heads = {name: state_file(tmp_path / rank_file(0)).stretches() for name in ("first", "second")}
     assert sharded([4], 1).needed(heads) == ["first", "second"], "neither holds it: loading says so"
     with pytest.raises(IntegrityError, match="hold 0 of the 24 numbers"):
-        sharded([4], 1).load([tmp_path / rank_file(0)])
+        sharded([4], 1).load([state_file(tmp_path / rank_file(0))])
     with pytest.raises(IntegrityError, match="hold 16 of the 40 numbers"):
-        sharded([], 0).load([tmp_path / rank_file(0)])
-    with pytest.raises(IntegrityError, match="lacks parts of w"):
-        assemble([tmp_path / rank_file(0)], {"w": torch.Size([10])})
+        sharded([], 0).load([state_file(tmp_path / rank_file(0))])
+    with pytest.raises(IntegrityError, match="holds 4 of the 10 weights"):
+        assemble([state_file(tmp_path / rank_file(0))], {"w": torch.Size([10])})
     for content in (b"not a file of tensors", b"", b"\x02\0\0\0\0\0\0\0[]", b'\x09\0\0\0\0\0\0\0{"a": {}}'):
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(IntegrityError, match="not the head of a state file"):
-            stretches_of(tmp_path / "x")
-    with pytest.raises(IntegrityError, match="not a whole state file"):
-        assemble([tmp_path / "x"], {"w": torch.Size([10])})
+            state_file(tmp_path / "x").stretches()
 
 
 def test_a_rank_of_the_same_layout_reads_its_own_file_only() -> None:
