@@ -96,6 +96,8 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
             state = cluster.follow(name, show)
         except KeyboardInterrupt:
             interrupt.stop(128 + signal.SIGINT)
+            if not takes_signals:  # whoever does has to hear of it
+                raise
         except Exception:
             raise  # the job may go on
         except BaseException:  # a signal, as whoever handles it says so

@@ -50,8 +50,9 @@ class Recording:
             self._traces.note_result(status, errors)
 
     def close_cancelled(self, root: str, exit_code: int) -> None:
-        """Write that the run was cancelled, before its process ends hard."""
-        self.note_result("cancelled", [], exit_code)
+        """Write the end of a run whose process ends hard: it was cancelled, unless another end is known already."""
+        if self._result is None:
+            self.note_result("cancelled", [], exit_code)
         self.close(root, None)
 
     def close(self, root: str, error: BaseException | None) -> None:

@@ -109,7 +109,9 @@ class Adoption(Download):
             with Image.open(io.BytesIO(sample.image)) as image:
                 image.load()
                 size = image.size
-        except (OSError, ValueError, SyntaxError):
+        except MemoryError:
+            raise
+        except Exception:  # of what is wrong with a file, Pillow tells in exceptions of any class
             return UnitRow("lost", None, {})
         facts = {name: row.get(name) for name in FACTS}
         if any(

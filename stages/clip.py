@@ -25,6 +25,7 @@ from stages.manifest import File, Manifest, ShardRecord
 from stages.open_shard import TrainingShard
 from stages.training_config import TrainingConfig, gang_resources
 from stages.weights import content_sum
+from unclip_models.clip_names import refuse_missing_file
 from unclip_models.settings import ClipModelConfig
 
 if TYPE_CHECKING:
@@ -285,11 +286,15 @@ def _content_of(place: str) -> str | None:
     """Hash local weights, a file or a folder; None for names that are resolved elsewhere.
 
     Raises:
-        InputError: if a folder is missing or empty.
+        InputError: if a file is missing, or a folder missing or empty.
     """
     if Path(place).is_file():
         return content_sum(Path(place))
     if not place.startswith("local-dir:"):
+        try:
+            refuse_missing_file(place)
+        except ValueError as error:
+            raise InputError(f"clip: {error}") from error
         return None
     folder = Path(place.removeprefix("local-dir:"))
     files = sorted(path for path in folder.rglob("*") if path.is_file())

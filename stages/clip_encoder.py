@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from stages.golden import check_golden
-from stages.image_feed import ImageFeed
+from stages.golden import check_feed, check_golden
+from stages.image_feed import ImageFeed, read_images
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +52,15 @@ class ClipEncoder:
         self.clip: ClipModel = ClipModel.load(path, self.device)
         self.dim = self.clip.embedding_dim
         with self.threads():
+            metadata = read_metadata(path)
             check_golden(
                 self.clip,
-                read_metadata(path),
+                metadata,
                 place=path,
                 precisions=tuple(dict.fromkeys(("fp32", self.precision))),
                 autocast=self._autocast,
             )
+            check_feed(self.clip, metadata, place=path, read=read_images)
 
     @contextlib.contextmanager
     def threads(self) -> Iterator[None]:

@@ -274,8 +274,8 @@ class _ShardCache:
         self._shards: OrderedDict[int, Future[OpenShard]] = OrderedDict()
 
     def prepare(self, shard: int) -> None:
-        """Start opening a shard, if it is not open."""
-        if shard not in self._shards:
+        """Start opening a shard, if it is not open; again if that failed, perhaps an hour before it is needed."""
+        if shard not in self._shards or self._has_failed(self._shards[shard]):
             self._shards[shard] = self._pool.submit(self._open_shard, shard)
         self._shards.move_to_end(shard)
 
@@ -291,7 +291,9 @@ class _ShardCache:
         """Close the shards unused for longest, while there are more than needed and they take too much room."""
         while len(self._shards) > self._num_needed and not self.has_room():
             _, future = self._shards.popitem(last=False)
-            future.result().close()
+            future.exception()  # waits
+            if not self._has_failed(future):
+                future.result().close()
 
     def close(self) -> None:
         """Close all shards."""
@@ -300,8 +302,12 @@ class _ShardCache:
                 future.result().close()
         self._shards.clear()
 
+    @staticmethod
+    def _has_failed(future: Future[OpenShard]) -> bool:
+        return future.done() and future.exception() is not None
+
     def _num_bytes(self) -> int:
-        done = (future for future in self._shards.values() if future.done() and future.exception() is None)
+        done = (future for future in self._shards.values() if future.done() and not self._has_failed(future))
         return sum(future.result().num_bytes for future in done)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,7 +39,8 @@ from stages.weights import checked_copy, weights_of
 
 FloatArray = npt.NDArray[np.float32]
 
-UNDECODABLE = "undecodable"
+UNDECODABLE, NOT_FINITE = "undecodable", "not_finite"
+_MOST_NOT_FINITE = 0.1  # of a shard; where it is more, something else is wrong than the rare sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +107,21 @@ class Embed(Stage[EmbedConfig]):
         ]
 
     def process(self, shard: Shard, output: str) -> ShardRecord:
-        """Embed the selected samples of one shard; images that cannot be decoded are dropped, named and counted."""
+        """Embed the selected samples of one shard.
+
+        Images that cannot be decoded are dropped, named and counted, and so are samples with embeddings not finite.
+
+        Raises:
+            ShardError: if many embeddings are not finite.
+        """
         started_at = time.monotonic()
         encoder = self._encoder_for(shard.inputs["weights"])
         keys = kept_keys(table_from_bytes(shard.inputs["selection"].read(self.root), ["key", "kept"]))
         samples, rows = self._embed(encoder, shard, keys)
-        table = embeddings_table([samples[i] for i in rows.positions], rows)
-        decodable = frozenset(rows.positions)
-        reasons = [None if i in decodable else UNDECODABLE for i in range(len(samples))]
-        num_dropped = len(keys) - table.num_rows
+        good = self._finite(rows)
+        table = embeddings_table([samples[i] for i in good.positions], good)
+        fates: dict[int, str | None] = {**dict.fromkeys(rows.positions, NOT_FINITE), **dict.fromkeys(good.positions)}
+        reasons = [fates.get(i, UNDECODABLE) for i in range(len(samples))]
         scores = table["clip_score"].to_numpy()
         selection = selection_table([sample.key for sample in samples], reasons)
         return self.commit(
@@ -126,7 +134,7 @@ class Embed(Stage[EmbedConfig]):
             started_at=started_at,
             num_in=len(keys),
             num_kept=table.num_rows,
-            dropped={UNDECODABLE: num_dropped} if num_dropped else {},
+            dropped=dict(sorted(Counter(reason for reason in reasons if reason is not None).items())),
             metrics={"clip_score_sum": float(scores.sum(dtype=np.float64)), "embedding_dim": encoder.dim},
         )
 
@@ -202,6 +210,19 @@ class Embed(Stage[EmbedConfig]):
             positions, image = encoder.encode_images(feed, report)
         return samples, Rows(positions, image, text[positions])
 
+    def _finite(self, rows: Rows) -> Rows:
+        """Leave out samples with an embedding that is not finite: of millions, one has a number too large for fp16."""
+        finite = np.isfinite(np.concatenate([rows.image, rows.text], axis=1)).all(axis=1)
+        num_bad = len(finite) - int(finite.sum())
+        if num_bad > _MOST_NOT_FINITE * len(finite):
+            remedy = "set it to bf16 or fp32" if self.config.precision == "fp16" else "look at the weights of clip"
+            raise ShardError(
+                f"{num_bad} of {len(finite)} samples have an embedding that is not finite (embed.precision: "
+                f"{self.config.precision}); {remedy}"
+            )
+        positions = [position for position, good in zip(rows.positions, finite, strict=True) if good]
+        return Rows(positions, rows.image[finite], rows.text[finite])
+
     def _check_complete(self, shard: Shard, keys: Sequence[str], samples: Sequence[Sample]) -> None:
         """Refuse a tar that does not hold each selected sample once."""
         wanted, found = frozenset(keys), {sample.key for sample in samples}
@@ -249,17 +270,11 @@ def embeddings_table(samples: Sequence[Sample], rows: Rows) -> pa.Table:
 
     Raises:
         IntegrityError: if the numbers of samples and embeddings differ.
-        ShardError: if an embedding is not finite.
     """
     if not len(samples) == len(rows.image) == len(rows.text):
         raise IntegrityError(
             f"{len(samples)} samples, {len(rows.image)} image and {len(rows.text)} text embeddings; this is a bug"
         )
-    for kind, values in (("image", rows.image), ("text", rows.text)):
-        finite = np.isfinite(values).all(axis=1)
-        if not finite.all():
-            key = samples[int(np.argmin(finite))].key
-            raise ShardError(f"{kind} embedding of sample '{key}' is not finite; set embed.precision to bf16 or fp32")
     return pa.table(
         {
             "key": pa.array([sample.key for sample in samples], pa.string()),

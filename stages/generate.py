@@ -65,7 +65,7 @@ class GenerateConfig:
     )
     precision: Literal["fp32", "bf16"] = setting("fp32", "arithmetic of the networks; `bf16` is faster on GPUs")
     compile: bool = setting(False, "compile the networks with torch.compile; pays over many batches", affects="nothing")
-    channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with bf16", affects="nothing")
+    channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with `compile`", affects="nothing")
     samples_per_shard: int = setting(64, "images in one unit of work", affects="stage")
     batch_size: int = setting(32, "images sampled at once; memory, not result", affects="nothing")
     num_cpus: float = setting(1.0, "CPU cores per worker", affects="nothing")
@@ -312,7 +312,7 @@ class Generate(Stage[GenerateConfig]):
     def _captions_in_file(self) -> list[str]:
         uri = str(self.config.captions_uri)
         try:
-            text = storage.read_bytes(uri).decode("utf-8")
+            text = storage.read_bytes(uri).decode("utf-8-sig")
         except NotFoundError as error:
             raise InputError(f"generate.captions_uri: {uri} does not exist; name a text file, or null") from error
         except UnicodeDecodeError as error:

@@ -15,15 +15,20 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.errors import IntegrityError
+from stages.pictures import encode_png
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from unclip_models.clip import ClipModel
+    from unclip_models.clip_input import ClipPreprocess
 
 Array = npt.NDArray[np.float32]
 
 METADATA_KEY = "golden"
 # Lowest cosine to the stored embeddings. Float32 differs between machines by about 1e-6, bfloat16 keeps three digits.
-MIN_COSINE = {"fp32": 1 - 1e-5, "fp16": 0.999, "bf16": 0.99}
+# Images from files are resized as 8-bit numbers, which rounds twice.
+MIN_COSINE = {"fp32": 1 - 1e-5, "fp16": 0.999, "bf16": 0.99, "fed": 0.999}
 
 
 def golden_metadata(clip: ClipModel) -> dict[str, str]:
@@ -61,6 +66,35 @@ def check_golden(
             found = _probe(clip)
         for kind, values in zip(("image", "text"), found, strict=True):
             _compare(np.asarray(stored[kind], np.float32), values, kind, precision, place)
+
+
+def check_feed(
+    clip: ClipModel,
+    metadata: Mapping[str, str],
+    *,
+    place: str,
+    read: Callable[[Sequence[bytes], ClipPreprocess], Sequence[Tensor | None]],
+) -> None:
+    """Compare the probe's images once more, read from files as those of a data set are.
+
+    Args:
+        clip: the model, which has passed ``check_golden``.
+        metadata: of its weights file.
+        place: its name, for messages.
+        read: decodes, resizes and crops image files to uint8 ``(S, S, 3)``.
+
+    Raises:
+        IntegrityError: if the model gives other embeddings then: a library reads or resizes images in another way.
+    """
+    import torch
+
+    from unclip_models.clip import golden_images
+
+    pixels = golden_images().permute(0, 2, 3, 1).numpy()
+    images = read([encode_png(image, {}) for image in pixels], clip.preprocess_config)
+    fed = clip.encode_image(torch.stack([image for image in images if image is not None]).permute(0, 3, 1, 2))
+    stored = np.asarray(json.loads(metadata[METADATA_KEY])["image"], np.float32)
+    _compare(stored, fed.float().cpu().numpy(), "image", "fed", place)
 
 
 def _probe(clip: ClipModel) -> tuple[Array, Array]:

@@ -9,6 +9,7 @@ All models of a run therefore leave out the same samples, and an open shard has 
 from __future__ import annotations
 
 import contextlib
+import logging
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -19,9 +20,11 @@ import torch
 from torch import Tensor
 
 from stages.dataset import Batch, PrepareSample
-from stages.errors import InputError
-from stages.open_shard import OpenShard, TrainingShard, sample_number
+from stages.errors import InputError, IntegrityError
+from stages.open_shard import BadSampleError, OpenShard, TrainingShard, sample_number
 from unclip_models.randomness import SampleRandom
+
+logger = logging.getLogger(__name__)
 
 MAX_SHARDS = 16
 
@@ -102,6 +105,7 @@ class HeldOutSamples:
         self._tokenize = tokenize
         self._embeddings = embeddings
         self._prepare = prepare
+        self._told: set[tuple[object, ...]] = set()
         self._starts = list(accumulate((shard.num_held_out for shard in shards), initial=0))
 
     def __len__(self) -> int:
@@ -123,8 +127,28 @@ class HeldOutSamples:
             end = min(last, self._starts[number + 1])
             with contextlib.closing(self._open(shard)) as opened:
                 for row in range(position - self._starts[number], end - self._starts[number]):
-                    yield self._sample(opened, shard.num_trained + row, whole)
+                    yield self._good_sample(opened, shard, row, whole)
             position = end
+
+    def _good_sample(
+        self, opened: OpenShard, shard: TrainingShard, row: int, whole: bool
+    ) -> tuple[int, Mapping[str, Tensor]]:
+        """Return a held-out sample, or the next one of its shard that can be decoded: the same in every look.
+
+        Raises:
+            IntegrityError: if there is none.
+        """
+        for turn in range(shard.num_held_out):
+            try:
+                return self._sample(opened, shard.num_trained + (row + turn) % shard.num_held_out, whole)
+            except BadSampleError as error:
+                if error.args not in self._told:
+                    self._told.add(error.args)
+                    logger.warning("%s; of the held-out samples the one after it is looked at twice", error)
+        raise IntegrityError(
+            f"none of the {shard.num_held_out} held-out samples of a shard can be decoded; run `unclip repair`, or set "
+            "validation.num_samples to 0"
+        )
 
     def _sample(self, shard: OpenShard, row: int, whole: bool) -> tuple[int, Mapping[str, Tensor]]:
         index = sample_number(shard.keys[row])

@@ -7,8 +7,6 @@ batches but the last are full.
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,18 +24,6 @@ if TYPE_CHECKING:
 
     from unclip_models.clip_input import ClipPreprocess
 
-# What Pillow raises on files that are damaged, truncated, of no known format, or absurdly large.
-_UNDECODABLE = (
-    OSError,
-    ValueError,
-    SyntaxError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-)
 _GROUP = 8  # images that a thread takes at once: handing over costs little, and no thread is left waiting for long
 _BATCHES_AHEAD = 2
 
@@ -122,7 +108,7 @@ class ImageFeed:
                 return
             self._added[start : start + self._group] = [b""] * len(group)  # held by the thread alone from now on
             self._num_submitted += len(group)
-            self._waiting.append(self._pool.submit(_decode_group, group, self._preprocess))
+            self._waiting.append(self._pool.submit(read_images, group, self._preprocess))
 
     def _stacked(self, pixels: Sequence[Tensor]) -> Tensor:
         """Stack images ``(S, S, 3)`` into a batch ``(b, 3, S, S)``."""
@@ -137,12 +123,14 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8] | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             return np.array(image.convert("RGB"), dtype=np.uint8)
-    except _UNDECODABLE:
+    except MemoryError:
+        raise
+    except Exception:  # of what is wrong with a file, Pillow tells in exceptions of any class
         return None
 
 
-def _decode_group(images: Sequence[bytes], preprocess: ClipPreprocess) -> list[Tensor | None]:
-    """Decode, resize and crop images to uint8 ``(S, S, 3)``; runs in a background thread."""
+def read_images(images: Sequence[bytes], preprocess: ClipPreprocess) -> list[Tensor | None]:
+    """Decode, resize and crop image files to uint8 ``(S, S, 3)``; None for what cannot be decoded."""
     import torch
 
     from unclip_models.clip_input import resize_and_crop

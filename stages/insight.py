@@ -148,7 +148,8 @@ class Insight:
         started_at = time.monotonic()
         numbers: dict[str, float] = {}
         picture = None
-        with torch.random.fork_rng():
+        device = self._engine.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if self._validation is not None and validating:
                 numbers |= self._validation(self._engine)
                 self._early_stop.see(done, numbers)

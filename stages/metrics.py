@@ -36,6 +36,7 @@ METRICS_NAME = "metrics.jsonl"
 SAMPLES_NAME = "samples"
 TENSORBOARD_NAME = "tensorboard"
 _PUBLISH_EVERY_S = 20.0
+_PUBLISH_FRACTION = 0.01  # of a training's time, which showing its metrics may take
 _PICTURE = re.compile(r"step-(\d+)\.png")
 _NUM_QUARTILES = 4
 TIMESTEP_TERMS = ("t", "timestep")
@@ -64,7 +65,7 @@ class MetricsLog:
         self._folder = folder
         self._wandb = wandb
         self._lines = bytearray(lines)
-        self._published_at = time.monotonic()
+        self._publish_at = time.monotonic() + _PUBLISH_EVERY_S
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._writer: Any = self._open_tensorboard(first_step) if tensorboard else None
 
@@ -85,7 +86,7 @@ class MetricsLog:
         self._to_tensorboard(draw)
         if self._wandb is not None:
             self._wandb.write(step, values)
-        if time.monotonic() - self._published_at > _PUBLISH_EVERY_S:
+        if time.monotonic() > self._publish_at:
             self.publish()
 
     def show(self, step: int, picture: Pixels) -> None:
@@ -101,11 +102,14 @@ class MetricsLog:
 
     def publish(self) -> None:
         """Show the present state in the training's folder; a store that fails is no reason to stop the training."""
+        started_at = time.monotonic()
         try:
             self._publish()
         except (StorageError, OSError) as error:
             logger.warning("the metrics cannot be shown at present: %s", error)
-        self._published_at = time.monotonic()
+        # All that there is is written, more with every line, while the steps wait: let it cost them little.
+        ended_at = time.monotonic()
+        self._publish_at = ended_at + max(_PUBLISH_EVERY_S, (ended_at - started_at) / _PUBLISH_FRACTION)
 
     def _publish(self) -> None:
         self._to_tensorboard(lambda writer: writer.flush())

@@ -6,8 +6,9 @@ its captions, the report - is deleted and made anew by the next run, which train
 changed. Pictures that trainings drew of held-out images are deleted. Weights are not: they are named, and the versions
 of the models that hold them are withdrawn (``stages/withdrawn.py``), so that nothing serves or trains on from them.
 
-The tombstones are put up first. A takedown that was interrupted is finished by the same command. The download's own
-manifest goes too: the next run writes it anew from the shards that are there and downloads nothing twice.
+The tombstones are put up first. A takedown that was interrupted is finished by the same command: what it was about to
+delete is written down before, since what is deleted first leads to the rest. The download's own manifest goes too: the
+next run writes it anew from the shards that are there and downloads nothing twice.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import pyarrow.compute as pc
 
 from stages import storage
 from stages.base import record_uri
+from stages.errors import NotFoundError
 from stages.exposure import Exposed, find_exposed
 from stages.manifest import MANIFEST_NAME, File, Manifest, ShardRecord
 from stages.samples import read_tar, table_from_bytes, table_to_bytes, write_tar
@@ -34,6 +36,7 @@ _IO_THREADS = 16
 # What is made of downloaded shards, in order; every one may read the ones before it.
 _DERIVED = ("filter", "embed", "curate", "ledger", "pca", "generate", "evaluate")
 _REPORT = ("report.html", "report.json")
+_UNFINISHED = "takedown.unfinished.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,9 @@ def take_down(root: str, tombstones: Tombstones) -> Affected:
         What was touched; repeating finds nothing more.
     """
     affected = find_affected(root, tombstones)
+    affected = replace(affected, derived=list(dict.fromkeys([*_unfinished(root), *affected.derived])))
+    if affected.derived:
+        storage.write_json(storage.join(root, _UNFINISHED), affected.derived)
     # What leads to models and pictures is deleted last: an interrupted takedown finds them again.
     for number, models in affected.exposed.versions.items():
         withdraw(root, number, models)
@@ -120,7 +126,17 @@ def take_down(root: str, tombstones: Tombstones) -> Affected:
     for record in affected.shards:
         _clean(root, record, tombstones)
     _delete_leftovers(root)
+    storage.delete(storage.join(root, _UNFINISHED))
     return affected
+
+
+def _unfinished(root: str) -> list[str]:
+    """Return what an earlier takedown was about to delete and may have left."""
+    try:
+        found: list[str] = storage.read_json(storage.join(root, _UNFINISHED))
+    except NotFoundError:
+        return []
+    return found
 
 
 def _matches(root: str, tombstones: Tombstones) -> Iterator[tuple[ShardRecord, list[dict[str, Any]]]]:

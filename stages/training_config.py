@@ -49,7 +49,7 @@ class TrainingConfig:
 
     engine: Literal["deepspeed", "torch"] = setting("deepspeed", "what drives the optimizer on Ray", affects="nothing")
     compile: bool = setting(False, "compile the network with torch.compile; needs a C++ compiler", affects="nothing")
-    channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with bf16", affects="nothing")
+    channels_last: bool = setting(False, "NHWC activations in U-Nets, for GPUs with `compile`", affects="nothing")
     zero_stage: Literal[0, 1, 2, 3] = setting(1, "states DeepSpeed partitions over the ranks", affects="nothing")
     offload_optimizer: OptimizerOffload = setting(
         "none",

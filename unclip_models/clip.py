@@ -313,19 +313,23 @@ def contrastive_loss(
     return loss, {"accuracy": best.float().mean(), "logit_scale": scale.detach()}
 
 
+def golden_images() -> Tensor:
+    """Return the images of the probe, uint8 ``(4, 3, 360, 480)``."""
+    y, x = torch.meshgrid(torch.linspace(0, 1, 360), torch.linspace(0, 1, 480), indexing="ij")
+    waves = torch.stack([torch.sin(7 * x), torch.cos(11 * y), torch.sin(5 * (x + y))])  # (3, 360, 480)
+    images = torch.stack([waves, -waves, waves.roll(1, 0), torch.sign(waves)])
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
 def golden_embeddings(clip: ClipModel) -> tuple[Tensor, Tensor]:
     """Embed a fixed probe: four synthetic images and four captions, two float32 ``(4, D)`` on the CPU.
 
     Two CLIPs that agree here share weights, activation, preprocessing and tokenizer; whatever drifts shows. The probe
     images are not square and larger than the input, so that resize and crop count.
     """
-    y, x = torch.meshgrid(torch.linspace(0, 1, 360), torch.linspace(0, 1, 480), indexing="ij")
-    waves = torch.stack([torch.sin(7 * x), torch.cos(11 * y), torch.sin(5 * (x + y))])  # (3, 360, 480)
-    images = torch.stack([waves, -waves, waves.roll(1, 0), torch.sign(waves)])
     captions = ["a photo of a cat", "a red square on a white background", "", "Two dogs, 3 trees & an île!"]
-    pixels = ((images + 1) * 127.5).round().to(torch.uint8)
     was_training = clip.training
     clip.eval()
-    out = clip.encode_image(pixels).cpu(), clip.encode_text(clip.tokenize(captions)).cpu()
+    out = clip.encode_image(golden_images()).cpu(), clip.encode_text(clip.tokenize(captions)).cpu()
     clip.train(was_training)
     return out

@@ -2,7 +2,8 @@
 
 Attention is PyTorch's fused kernel everywhere, and activation checkpointing is a setting of each model. Here are the
 two choices that depend on the machine: compilation, and the memory format of convolutions. Measured on CPUs, neither
-format wins by much; on GPUs with tensor cores convolutions in half precision want channels last.
+format wins by much; on GPUs with tensor cores convolutions in half precision want channels last. There the one takes
+the other: what is not compiled goes back to NCHW at every group norm (pytorch/pytorch#111824).
 """
 
 from torch import nn

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -10,9 +11,9 @@ import torch
 from torch import nn
 
 from unclip_models.clip_input import ClipPreprocess
+from unclip_models.clip_names import SELF_CONTAINED, refuse_missing_file
 
 RESIZE_MODES = ("shortest", "squash")
-SELF_CONTAINED = ("hf-hub:", "local-dir:")
 
 
 def build_open_clip(model_config: Mapping[str, Any]) -> nn.Module:
@@ -52,9 +53,11 @@ def load_published(
     """
     import open_clip
 
+    for place in (name, weights or ""):
+        refuse_missing_file(place)
     if weights is None and not name.startswith(SELF_CONTAINED) and "/" in name:
         name, weights = name.split("/", 1)
-    model_config, origin = _config_of(name, weights, quick_gelu)
+    model_config, origin = _config_of(name, weights, quick_gelu, cache_dir)
     try:
         model = open_clip.create_model(
             name,
@@ -69,13 +72,27 @@ def load_published(
     return model, model_config, _preprocess_of(model, origin), origin
 
 
-def _config_of(name: str, weights: str | None, quick_gelu: bool | None) -> tuple[dict[str, Any], str]:
+def _config_in_hub(name: str, cache_dir: str | None) -> dict[str, Any]:
+    """Look the architecture up where the weights will be looked for, too."""
+    from open_clip.pretrained import download_pretrained_from_hf
+
+    path = download_pretrained_from_hf(
+        name.removeprefix("hf-hub:"), filename="open_clip_config.json", cache_dir=cache_dir
+    )
+    config = json.loads(Path(path).read_text(encoding="utf-8"))
+    found: dict[str, Any] = config.get("model_cfg", config)
+    return found
+
+
+def _config_of(
+    name: str, weights: str | None, quick_gelu: bool | None, cache_dir: str | None
+) -> tuple[dict[str, Any], str]:
     """Look an open_clip architecture up and decide its activation; return its config and a name for messages."""
     from open_clip.factory import get_model_config
 
     origin = f"{name}/{weights}" if weights else name
     try:
-        config = get_model_config(name)
+        config = _config_in_hub(name, cache_dir) if name.startswith("hf-hub:") else get_model_config(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"clip.name: no open_clip model at {name!r}: {error}") from error
     if config is None:

@@ -225,7 +225,7 @@ class Block(nn.Sequential):
 class UNet(nn.Module):
     """The ADM U-Net: predicts noise (and, with twice the output channels, a variance) from a noised image.
 
-    The attribute ``channels_last`` chooses the memory format of the activations; it changes no result.
+    The attribute ``channels_last`` chooses the memory format of the activations (see ``efficiency.py``), and no result.
 
     Args:
         config: shape of the network.

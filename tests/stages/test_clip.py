@@ -98,6 +98,11 @@ def test_a_folder_of_weights_is_known_by_content(tmp_path: Path) -> None:
     assert stage.external() != before
 
 
+def test_a_missing_file_of_weights_is_refused_in_planning(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"clip: .*/clip.safetensors: no such file on this machine"):
+        Clip(pretrained(str(tmp_path / "clip.safetensors")), root=str(tmp_path)).external()
+
+
 def test_unknown_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"clip\.name"):
         run(Clip(pretrained("ViT-X-99/openai"), root=str(tmp_path)), {})

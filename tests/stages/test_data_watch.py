@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from stages.dataset import Batch, TrainingStream
 from stages.engine import TorchEngine
 from stages.engine_settings import EngineSettings
 from stages.errors import IntegrityError, StageError
+from stages.held_out import HeldOutSamples
 from stages.metrics import read_metrics
 from stages.open_shard import TrainingShard
 from stages.training import TrainingStoppedError, model_loss, train
@@ -48,6 +49,26 @@ def rows_of(batches: Sequence[Batch]) -> list[list[int]]:
     for batch in batches:  # image, vector and caption are of one sample, whoever it is
         assert batch.tensors["image"][:, 0, 0, 0].tolist() == batch.tensors["tokens"][:, 0].tolist()
     return [batch.tensors["tokens"][:, 0].tolist() for batch in batches]
+
+
+def test_a_bad_held_out_sample_is_replaced_by_the_next(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = str(tmp_path)
+    options: dict[str, Any] = {"seed": 0, "image_size_px": 8, "tokenize": number_of}
+
+    def look(bad: Collection[int]) -> list[int]:
+        shards = [dataclasses.replace(s, num_held_out=3) for s in write_dataset(root, (7, 12), bad=bad)]
+        batch = HeldOutSamples(shards, root=root, **options).load(1, 5)
+        assert batch.tensors["image"][:, 0, 0, 0].tolist() == batch.tensors["tokens"][:, 0].tolist()
+        return [int(number) for number in batch.tensors["tokens"][:, 0]]
+
+    wanted = look(())
+    with caplog.at_level(logging.WARNING):
+        found = look({wanted[0], wanted[3]})
+        assert found == look({wanted[0], wanted[3]}), "the same in every look"
+    assert found[1:3] == wanted[1:3] and found[0] == wanted[1] and found[3] not in (wanted[3], wanted[0])
+    assert "cannot decode the image" in caplog.text and "looked at twice" in caplog.text
+    with pytest.raises(IntegrityError, match=r"none of the 3 held-out samples of a shard.*validation.num_samples to 0"):
+        look(range(7))
 
 
 def test_a_bad_sample_is_replaced_in_its_place_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

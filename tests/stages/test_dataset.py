@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-from stages.dataset import Batch, TrainingStream
+from stages.dataset import Batch, TrainingStream, _ShardCache
 from stages.errors import IntegrityError, StorageError
 from stages.open_shard import OpenShard, TrainingShard, decode_image
 from stages.samples import selection_table, table_to_bytes
@@ -203,6 +203,28 @@ def test_a_lost_file_is_an_error_at_once(tmp_path: Path) -> None:
     (tmp_path / "download/0.tar").unlink()
     with pytest.raises(StorageError, match=r"download/0.tar"):
         take(stream_of(shards, root), 1)
+
+
+def test_a_shard_that_could_not_be_opened_ahead_is_opened_when_it_is_needed(tmp_path: Path) -> None:
+    """A store may be away for a while, long before a shard is needed."""
+    shards = write_dataset(str(tmp_path), (4, 4))
+    tar, aside = tmp_path / "download/0.tar", tmp_path / "aside"
+    with ThreadPoolExecutor(1) as pool:
+        options: dict[str, Any] = {"image_size_px": 8, "captions": False, "vectors": False}
+        cache = _ShardCache(lambda index: OpenShard(shards[index], str(tmp_path), **options), pool, 1, 0)
+        tar.rename(aside)
+        for index in (0, 1):
+            cache.prepare(index)
+        with pytest.raises(StorageError):
+            cache.get(0)
+        cache.trim()  # lets go of it, for want of room
+        cache.prepare(0)
+        with pytest.raises(StorageError):
+            cache.get(0)
+        aside.rename(tar)
+        cache.prepare(0)
+        assert cache.get(0).image(0, keep=False).shape == (8, 8, 3)
+        cache.close()
 
 
 def test_part_moves_images_to_minus_one_to_one() -> None:

@@ -236,10 +236,31 @@ def test_a_table_never_pairs_the_wrong_number_of_rows() -> None:
     unit = np.eye(3, EMBEDDING_DIM, dtype=np.float32)
     with pytest.raises(IntegrityError, match="3 samples, 2 image and 3 text"):
         embeddings_table(samples, Rows([0, 1, 2], unit[:2], unit))
-    broken = unit.copy()
-    broken[1, 2] = np.inf
-    with pytest.raises(ShardError, match=rf"image embedding of sample '{samples[1].key}' is not finite"):
-        embeddings_table(samples, Rows([0, 1, 2], broken, unit))
+
+
+def test_an_embedding_that_is_not_finite_costs_its_sample(tmp_path: Path) -> None:
+    """One, as fp16 may give of a rare image or caption; if it is many, something else is wrong."""
+    root, (samples,), clip = str(tmp_path), shards_of(16), small_clip()
+    word = clip.tokenize(["zebra"])[0, 1]
+    with torch.no_grad():
+        clip.model.token_embedding.weight[word] = torch.nan  # type: ignore[index, operator, union-attr]
+    published = publish_clip(root, tmp_path, clip)
+    samples[5] = dataclasses.replace(samples[5], caption="a zebra")
+    samples[8] = dataclasses.replace(samples[8], image=b"?")
+    stage = Embed(EmbedConfig(), root=root)
+    manifest = run(stage, {"filter": publish_filter(root, [samples]), "clip": published})
+    assert (manifest.num_in, manifest.num_kept) == (12, 10)
+    assert manifest.dropped == {"not_finite": 1, "undecodable": 1}
+    (table,) = tables_of(manifest)
+    assert table["key"].to_pylist() == [samples[j].key for j in (0, 1, 2, 4, 6, 9, 10, 12, 13, 14)]
+    assert np.isfinite(embeddings_of(table, "text_embedding")).all()
+    np.testing.assert_allclose(
+        embeddings_of(table, "text_embedding")[4:6], embed(small_clip(), [samples[6], samples[9]])[1], atol=1e-3
+    )
+    samples[:8] = [dataclasses.replace(sample, caption="a zebra") for sample in samples[:8]]
+    (shard,) = stage.plan({"filter": publish_filter(root, [samples]), "clip": published})
+    with pytest.raises(ShardError, match=r"6 of 11 samples have an embedding that is not finite.*weights of clip"):
+        stage.process(shard, output_uri(stage))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

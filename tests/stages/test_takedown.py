@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stages import storage, takedown
+from stages.base import record_uri
 from stages.download import Download
 from stages.errors import ConfigError, InputError, IntegrityError
 from stages.gate import PromotionGateConfig
 from stages.generator_config import DecoderTraining
 from stages.life import find_lives
-from stages.manifest import Manifest, ShardRecord, digest_of
+from stages.manifest import File, Manifest, ShardRecord, digest_of
 from stages.registry import open_version, promote, register, rollback
 from stages.samples import table_from_bytes
 from stages.takedown import find_affected, take_down, widened
@@ -256,31 +258,57 @@ def test_checkpoints_of_an_unfinished_training_are_named(run: Run) -> None:
     assert find_affected(run.root, Tombstones(urls=frozenset({"http://127.0.0.1/no"}))).exposed.checkpoints == []
 
 
-@pytest.mark.parametrize("calls_until_death", [0, 1, 2, 3, 5, 8])
-def test_an_interrupted_takedown_is_finished_by_the_next(
-    run: Run, monkeypatch: pytest.MonkeyPatch, calls_until_death: int
-) -> None:
-    run()
+def test_a_takedown_interrupted_anywhere_is_finished_by_the_next(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At every write and every deletion, pictures that were generated from the captions included."""
+    manifests = run()
+    publish_pictures(run.root, manifests)
     stones = Tombstones(urls=frozenset({run.server.url(1), run.server.url(17)}))
-    num_calls = 0
+    pristine, num_deaths = run.folder / "pristine", 0
+    shutil.copytree(run.root, pristine)
+    while dies_after(num_deaths, run.root, stones, monkeypatch):
+        take_down(run.root, stones)
+        left = run.all_bytes()
+        assert picture(1) not in left and picture(17) not in left, num_deaths
+        assert b"picture 17" not in left and b"'picture 1'" not in left, num_deaths
+        shutil.rmtree(run.root)
+        shutil.copytree(pristine, run.root)
+        num_deaths += 1
+    assert num_deaths > 30
+    assert run()["curate"].num_kept == NUM_ROWS - 2
+
+
+def publish_pictures(root: str, manifests: dict[str, Manifest]) -> None:
+    """Publish pictures generated from the captions of the last shard, as the generate stage does."""
+    last = manifests["curate"].records[-1]
+    path = "generate/shards/picture.tar"
+    written = storage.write_bytes(storage.join(root, path), b"picture 17, drawn")
+    inputs = {"embeddings": last.inputs["embeddings"], "selection": last.files["selection"]}
+    files = {"images": File(path=path, sha256=written.sha256, num_bytes=written.num_bytes)}
+    record = ShardRecord(shard_id="picture", files=files, inputs=inputs)
+    storage.write_json(record_uri(storage.join(root, "generate", "shards"), "picture"), record.to_json())
+    publish_stage(root, "generate", "0" * 16, [record], upstream={"curate": manifests["curate"]})
+
+
+def dies_after(num_calls: int, root: str, stones: Tombstones, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Take down, but die before the call that follows so many; tell whether there was one."""
+    num_left = num_calls
     with monkeypatch.context() as patch:
         for name in ("delete", "write_json", "write_bytes"):
             whole = getattr(storage, name)
 
             def dying(*args: Any, _whole: Any = whole) -> Any:
-                nonlocal num_calls
-                num_calls += 1
-                if num_calls > calls_until_death:
+                nonlocal num_left
+                if not num_left:
                     raise KeyboardInterrupt
+                num_left -= 1
                 return _whole(*args)
 
             patch.setattr(takedown.storage, name, dying)
-        with pytest.raises(KeyboardInterrupt):
-            take_down(run.root, stones)
-    take_down(run.root, stones)
-    left = run.all_bytes()
-    assert picture(1) not in left and picture(17) not in left
-    assert run()["curate"].num_kept == NUM_ROWS - 2
+        try:
+            take_down(root, stones)
+        except KeyboardInterrupt:
+            return True
+    return False
 
 
 def test_batches_add_up_and_damage_stops(tmp_path: Path) -> None:

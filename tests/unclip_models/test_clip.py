@@ -171,6 +171,10 @@ def test_a_weights_file_without_its_activation_is_refused(tmp_path: Path) -> Non
         ("ViT-B-32/openai", None, False, "trained with True"),
         ("ViT-B-32-quickgelu", "laion2b_s34b_b79k", None, "neither a file nor a tag"),
         ("local-dir:/nowhere", None, None, "no open_clip model at"),
+        ("/models/clip.safetensors", None, None, r"/models/clip.safetensors: no such file on this machine"),
+        ("models/clip.pt", None, None, r"models/clip.pt: no such file"),
+        ("s3://bucket/clip", None, None, r"s3://bucket/clip: no such file"),
+        ("ViT-B-32", "weights.bin", None, r"weights.bin: no such file"),
     ],
 )
 def test_unknown_or_contradictory_models_are_refused_before_any_download(
