@@ -51,6 +51,7 @@ def render(config: AwsConfig, *, root: str, settings_path: str) -> dict[str, Any
         },
         "head_node_type": "head",
         "file_mounts": {CONFIG_PATH: settings_path},
+        "initialization_commands": list(config.initialization_commands),
         # The image holds everything.
         "setup_commands": [],
         "head_start_ray_commands": [

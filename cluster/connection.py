@@ -89,7 +89,7 @@ def _join(cluster: ClusterConfig) -> None:
         _refuse_dead(cluster.address)
         _refuse_outsiders(cluster.address)
         # A driver that is itself a Ray Job has its code and environment from there, and its workers inherit them.
-        runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env()
+        runtime_env = None if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else _runtime_env(cluster)
         ray.init(address=cluster.address, runtime_env=runtime_env, **_QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
@@ -135,11 +135,22 @@ def _refuse_outsiders(address: str) -> None:
         )
 
 
-def _runtime_env() -> dict[str, Any]:
+def _runtime_env(cluster: ClusterConfig) -> dict[str, Any]:
     """Describe what a remote worker needs of this machine: the code, and where the store is."""
     top = Path(__file__).parents[1]
-    forwarded = {name: os.environ[name] for name in FORWARDED if name in os.environ}
     return {
         "py_modules": [str(top / package) for package in _PACKAGES],
-        "env_vars": {**forwarded, "RAY_TRAIN_METRICS_ENABLED": "0"},
+        "env_vars": {**passed_on(cluster), "RAY_TRAIN_METRICS_ENABLED": "0"},
     }
+
+
+def passed_on(cluster: ClusterConfig) -> dict[str, str]:
+    """Collect the variables of this environment that other machines get.
+
+    Raises:
+        ConfigError: if one that the config names is not set here.
+    """
+    for name in cluster.pass_env:
+        if name not in os.environ:
+            raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
+    return {name: os.environ[name] for name in (*FORWARDED, *cluster.pass_env) if name in os.environ}

@@ -13,6 +13,7 @@ from typing import Any
 from stages.errors import ConfigError
 from stages.machines import KubernetesConfig, PodConfig, PoolConfig
 from stages.storage import is_local
+from stages.units import GIB
 
 CONFIG_FOLDER = "/etc/unclip"
 CONFIG_NAME = "config.yaml"
@@ -24,6 +25,7 @@ _DRAIN_VARIABLE = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 # A shell that is the container's first process would keep the signal to itself. The brackets: not to find this shell.
 _PRE_STOP = "pkill -TERM -f '[r]ay start'; while pgrep -f '[r]ay start' >/dev/null; do sleep 1; done"
 _GRACE_S = 30
+_OF_SHARED_MEMORY = 0.9  # for Ray's object store; the rest is for torch's and NCCL's
 
 
 def render(config: KubernetesConfig, *, root: str, settings: str) -> dict[str, list[dict[str, Any]]]:
@@ -107,7 +109,7 @@ def _cluster_spec(config: KubernetesConfig, root: str) -> dict[str, Any]:
         **spec,
         "headGroupSpec": {
             # The head runs Ray's bookkeeping and the flow; shards go to the pools.
-            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
+            "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0", **_object_store(config.head)},
             "template": _pod(config, config.head, root),
         },
         "workerGroupSpecs": [
@@ -116,12 +118,18 @@ def _cluster_spec(config: KubernetesConfig, root: str) -> dict[str, Any]:
                 "replicas": pool.max_pods if queued else pool.min_pods,
                 "minReplicas": pool.max_pods if queued else pool.min_pods,
                 "maxReplicas": pool.max_pods,
-                "rayStartParams": {},
+                "rayStartParams": _object_store(pool),
                 "template": _pod(config, pool, root),
             }
             for name, pool in _pools(config).items()
         ],
     }
+
+
+def _object_store(pod: PodConfig) -> dict[str, str]:
+    """Let Ray's object store be in the shared memory that the pod has: by itself Ray takes a share of all memory, and
+    goes to the disk if that is more than is shared."""
+    return {"object-store-memory": str(int(_OF_SHARED_MEMORY * pod.shared_memory_gib * GIB))}
 
 
 def _pools(config: KubernetesConfig) -> dict[str, PoolConfig]:

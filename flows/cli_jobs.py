@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.connection import FORWARDED
+from cluster.connection import passed_on
 from flows.console import PLAIN, open_console, print_json
 from flows.interrupt import Interrupt
 from flows.progress import Outcome
@@ -76,7 +76,8 @@ def run_as_job(args: argparse.Namespace, project: Project, selection: Selection,
         for text in errors:
             say(text)
 
-    with Interrupt(deadline_s=STOP_WAIT_S + 5, on_stop=say_stopping, takes_signals=takes_signals) as interrupt:
+    deadline_s = STOP_WAIT_S + 5
+    with Interrupt(deadline_s, say_stopping, outlived=True, takes_signals=takes_signals) as interrupt:
         interrupt.closes(stop)
         state: JobState | None = None
         try:
@@ -195,10 +196,7 @@ def _environment(config: Config) -> dict[str, str]:
     Raises:
         ConfigError: if one that the config names is not set here.
     """
-    for name in config.cluster.pass_env:
-        if name not in os.environ:
-            raise ConfigError(f"cluster.pass_env: {name} is not set in this environment; set it or leave it out")
-    environment = {name: os.environ[name] for name in (*FORWARDED, *config.cluster.pass_env) if name in os.environ}
+    environment = passed_on(config.cluster)
     if _PREFECT in environment or not (url := os.environ.get(_PREFECT)):
         return environment
     if _is_loopback(url):

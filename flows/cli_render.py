@@ -35,16 +35,19 @@ def render(args: argparse.Namespace) -> int:
         del values["kubernetes"], values["aws"]
         manifests = kubernetes.render(config.kubernetes, root=config.root, settings=dump_yaml(values))
         files = {name: dump_yaml(*objects) for name, objects in manifests.items()}
-        then = f"kubectl apply {' '.join(f'-f {args.output}/{name}' for name in files if name != 'raycluster.yaml')}"
+        then = (
+            f"kubectl apply {' '.join(f'-f {args.output}/{name}' for name in files if name != 'raycluster.yaml')} "
+            f"(a job that has ended is deleted before: kubectl delete rayjob -n {config.kubernetes.namespace} "
+            f"{config.kubernetes.name})"
+        )
     else:
         from cluster import aws
 
         settings_path = str(Path(args.output).absolute() / "config.yaml")
         launcher = aws.render(config.aws, root=config.root, settings_path=settings_path)
         files = {"config.yaml": to_yaml(on_cluster), "cluster.yaml": dump_yaml(launcher)}
-        then = (
-            f"ray up {args.output}/cluster.yaml && ray exec {args.output}/cluster.yaml 'unclip run {aws.CONFIG_PATH}'"
-        )
+        job = f"unclip run {aws.CONFIG_PATH} -s cluster.submit=http://127.0.0.1:8265 --detach"
+        then = f"ray up {args.output}/cluster.yaml && ray exec {args.output}/cluster.yaml '{job}'"
     for name, text in files.items():
         storage.write_bytes(storage.join(args.output, name), text.encode())
     print(f"wrote {', '.join(files)} to {args.output}; then: {then}")

@@ -5,6 +5,7 @@ Everything is an upsert by name: the same command again changes what is there an
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -98,7 +99,7 @@ def deploy(config: Config, name: str, work: Literal["run", "retrain"], **default
     schedules = list(_schedules(chosen))
     with get_client(sync_client=True) as client:
         try:
-            pool = _pool(client, chosen)
+            pool = _pool(client, config)
             variables = job_variables(config, pool)
             main = _register(
                 client,
@@ -202,27 +203,66 @@ def _schedules(config: PrefectConfig) -> Iterator[DeploymentScheduleCreate]:
 # ---- work pools -----------------------------------------------------------------------------------------------------
 
 
-def _pool(client: SyncPrefectClient, config: PrefectConfig) -> WorkPool:
-    """Return the work pool, made with Prefect's own template if there is none."""
+def _pool(client: SyncPrefectClient, config: Config) -> WorkPool:
+    """Return the work pool, made with Prefect's own template if there is none.
+
+    Raises:
+        ConfigError: if there is one that cannot do what the config wants.
+    """
+    wanted = config.prefect
     try:
-        found = client.read_work_pool(config.pool)
+        found = client.read_work_pool(wanted.pool)
     except ObjectNotFound:
-        template = base_template(client, config.pool_kind)
+        template = base_template(client, wanted.pool_kind)
+        if wanted.pool_kind == "kubernetes":
+            template = with_store(template, config.kubernetes, config.root)
         return client.create_work_pool(
             WorkPoolCreate(
-                name=config.pool,
-                type=config.pool_kind,
+                name=wanted.pool,
+                type=wanted.pool_kind,
                 base_job_template=template,
-                concurrency_limit=config.pool_limit,
+                concurrency_limit=wanted.pool_limit,
                 description="Runs of the unCLIP pipeline.",
             )
         )
-    if found.type != config.pool_kind:
+    if found.type != wanted.pool_kind:
         raise ConfigError(
-            f"prefect.pool: '{config.pool}' is a {found.type} pool, but prefect.pool_kind is {config.pool_kind}; name "
+            f"prefect.pool: '{wanted.pool}' is a {found.type} pool, but prefect.pool_kind is {wanted.pool_kind}; name "
             "another pool, or write that kind"
         )
+    if found.type == "kubernetes":
+        template = found.base_job_template
+        if with_store(template, config.kubernetes, config.root) != template:
+            raise ConfigError(
+                f"prefect.pool: pods of '{wanted.pool}' would lack kubernetes.secrets or kubernetes.store_claim, which "
+                "job templates get when their pool is made; name another pool, or add them to its template"
+            )
     return found
+
+
+def with_store(template: Mapping[str, Any], config: KubernetesConfig, root: str) -> dict[str, Any]:
+    """Add to the job template of a Kubernetes pool what its pods need to reach the store: secrets, and the claim.
+
+    Args:
+        template: base job template; it is left alone. What it has already is not added again.
+        config: names both.
+        root: where the claim is mounted.
+    """
+    changed: dict[str, Any] = copy.deepcopy(dict(template))
+    pod = changed["job_configuration"]["job_manifest"]["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+
+    def add(owner: dict[str, Any], name: str, item: dict[str, Any]) -> None:
+        items = owner.setdefault(name, [])
+        if item not in items:
+            items.append(item)
+
+    for secret in config.secrets:
+        add(container, "envFrom", {"secretRef": {"name": secret}})
+    if config.store_claim is not None:
+        add(pod, "volumes", {"name": "store", "persistentVolumeClaim": {"claimName": config.store_claim}})
+        add(container, "volumeMounts", {"name": "store", "mountPath": root})
+    return changed
 
 
 def base_template(client: SyncPrefectClient, kind: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: stop the work in seconds, keep what is committed, leave nothing running.
+"""Ctrl-C, SIGTERM and a closed terminal: stop the work in seconds, keep what is committed, leave nothing running.
 
 Stages run in threads, which cannot be interrupted from outside; the first signal therefore closes the executor (Ray
 cancels its tasks, and the threads that wait for them fail), and a clock ends the process where that takes too long.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_S = 8.5
 _LAST_ACTS_S = 1.0  # longer than that nobody waits for a store
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Cancelled(BaseException):
@@ -39,6 +39,7 @@ class Interrupt:
     Args:
         deadline_s: seconds between the first signal and the hard end.
         on_stop: called at the first signal, before anything else.
+        outlived: whether the work goes on elsewhere without this process, so that a closed terminal does not stop it.
         takes_signals: whether to handle signals; if not, the handlers that are found are kept in place, also against
             libraries, and whoever catches what they raise calls ``stop``. Prefect's engine tells its server that it
             can be cancelled only as long as its own handler stands.
@@ -49,6 +50,7 @@ class Interrupt:
         deadline_s: float = DEADLINE_S,
         on_stop: Callable[[], None] = lambda: None,
         *,
+        outlived: bool = False,
         takes_signals: bool = True,
     ) -> None:
         self.cancelled = threading.Event()
@@ -56,6 +58,11 @@ class Interrupt:
         self._deadline_s = deadline_s
         self._on_stop = on_stop
         self._takes_signals = takes_signals
+        self._signals = tuple(
+            number
+            for number in _SIGNALS
+            if not (number == signal.SIGHUP and (outlived or signal.getsignal(number) == signal.SIG_IGN))  # nohup
+        )
         self._close: Callable[[], object] | None = None
         self._note: Callable[[int], object] | None = None
         self._old_handlers: dict[int, Any] = {}
@@ -72,7 +79,7 @@ class Interrupt:
         self._note = note
 
     def __enter__(self) -> Interrupt:
-        self._old_handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._old_handlers = {number: signal.getsignal(number) for number in self._signals}
         self._is_active = True
         self.listen()
         return self
@@ -92,7 +99,7 @@ class Interrupt:
         """Take the signals; called again where a library has put its own handlers in place (Ray, a Prefect flow)."""
         if not self._is_active or threading.current_thread() is not threading.main_thread():
             return
-        for number in _SIGNALS:
+        for number in self._signals:
             if self._takes_signals:
                 signal.signal(number, self._handle)
             elif self._old_handlers[number] is not None:  # None: it is not one of Python's
@@ -114,7 +121,8 @@ class Interrupt:
             return
         self.exit_code = exit_code
         self.cancelled.set()
-        self._on_stop()
+        with contextlib.suppress(OSError):  # of a terminal that is no more
+            self._on_stop()
         threading.Thread(target=self._end_hard, daemon=True).start()
         self._releasing = threading.Thread(target=self._release, daemon=True)
         self._releasing.start()

@@ -16,6 +16,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,13 +28,14 @@ from stages.engine import Engine, files_to_load
 from stages.errors import IntegrityError, NotFoundError, StorageError, UnclipError
 from stages.metrics import METRICS_NAME
 from stages.sharded_state import assemble
-from stages.state_file import RANK_FILE, StateFile
+from stages.state_file import RANK_FILE, StateFile, Stretch
 from stages.step_guard import GUARD_NAME
 from stages.storage import Written
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_IO_THREADS = 16
 RECORD_NAME = "checkpoint.json"
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 
@@ -92,6 +94,19 @@ class _Unusable:
 
     why: str
     is_damaged: bool
+
+    @classmethod
+    def of(cls, error: UnclipError) -> _Unusable:
+        """Say what an error means for a checkpoint."""
+        return cls(f"{error}", isinstance(error, IntegrityError | NotFoundError))
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the first rank has seen of a checkpoint: the record, and what is in which file if all may be needed."""
+
+    record: Checkpoint
+    heads: Mapping[str, Sequence[Stretch]]
 
 
 class CheckpointFolder:
@@ -164,7 +179,9 @@ class CheckpointFolder:
         """
         steps = engine.gather(self.steps())[0]
         for number, step in enumerate(steps):
-            loaded = self._try_load(engine, step)
+            seen = engine.gather(self._look(engine, step) if engine.rank == 0 else None)[0]
+            assert seen is not None
+            loaded = seen if isinstance(seen, _Unusable) else self._try_load(engine, seen)
             found = engine.gather(loaded if isinstance(loaded, _Unusable) else None)
             problems = sorted((problem for problem in found if problem), key=lambda problem: problem.is_damaged)
             if not problems:
@@ -219,30 +236,40 @@ class CheckpointFolder:
         names = sorted(name for name in record.files if RANK_FILE.fullmatch(name))
         return assemble((self._state_file(record, name) for name in names), shapes)
 
-    def _try_load(self, engine: Engine, step: int) -> Resumed | _Unusable:
-        """Load this rank's part of a checkpoint, checked; or say in a few words why that is impossible."""
+    def _look(self, engine: Engine, step: int) -> _Seen | _Unusable:
+        """Read what all ranks need to know of a checkpoint: its record and, if it is of another layout, the heads."""
         try:
             record = Checkpoint.read(storage.join(self.uri_of(step), RECORD_NAME))
-            names = self._needed(record, files_to_load(record.files, record.layout, engine), engine)
+            names = files_to_load(record.files, record.layout, engine)
+            return _Seen(record, self._heads(record, names) if len(names) > 1 else {})
+        except UnclipError as error:
+            return _Unusable.of(error)
+
+    def _heads(self, record: Checkpoint, names: Sequence[str]) -> Mapping[str, Sequence[Stretch]]:
+        with ThreadPoolExecutor(_IO_THREADS) as pool:
+            try:
+                found = list(pool.map(lambda name: self._state_file(record, name).stretches(), names))
+            except IntegrityError:
+                return {}  # a damaged head, or one spoiled on its way: to read the whole file tells which
+        return dict(zip(names, found, strict=True))
+
+    def _try_load(self, engine: Engine, seen: _Seen) -> Resumed | _Unusable:
+        """Load this rank's part of a checkpoint, checked; or say in a few words why that is impossible."""
+        record = seen.record
+        try:
+            names = files_to_load(record.files, record.layout, engine)
+            if seen.heads:  # what holds nothing of this rank is left out; the others are read whole, to check them
+                names = engine.needed(seen.heads)
+                logger.debug(
+                    "checkpoint of step %d: rank %d reads %d of %d files",
+                    *(record.step, engine.rank, len(names), len(seen.heads)),
+                )
             metrics = self._content(record, METRICS_NAME)
             guard = self._content(record, GUARD_NAME) if GUARD_NAME in record.files else b""
             engine.load(self._state_file(record, name) for name in names)
-            return Resumed(step, metrics, guard)
+            return Resumed(record.step, metrics, guard)
         except UnclipError as error:
-            return _Unusable(f"{error}", isinstance(error, IntegrityError | NotFoundError))
-
-    def _needed(self, record: Checkpoint, names: list[str], engine: Engine) -> list[str]:
-        """Leave out the files that hold nothing of this rank; each of the others is read whole, to check it."""
-        if len(names) < 2:
-            return names
-        try:
-            needed = engine.needed({name: self._state_file(record, name).stretches() for name in names})
-        except IntegrityError:
-            return names  # a damaged head, or one spoiled on its way: to read the whole file tells which
-        logger.debug(
-            "checkpoint of step %d: rank %d reads %d of %d files", record.step, engine.rank, len(needed), len(names)
-        )
-        return needed
+            return _Unusable.of(error)
 
     def _state_file(self, record: Checkpoint, name: str) -> StateFile:
         return StateFile(*self._place(record, name))

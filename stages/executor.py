@@ -37,7 +37,7 @@ class ClusterConfig:
     )
     pass_env: tuple[str, ...] = setting(
         (),
-        "environment variables a Ray Job gets from here; whoever may use the cluster can read them",
+        "environment variables that a Ray Job, or workers elsewhere, get from here; the cluster's users can read them",
         affects="nothing",
     )
     num_cpus: int | None = setting(None, "cores a local Ray may use; null: all", affects="nothing")

@@ -147,6 +147,9 @@ class AwsConfig:
         "ARN of an IAM instance profile of all machines: may use the store and, on the head, start and end machines",
         affects="nothing",
     )
+    initialization_commands: tuple[str, ...] = setting(
+        (), "shell commands on every machine before its container, such as a registry's login", affects="nothing"
+    )
     idle_minutes: int = setting(10, "minutes after which an idle machine is given back", affects="nothing")
     heed_rebalance: bool = setting(
         False,

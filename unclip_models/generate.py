@@ -44,7 +44,16 @@ class GeneratedImages:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Turn ``(B, 3, H, W)`` in [-1, 1] into uint8 ``(B, H, W, 3)`` on the CPU."""
+    """Turn ``(B, 3, H, W)`` in [-1, 1] into uint8 ``(B, H, W, 3)`` on the CPU.
+
+    Raises:
+        ValueError: if a number is not finite; it would be a black pixel.
+    """
+    if num_bad := int((~torch.isfinite(images).flatten(1).all(dim=1)).sum()):
+        raise ValueError(
+            f"{num_bad} of {len(images)} images of {images.shape[-1]} px hold numbers that are not finite; generate in "
+            "precision fp32, or look at the weights of the model that makes this size"
+        )
     return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 

@@ -26,10 +26,12 @@ def test_ray_accepts_what_is_written(tmp_path: Path, capsys: pytest.CaptureFixtu
 
     given = ["-s", "root=s3://b/store", "-s", "aws.gpu.spot=true", "-s", "aws.instance_profile=arn:aws:iam::1:x"]
     given += ["-s", "aws.heed_rebalance=true", "-s", "cluster.submit=http://elsewhere:8265"]
+    given += ["-s", "aws.initialization_commands=[docker login registry.example]"]
     assert main(["render", "aws", QUICKSTART, *given, "-o", str(tmp_path)]) == 0
     assert re.search(r"ray up \S+/cluster.yaml && ray exec \S+/cluster.yaml 'unclip run", capsys.readouterr().out)
     written = yaml.safe_load((tmp_path / "cluster.yaml").read_text())
     validate_config(prepare_config(copy.deepcopy(written)))
+    assert written["initialization_commands"] == ["docker login registry.example"]
     machine = written["available_node_types"]["gpu"]["node_config"]
     assert machine["InstanceMarketOptions"] == {"MarketType": "spot"} and machine["IamInstanceProfile"]
     assert "InstanceMarketOptions" not in written["available_node_types"]["data"]["node_config"]

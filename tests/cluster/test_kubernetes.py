@@ -23,6 +23,7 @@ from stages.config import load_config
 from stages.errors import ConfigError
 from stages.graph import build_stages, fingerprints
 from stages.machines import GpuPoolConfig, KubernetesConfig, PodConfig, PoolConfig
+from stages.units import GIB
 
 TOP = Path(__file__).parents[2]
 SCHEMAS = Path(__file__).parent / "crds"
@@ -137,6 +138,15 @@ def test_spot_pods_drain_before_they_end() -> None:
 
 def amount(text: str) -> int:
     return int(text.removesuffix("Gi"))
+
+
+def test_rays_object_store_fits_the_shared_memory() -> None:
+    """Of more than that Ray would make files on the pod's disk."""
+    config = replace(FULL, data=replace(FULL.data, shared_memory_gib=10))
+    (cluster,) = [found["spec"] for found in objects(config) if found["kind"] == "RayCluster"]
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    wanted = [int(group["rayStartParams"]["object-store-memory"]) / GIB for group in groups]
+    assert wanted == pytest.approx([0.9 * 4, 0.9 * 10, 0.9 * 16])
 
 
 def test_the_quota_is_what_the_pods_ask_for() -> None:

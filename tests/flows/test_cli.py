@@ -210,7 +210,12 @@ def test_run_and_run_again(tmp_path: Path, prefect_state: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("executor", "number", "code"),
-    [("ray", signal.SIGINT, 130), ("ray", signal.SIGTERM, 143), ("local", signal.SIGINT, 130)],
+    [
+        ("ray", signal.SIGINT, 130),
+        ("ray", signal.SIGTERM, 143),
+        ("local", signal.SIGINT, 130),
+        ("local", signal.SIGHUP, 129),
+    ],
 )
 def test_a_signal_stops_the_run_within_seconds(
     tmp_path: Path, prefect_state: Path, executor: str, number: signal.Signals, code: int

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.connection import _runtime_env
 from cluster.jobs import JobState
 from flows.cli import main
 from flows.cli_jobs import _STATUS, _environment, _exit_code, _for_the_cluster, _is_of, _selection_arguments, _what
@@ -61,6 +62,8 @@ def test_secrets_travel_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "planted-token")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
     config = project("cluster.pass_env=[HF_TOKEN]").config
+    workers = _runtime_env(config.cluster)["env_vars"]  # of a cluster that this process drives itself
+    assert workers["HF_TOKEN"] == "planted-token" and "AWS_SECRET_ACCESS_KEY" not in workers
     environment = _environment(config)
     assert environment["HF_TOKEN"] == "planted-token" and environment["AWS_ENDPOINT_URL"] == "http://store:9000"
     assert "AWS_SECRET_ACCESS_KEY" not in environment

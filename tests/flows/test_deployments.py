@@ -653,6 +653,7 @@ def test_a_kubernetes_pool(place: Place, tmp_path: Path) -> None:
         kubernetes={
             **{"image": "registry.example/unclip:1", "namespace": "ml", "service_account": "runner"},
             **{"keep_finished_s": 600, "head": {"num_cpus": 3, "memory_gib": 5}},
+            **{"secrets": ["store-keys"], "store_claim": "store"},
         },
         prefect={"pool": "pods", "pool_kind": "kubernetes", "job_variables": {"image_pull_policy": "Always"}},
     )
@@ -673,6 +674,12 @@ def test_a_kubernetes_pool(place: Place, tmp_path: Path) -> None:
     assert (container["image"], container["imagePullPolicy"]) == ("registry.example/unclip:1", "Always")
     assert container["resources"]["requests"] == {"cpu": "3", "memory": "5Gi"}
     assert container["resources"]["limits"]["memory"] == "5Gi"
+    assert container["envFrom"] == [{"secretRef": {"name": "store-keys"}}]
+    assert pod["volumes"] == [{"name": "store", "persistentVolumeClaim": {"claimName": "store"}}]
+    assert container["volumeMounts"] == [{"name": "store", "mountPath": str(tmp_path / "store")}]
+    place.deploy(config, "--until", "source")
+    assert place.client.read_work_pool("pods").base_job_template == template
+    assert "pods of 'pods' would lack kubernetes.secrets" in place.refused(config, "kubernetes.secrets=[others]")
     assert "Sometimes" in place.refused(config, "prefect.job_variables.image_pull_policy=Sometimes")
     assert "'gpus' is no variable of the pool 'pods'" in place.refused(config, "prefect.job_variables.gpus=1")
     assert "is a process pool" in place.refused(config, "prefect.pool=drill")

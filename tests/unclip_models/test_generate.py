@@ -71,6 +71,13 @@ def test_prior_and_decoder_must_agree_on_the_norm(stack: UnCLIP) -> None:
         UnCLIP(stack.clip, raw.prior, stack.decoder)
 
 
+def test_what_is_not_finite_is_no_black_picture() -> None:
+    x = torch.zeros(3, 3, 8, 8)
+    x[1, 0, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match=r"1 of 3 images of 8 px hold numbers that are not finite; generate in.*fp32"):
+        to_uint8(x)
+
+
 def test_to_uint8_covers_the_range() -> None:
     x = torch.tensor([-1.0, 0.0, 1.0, 1.5]).reshape(1, 1, 1, 4).expand(1, 3, 1, 4)
     assert to_uint8(x)[0, 0, :, 0].tolist() == [0, 128, 255, 255]
