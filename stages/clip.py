@@ -84,6 +84,11 @@ class Clip(GangStage[ClipConfig]):
     name = "clip"
 
     @property
+    def version(self) -> int:  # type: ignore[override]
+        """Of trainings; published weights are what they are."""
+        return 2 if self._trains else 1
+
+    @property
     def uses_seed(self) -> bool:  # type: ignore[override]
         """A training draws; taking over weights does not."""
         return self._trains

@@ -173,7 +173,7 @@ class ClipModel(nn.Module):
 
     def forward(self, images: Tensor | Sequence[Tensor], tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embed with gradients: images and captions, unit-norm float32 ``(B, D)``; and the logit scale, up to 100."""
-        scale = cast(Tensor, self.model.logit_scale).float().exp().clamp(max=MAX_LOGIT_SCALE)
+        scale = cast(Tensor, _CappedExp.apply(cast(Tensor, self.model.logit_scale).float()))
         return self._image_embedding(images), self._text_embedding(tokens), scale
 
     @torch.no_grad()
@@ -267,6 +267,27 @@ class ClipModel(nn.Module):
             arguments = (tokens[:, :length].to(device),)
             embedding = torch.func.functional_call(_TextEncoder(self.model), shorter, arguments).float()
         return F.normalize(embedding, dim=-1) if normalize else embedding
+
+
+class _CappedExp(torch.autograd.Function):
+    """The exponential, at most ``MAX_LOGIT_SCALE`` (Radford et al. 2021).
+
+    At the cap its gradient still leads down, and only down: a cap alone would keep the scale there for good.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logarithm: Tensor) -> Tensor:
+        """Compute it."""
+        free = logarithm.exp()
+        ctx.save_for_backward(free)
+        return free.clamp(max=MAX_LOGIT_SCALE)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        """Descend along ``gradient``, unless that leads further beyond the cap."""
+        (free,) = ctx.saved_tensors
+        beyond = (free > MAX_LOGIT_SCALE) & (gradient < 0)
+        return torch.where(beyond, torch.zeros_like(gradient), gradient * free.clamp(max=MAX_LOGIT_SCALE))
 
 
 class _TextEncoder(nn.Module):

@@ -1,5 +1,6 @@
 """The CLIP wrapper: same numbers as open_clip, nothing lost in a file, the activation never guessed."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -247,3 +248,20 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     write_weights(tmp_path / "m.safetensors", {"x": torch.zeros(1)}, {"architecture": "decoder"})
     with pytest.raises(ValueError, match="holds decoder"):
         ClipModel.load(tmp_path / "m.safetensors")
+
+
+@pytest.mark.parametrize("logarithm", [2.0, 4.6, 4.7, 9.0])
+def test_the_logit_scale_is_capped_and_can_come_down_again(logarithm: float) -> None:
+    """Radford et al. 2021, section 2.5: at most 100. A step beyond must not keep it there for good."""
+    clip = ClipModel.from_config(CONFIG)
+    with torch.no_grad():
+        clip.model.logit_scale.fill_(logarithm)  # type: ignore[operator, union-attr]
+    images = torch.zeros(2, 3, clip.image_size, clip.image_size, dtype=torch.uint8)
+    for sign in (1, -1):
+        clip.zero_grad()
+        *_, scale = clip(images, clip.tokenize(["a", "b"]))
+        assert float(scale.detach()) == pytest.approx(min(math.exp(logarithm), 100))
+        (sign * scale).backward()
+        gradient = float(clip.model.logit_scale.grad)  # type: ignore[arg-type, union-attr]
+        free = sign * min(math.exp(logarithm), 100)
+        assert gradient == pytest.approx(0 if sign < 0 and logarithm > math.log(100) else free)
