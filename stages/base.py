@@ -158,6 +158,8 @@ class Stage(ABC, Generic[C]):
     Attributes:
         name: one word, the same in file, class, config section, output folder and command line.
         version: raised when the output changes for the same settings.
+        repeatable: whether a shard that is done twice, on any machine, has equal bytes. If not, a run whose stage was
+            taken over meanwhile publishes no shard any more: it would spoil what its successor has recorded.
         upstream: the stages whose manifests it reads.
         counts: the upstream stage whose kept samples are exactly the ones that come in; none if it is not so simple.
             The runner holds every run to it (``stages/balance.py``).
@@ -169,6 +171,7 @@ class Stage(ABC, Generic[C]):
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
+    repeatable: ClassVar[bool] = True
     counts: ClassVar[str | None] = None
     uses_seed: ClassVar[bool] = False
     gang: ClassVar[bool] = False
@@ -313,8 +316,8 @@ class Stage(ABC, Generic[C]):
             dropped: reason -> samples.
             metrics: plain numbers and short texts to keep.
         """
-        if self.gang:
-            self.fence()  # two trainings of one model are not equal to the bit on every machine
+        if not self.repeatable:
+            self.fence()
         published = {
             role: item
             if isinstance(item, File)

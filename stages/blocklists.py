@@ -103,6 +103,9 @@ class UrlBlocklist:
 
     def blocks(self, urls: pa.ChunkedArray) -> Flags:
         """Tell which of ``(n,)`` URLs are blocked; a missing URL is not."""
+        # As they are fetched: without blanks around them and line ends within.
+        urls = pc.utf8_trim_whitespace(pc.replace_substring_regex(urls, r"[\t\r\n]", ""))
+        urls = pc.utf8_trim(urls, "".join(map(chr, range(33))))
         blocked = np.zeros(len(urls), np.bool_)
         hosts = pc.struct_field(pc.extract_regex(urls, _AUTHORITY), "host")
         coded = pc.fill_null(hosts, "").combine_chunks().dictionary_encode()

@@ -23,6 +23,8 @@ from stages.resolver import Resolver
 
 Origin = tuple[str, str, int]  # scheme, host, port
 
+# A server, or what balances its load, has ended the connection without a word; nothing is wrong with its certificate.
+HUNG_UP = (ssl.SSLEOFError, ssl.SSLZeroReturnError)
 _BUFFER_BYTES = 1 << 16
 _MAX_IDLE = 64
 _QUICK_ACK: int | None = getattr(socket, "TCP_QUICKACK", None)  # Linux
@@ -206,6 +208,8 @@ def _secured(raw: socket.socket, host: str, deadline: float) -> socket.socket:
             secured = _tls_context().wrap_socket(raw, server_hostname=host)
         except TimeoutError as error:
             raise FetchError("timeout", f"{host}: the TLS handshake did not end in time") from error
+        except HUNG_UP as error:
+            raise FetchError("connect", f"{host}: {error}") from error
         except ssl.SSLError as error:
             raise FetchError("tls", f"{host}: {error}") from error
         except (OSError, ValueError) as error:

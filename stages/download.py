@@ -155,6 +155,7 @@ class Download(Stage[DownloadConfig]):
     """Downloads the rows of every source shard; see the module's docstring."""
 
     name: ClassVar[str] = "download"
+    repeatable: ClassVar[bool] = False
     version: ClassVar[int] = 2
     counts: ClassVar[str | None] = "source"
     _served: shapes.ShapesConfig | None = None  # known while the service is up, and travels to the workers

@@ -66,6 +66,7 @@ class Embed(Stage[EmbedConfig]):
     """One shard of the filter stage becomes one table of embeddings."""
 
     name = "embed"
+    repeatable = False
     counts = "filter"
     version = 2
 

@@ -29,12 +29,13 @@ from typing import Any, cast
 
 from PIL import Image
 
-from stages.connections import Connection, Connections, Origin, remaining
+from stages.connections import HUNG_UP, Connection, Connections, Origin, remaining
 from stages.failure_codes import FetchError
 from stages.pixel_budget import PixelBudget
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
+_DIRECTIVES_WITH_VALUES = ("unavailable_after", "max-snippet", "max-image-preview", "max-video-preview")
 _IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 _MAX_URL_CHARACTERS = 16_000
 # The page of a redirect or a refusal is read, for the connection's sake, only if it is short and there at once.
@@ -63,6 +64,7 @@ class FetchLimits:
     Attributes:
         timeout_s: seconds for one attempt as a whole, redirects included.
         max_bytes: largest body.
+        cuts: whether of a larger body the beginning is taken; else it is refused.
         max_pixels: largest width x height.
         max_redirects: redirects followed.
         user_agent: sent as ``User-Agent``; its part before ``/`` is the name that opt-outs may address.
@@ -73,6 +75,7 @@ class FetchLimits:
 
     timeout_s: float = 10.0
     max_bytes: int = 20 << 20
+    cuts: bool = False
     max_pixels: int = 50_000_000
     max_redirects: int = 5
     user_agent: str = "unclip-pipeline"
@@ -161,7 +164,7 @@ def parse_url(url: str | None) -> Target:
         raise FetchError("invalid_url", f"{url!r} has no scheme")
     if scheme not in ("http", "https"):
         raise FetchError("scheme", f"{scheme} is not http or https")
-    if not parts.hostname or port == 0:
+    if not parts.hostname or port == 0 or "\\" in parts.netloc:  # which others read as the end of the host
         raise FetchError("invalid_url", f"{url!r} names no host")
     if len(url or "") > _MAX_URL_CHARACTERS:
         raise FetchError("invalid_url", f"{len(url or '')} characters")
@@ -219,7 +222,7 @@ def check_image(data: bytes, max_pixels: int, budget: PixelBudget | None = None)
             with budget.spend(width * height) if budget else contextlib.nullcontext():
                 _decode(data)
         return width, height
-    except FetchError:
+    except (FetchError, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise FetchError("too_many_pixels", str(error)) from error
@@ -274,7 +277,7 @@ def _response(connection: Connection, target: Target, limits: FetchLimits) -> ht
         return client.getresponse()
     except TimeoutError:
         raise
-    except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError) as error:
+    except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError, *HUNG_UP) as error:
         if connection.is_reused:
             raise _StaleError from error
         raise FetchError("connect", f"{type(error).__name__}: {error}") from error
@@ -291,16 +294,17 @@ def _content(response: http.client.HTTPResponse, limits: FetchLimits) -> bytes |
     _refuse_opt_out(response.headers, limits)
     if response.status in _REDIRECTS and response.headers.get("Location"):
         # Headers are decoded as Latin-1; what the server sent are these bytes, as a rule UTF-8.
-        location = urllib.parse.quote(response.headers["Location"], safe=string.punctuation, encoding="iso-8859-1")
+        location = response.headers["Location"].strip(" \t")
+        location = urllib.parse.quote(location, safe=string.punctuation, encoding="iso-8859-1")
         return Redirect(location)
     if response.status != 200:
         wait = seconds_to_wait(response.headers.get("Retry-After"))
         raise FetchError(f"http_{response.status}", response.reason, retry_after_s=wait)
-    return _body(response, limits.max_bytes)
+    return _body(response, limits.max_bytes, cuts=limits.cuts)
 
 
-def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
-    if (response.length or 0) > max_bytes:
+def _body(response: http.client.HTTPResponse, max_bytes: int, *, cuts: bool) -> bytes:
+    if (response.length or 0) > max_bytes and not cuts:
         raise FetchError("too_large", f"{response.length} bytes announced")
     body = bytearray()
     # `read` takes a chunk of -1 bytes for all that the server ever sends; `read1` never returns more than a buffer.
@@ -309,6 +313,8 @@ def _body(response: http.client.HTTPResponse, max_bytes: int) -> bytes:
         while chunk := read(_CHUNK_BYTES):
             body += chunk
             if len(body) > max_bytes:
+                if cuts:
+                    return bytes(body[:max_bytes])
                 raise FetchError("too_large", f"more than {max_bytes} bytes")
     except TimeoutError:
         raise
@@ -337,13 +343,15 @@ def _refuse_opt_out(headers: email.message.Message[Any, Any], limits: FetchLimit
     for value in headers.get_all("X-Robots-Tag", []):
         text = str(value).lower()
         name, separator, rest = text.partition(":")
-        # A colon also stands in directives such as `unavailable_after: <date>`; only a name is free of commas.
-        if separator and "," not in name and name.strip() != "unavailable_after":
+        # A colon also stands in some directives; only a name is free of commas.
+        if separator and "," not in name and name.strip() not in _DIRECTIVES_WITH_VALUES:
             if name.strip() != own_name:
                 continue
             text = rest
-        found = refusing & {directive.strip() for directive in text.split(",")}
-        if found:
+        found = {directive.strip() for directive in text.split(",")}
+        if "none" in found:
+            found |= {"noindex", "nofollow"}
+        if refusing & found:
             raise FetchError("opt_out", f"X-Robots-Tag: {value}")
 
 

@@ -40,6 +40,7 @@ from stages.samples import read_tar, selection_table, table_from_bytes, table_to
 
 _IO_THREADS = 16
 _FINISH_BYTES = 150  # per sample
+_REPEATS_BYTES = 32  # more, where captions may repeat so often: they are known, and files till the end
 _ORIGIN = {
     "key": pa.large_string(),
     "list": pa.large_string(),
@@ -173,7 +174,8 @@ class Filter(Stage[FilterConfig]):
 
     def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
         """See ``Stage.finish_bytes``; measured by ``tests/benchmarks/bench_decisions.py``."""
-        return _FINISH_BYTES * sum(record.num_in for record in records)
+        repeats = 0 if self.config.max_caption_repeats is None else _REPEATS_BYTES
+        return (_FINISH_BYTES + repeats) * sum(record.num_in for record in records)
 
     def _check_languages(self) -> None:
         if not self.config.caption_languages:

@@ -20,7 +20,7 @@ from stages.base import setting
 from stages.blocklists import HeldOut, UrlBlocklist
 from stages.hash_tables import HASH_BITS
 
-RULE_VERSION = 2  # of what the rules mean; raised whenever equal settings would decide otherwise
+RULE_VERSION = 3  # of what the rules mean; raised whenever equal settings would decide otherwise
 REASONS = (
     "too_small",
     "too_large",

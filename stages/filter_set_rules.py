@@ -120,14 +120,17 @@ def decide(facts: Facts, config: FilterConfig, held_out: HeldOut) -> Verdicts:
         _drop_placeholders(codes, facts, config.placeholder_min_urls)
     facts.forget("urls")
     verdicts = Verdicts(codes, np.full(len(codes), NONE, np.int64))
-    if config.drop_duplicates:
-        _drop_copies(verdicts, facts.files)
-    facts.forget("files")
-    if config.near_duplicate_bits is not None:
-        _drop_near_duplicates(verdicts, facts, config.near_duplicate_bits, config.near_duplicate_levels)
-    if config.max_caption_repeats is not None:
-        _drop_repeats(codes, facts.captions, config.max_caption_repeats)
-    return verdicts
+    while True:
+        if config.drop_duplicates:
+            _drop_copies(verdicts, facts.files)
+        if config.max_caption_repeats is None:
+            facts.forget("files")
+        if config.near_duplicate_bits is not None:
+            _drop_near_duplicates(verdicts, facts, config.near_duplicate_bits, config.near_duplicate_levels)
+        if config.max_caption_repeats is not None:
+            _drop_repeats(codes, facts.captions, config.max_caption_repeats)
+        if not _reopen(verdicts):
+            return verdicts
 
 
 def _tones_of(samples: pa.Table) -> Tones:
@@ -202,6 +205,18 @@ def _drop_repeats(codes: Codes, captions: Identities, max_repeats: int) -> None:
     _, starts, counts = np.unique(texts, return_index=True, return_counts=True)
     place = np.arange(len(rows)) - np.repeat(starts, counts)
     codes[rows[place >= max_repeats]] = CODES["caption_repeated"]
+
+
+def _reopen(verdicts: Verdicts) -> bool:
+    """Reopen what was dropped in favour of samples that were dropped for their captions then; tell whether any was.
+
+    Every turn drops such a sample for good, so there is an end.
+    """
+    behind = np.flatnonzero(verdicts.keepers != NONE)
+    orphans = behind[verdicts.codes[verdicts.keepers[behind]] != KEPT]
+    verdicts.codes[orphans] = KEPT
+    verdicts.keepers[orphans] = NONE
+    return len(orphans) > 0
 
 
 def _repeated(identities: Identities, rows: Rows) -> tuple[Rows, Rows]:

@@ -24,6 +24,7 @@ class GangStage(Stage[C]):
     """
 
     gang: ClassVar[bool] = True
+    repeatable: ClassVar[bool] = False
 
     def process(
         self,

@@ -128,6 +128,7 @@ class Generate(Stage[GenerateConfig]):
     """Captions -> images; see the module's docstring."""
 
     name: ClassVar[str] = "generate"
+    repeatable: ClassVar[bool] = False
     uses_seed: ClassVar[bool] = True
 
     def __init__(self, config: GenerateConfig, *, root: str, seed: int = 0) -> None:

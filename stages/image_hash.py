@@ -12,6 +12,8 @@ NUM_TONES = 48
 _HASH_SIDE = 8
 _GREY_SIDE_PX = 32
 _TONE_SIDE = 4
+# Flat and symmetric images have frequencies of nothing; what rounding to 8 bits leaves of one has a spread of 5.
+_LEAST_FREQUENCY = 16.0
 
 
 def measure_image(data: bytes) -> tuple[int, bytes]:
@@ -31,24 +33,24 @@ def measure_image(data: bytes) -> tuple[int, bytes]:
         colours = image.convert("RGB")
     grey = colours.convert("L").resize((_GREY_SIDE_PX, _GREY_SIDE_PX), Image.Resampling.BILINEAR)
     tones = colours.resize((_TONE_SIDE, _TONE_SIDE), Image.Resampling.BOX)
-    return perceptual_hash(np.asarray(grey, np.float32)), tones.tobytes()
+    return perceptual_hash(np.asarray(grey, np.float64)), tones.tobytes()
 
 
-def perceptual_hash(grey: npt.NDArray[np.float32]) -> int:
+def perceptual_hash(grey: npt.NDArray[np.float64]) -> int:
     """Hash the coarse structure of a grey image: which of its 8x8 lowest cosine frequencies exceed their median.
 
     Args:
-        grey: float array (32, 32).
+        grey: levels of 0 to 255, (32, 32).
     """
     frequencies = _COSINES @ grey @ _COSINES.T
-    bits = frequencies > np.median(frequencies)
+    bits = frequencies > np.median(frequencies) + _LEAST_FREQUENCY
     return int.from_bytes(np.packbits(bits).tobytes(), "big")
 
 
-def _cosines() -> npt.NDArray[np.float32]:
+def _cosines() -> npt.NDArray[np.float64]:
     """Return the first rows of the type-II cosine transform, (8, 32)."""
     positions = np.arange(_GREY_SIDE_PX) + 0.5
-    return np.cos(np.pi / _GREY_SIDE_PX * np.outer(np.arange(_HASH_SIDE), positions)).astype(np.float32)
+    return np.cos(np.pi / _GREY_SIDE_PX * np.outer(np.arange(_HASH_SIDE), positions))
 
 
 _COSINES = _cosines()

@@ -124,6 +124,7 @@ def run_unit(
 
     Raises:
         ShardError: retryable, if the output does not verify.
+        BaseException: what ``fetcher``, ``resize`` or ``report`` raised.
     """
     reader, downloader, _, writer = load_img2dataset()
     url_list = scratch / "urls.parquet"
@@ -132,7 +133,7 @@ def run_unit(
     quiet = {"print": _log_instead_of_print}
     tracing = types.SimpleNamespace(print_exc=lambda: logger.debug("img2dataset", exc_info=True))
     read_shards = rebound(reader.Reader.__iter__, **quiet)
-    fetch = _fetch_function(fetcher, resize, urls.num_rows, report)
+    fetch = _Fetch(fetcher, resize, urls.num_rows, report)
     run = rebound(downloader.Downloader.download_shard, download_image_with_retry=fetch, traceback=tracing, **quiet)
     work = downloader.Downloader(
         sample_writer_class=_plain_writer(writer),
@@ -157,6 +158,8 @@ def run_unit(
     )
     for unit in read_shards(whole):
         run(work, unit)
+    if fetch.error is not None:
+        raise fetch.error
     return _verified(scratch, urls)
 
 
@@ -173,34 +176,49 @@ class _ResizedFile(io.BytesIO):
     resized: Any
 
 
-def _fetch_function(
-    fetcher: RowFetcher, resize: Resize, total: int, report: Callable[[Progress], None]
-) -> Callable[..., Any]:
-    """Build the replacement of img2dataset's fetch function, which also resizes and reports progress.
+class _Fetch:
+    """The replacement of img2dataset's fetch function, which also resizes and reports progress.
 
     img2dataset calls it once per row and takes the rows in whatever order they come back, so a call is a turn: it
     returns the next row that is finished, whichever that is. By itself img2dataset resizes in the one thread that
     writes, which then is what everything waits for.
-    """
-    lock = threading.Lock()
-    done, reported_at = 0, time.monotonic()
 
-    def fetch(_row: tuple[int, str | None], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
-        nonlocal done, reported_at
-        fetched = fetcher.next_row()
+    Attributes:
+        error: the first exception; img2dataset would wait for ever for the thread that it ends. No row is fetched
+            after it.
+    """
+
+    def __init__(self, fetcher: RowFetcher, resize: Resize, total: int, report: Callable[[Progress], None]) -> None:
+        self.error: BaseException | None = None
+        self._fetcher = fetcher
+        self._resize = resize
+        self._total = total
+        self._report = report
+        self._lock = threading.Lock()
+        self._done, self._reported_at = 0, time.monotonic()
+
+    def __call__(self, row: tuple[int, str | None], **_: Any) -> tuple[int, io.BytesIO | None, str | None]:
+        """Take a turn."""
+        if self.error is None:
+            try:
+                return self._turn()
+            except BaseException as error:
+                self.error = self.error or error
+        return row[0], None, "unexpected"
+
+    def _turn(self) -> tuple[int, io.BytesIO | None, str | None]:
+        fetched = self._fetcher.next_row()
         file = None
         if fetched.data is not None:
             file = _ResizedFile(fetched.data)
-            with fetcher.budget.spend(fetched.num_pixels):
-                file.resized = resize(file)
-        with lock:
-            done += 1
-            if time.monotonic() - reported_at > _REPORT_EVERY_S or done == total:
-                reported_at = time.monotonic()
-                report(Progress(done=done, total=total, unit="images"))
+            with self._fetcher.budget.spend(fetched.num_pixels):
+                file.resized = self._resize(file)
+        with self._lock:
+            self._done += 1
+            if time.monotonic() - self._reported_at > _REPORT_EVERY_S or self._done == self._total:
+                self._reported_at = time.monotonic()
+                self._report(Progress(done=self._done, total=self._total, unit="images"))
         return fetched.row, file, fetched.reason
-
-    return fetch
 
 
 def _verified(scratch: Path, urls: pa.Table) -> list[UnitRow]:

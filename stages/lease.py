@@ -9,7 +9,7 @@ A lease is an object in the store beside the stage's manifest, changed by compar
 * An owner on the same machine whose process is gone is replaced at once.
 * The token rises with every owner and never falls: the object is not deleted. An owner that was only stopped and wakes
   up later finds another token at its next beat, and before it publishes anything that others rely on
-  (``Lease.publish``). What shards write needs no fence: equal work has equal names and bytes.
+  (``Lease.publish``). What shards write needs no fence where equal work has equal bytes (``Stage.repeatable``).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
@@ -76,7 +77,7 @@ def contents_of(path: Path) -> Contents:
     if kind == "txt":
         return Contents(sum(batch.num_rows for batch in _text_batches(path)), pa.schema([("url", pa.string())]))
     with _delimited(path, _DELIMITERS[kind]) as reader:
-        return Contents(sum(batch.num_rows for batch in reader), reader.schema)
+        return Contents(sum(batch.num_rows for batch in _checked(reader)), reader.schema)
 
 
 class RowReader:
@@ -162,7 +163,7 @@ class RowReader:
             return _text_batches(self._path)
         if kind == "parquet":
             if self._is_whole():
-                return (table for table in [pq.read_table(self._path, memory_map=False)])
+                return (table for table in [pq.read_table(self._path, columns=self._columns, memory_map=False)])
             return _parquet_batches(self._path, self._columns, self._group_starts.index(start))
         return _delimited_batches(self._path, _DELIMITERS[kind])
 
@@ -199,8 +200,26 @@ def _delimited(path: Path, delimiter: str) -> Iterator[pa_csv.CSVStreamingReader
 
 def _delimited_batches(path: Path, delimiter: str) -> Batches:
     with _delimited(path, delimiter) as reader:
-        for batch in reader:
+        for batch in _checked(reader):
             yield pa.Table.from_batches([batch])
+
+
+def _checked(reader: pa_csv.CSVStreamingReader) -> Iterator[pa.RecordBatch]:
+    """Refuse values that hold the beginning of further rows: a quote that is never closed swallows them unseen."""
+    num_rows = 0
+    for batch in reader:
+        for column in batch.columns:
+            if not pa.types.is_string(column.type) or not pc.any(pc.match_substring(column, "\n")).as_py():
+                continue
+            swallows = pc.fill_null(pc.match_substring_regex(column, r"\n(?s:.*)://"), False)
+            if (position := pc.index(swallows, True).as_py()) >= 0:
+                raise ValueError(
+                    f"row {num_rows + position:,} holds a line end and then a URL: {column[position].as_py()[:80]!r}; "
+                    "a quote at the beginning of a value is not closed. Double quotes within quoted values, or write "
+                    "the list as jsonl or parquet"
+                )
+        num_rows += batch.num_rows
+        yield batch
 
 
 def _read_json(path: Path) -> pa.Table:

@@ -212,7 +212,8 @@ class HostQueues:
     def failed(self, request: Request, error: FetchError) -> None:
         """Note that a request failed: the row is tried again later, or ends."""
         host = self._release(request)
-        blames = failure_code(error.reason).blames_host
+        # Of a row that came from elsewhere, another host may have used the time.
+        blames = failure_code(error.reason).blames_host and (error.reason != "timeout" or not request.num_redirects)
         host.num_failures_in_a_row = host.num_failures_in_a_row + 1 if blames else 0
         pause = max(self._backoff(request), error.retry_after_s)
         # Whatever the status: otherwise one header decides how long the whole unit takes.

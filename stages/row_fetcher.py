@@ -98,7 +98,8 @@ class RowFetcher:
     ) -> None:
         self.budget = PixelBudget(_PIXELS_AT_ONCE)
         self._limits = limits
-        self._rules_limits = dataclasses.replace(limits, max_bytes=robots.MAX_BYTES, opt_out_directives=())
+        # Of more rules than that the first ones count (RFC 9309, section 2.5).
+        self._rules_limits = dataclasses.replace(limits, max_bytes=robots.MAX_BYTES, cuts=True, opt_out_directives=())
         self._hashes = hashes
         # Half the shortest pause: a row that is tried again is looked up again.
         forget_s = courtesy.backoff_s / 2

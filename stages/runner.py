@@ -317,12 +317,13 @@ def _log_failure(stage: Stage[Any], failure: ShardFailure, attempt: int, max_att
 def _refuse_failures(
     stage: Stage[Any], quarantined: Mapping[str, str], num_shards: int, allowed_fraction: float
 ) -> None:
-    if len(quarantined) <= allowed_fraction * num_shards:
+    if len(quarantined) <= allowed_fraction * num_shards and len(quarantined) < max(num_shards, 1):
         return
     shard_id, reason = next(iter(quarantined.items()))
+    allowed = f"cluster.max_failed_fraction allows {allowed_fraction:g}" if allowed_fraction < 1 else "nothing is left"
     raise StageError(
-        f"{stage.name}: {len(quarantined)} of {num_shards} shards failed (cluster.max_failed_fraction allows "
-        f"{allowed_fraction:g}); first: shard {shard_id}: {reason}. Finished shards are kept; run again to resume"
+        f"{stage.name}: {len(quarantined)} of {num_shards} shards failed ({allowed}); first: shard {shard_id}: "
+        f"{reason}. Finished shards are kept; run again to resume"
     )
 
 

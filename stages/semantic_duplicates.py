@@ -34,6 +34,7 @@ _ITERATIONS = 10
 _SEED = 0
 _MEMBERS_PER_CHUNK = 8192
 _ROWS_PER_STRIPE = 512
+_ROUNDING = 2e-6
 
 
 def semantic_duplicates(embeddings: Embeddings, *, min_cosine: float, num_cells: int | None = None) -> Rows:
@@ -68,7 +69,8 @@ class CosineRelation:
     """
 
     def __init__(self, embeddings: Embeddings, min_cosine: float, cells: Rows, linked: npt.NDArray[np.bool_]) -> None:
-        self._embeddings, self._min_cosine = embeddings, np.float32(min_cosine)
+        # Of a vector and itself, single precision makes a cosine a little below 1.
+        self._embeddings, self._min_cosine = embeddings, np.float32(min(min_cosine, 1 - _ROUNDING))
         self._cells, self._linked = cells, linked
         self._members: list[Rows] = []
 

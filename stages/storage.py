@@ -486,7 +486,7 @@ def _check_size(uri: str, num_bytes: int) -> None:
 
 
 def _refuse_size(uri: str, num_bytes: int, found: int) -> None:
-    delete(uri)
+    # It is not deleted: it may be another writer's, whole and recorded. Nothing records what was written here.
     raise StorageError(f"{uri}: wrote {num_bytes} bytes but the store holds {found}; run again")
 
 

@@ -58,6 +58,14 @@ def test_a_forgotten_shard_is_seen() -> None:
         check(record("a2", 10), planned={"a2": PLANNED["a2"]})
 
 
+def test_a_second_try_that_is_given_up_on_changes_no_count() -> None:
+    """Its shard counts all rows, those of the second try too."""
+    again = {**PLANNED, "a2r": ["up/shards/a.parquet"]}
+    check(record("a2", 10), record("b2", 20), planned=again, quarantined=["a2r"])
+    with pytest.raises(IntegrityError, match="29 samples in, but up kept 30"):
+        check(record("a2", 10), record("b2", 19), planned=again, quarantined=["a2r"])
+
+
 def test_quarantined_shards_are_not_expected() -> None:
     check(record("a2", 10), quarantined=["b2"])
     with pytest.raises(IntegrityError, match="9 samples in, but up kept 10"):

@@ -8,6 +8,7 @@ import email.utils
 import io
 import ipaddress
 import socket
+import threading
 import time
 from collections.abc import Iterator
 
@@ -16,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from stages import fetch
 from stages.failure_codes import FetchError, is_transient
 from stages.fetch import FetchLimits, check_image, parse_url, seconds_to_wait
 from stages.politeness import Courtesy
@@ -141,6 +143,10 @@ def test_one_deadline_for_the_whole_attempt(server: str, path: str) -> None:
         ("nofollow", False),
         ("unavailable_after:+25+Jun+2050+15:00:00+PST", False),
         ("noai,+unavailable_after:+25+Jun+2050+15:00:00+PST", True),
+        ("max-image-preview:large,+noai", True),
+        ("max-snippet:-1,+max-image-preview:large,+max-video-preview:-1,+noindex", True),
+        ("max-image-preview:large", False),
+        ("none", True),
     ],
 )
 def test_opt_outs(server: str, tag: str, refused: bool) -> None:
@@ -227,6 +233,38 @@ def test_refused_connections_can_pass() -> None:
     limits = FetchLimits(allowed_networks=("127.0.0.0/8",))
     assert fetched(f"http://127.0.0.1:{port}/", limits) == "connect"
     assert is_transient("connect") and is_transient("http_503") and not is_transient("http_404")
+
+
+def test_a_server_that_hangs_up_in_the_handshake_may_be_asked_again() -> None:
+    """It is overloaded, or what balances its load is; nothing is wrong with its certificate."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+
+        def hang_up() -> None:
+            while True:
+                try:
+                    connection, _ = listening.accept()
+                except OSError:
+                    return
+                with connection:
+                    connection.recv(4096)  # closed with unread bytes it would be a reset
+
+        thread = threading.Thread(target=hang_up, daemon=True)
+        thread.start()
+        limits = FetchLimits(allowed_networks=("127.0.0.0/8",))
+        assert fetched(f"https://127.0.0.1:{listening.getsockname()[1]}/", limits) == "connect"
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def test_no_memory_to_decode_is_not_the_images_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def decode(data: bytes) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(fetch, "_decode", decode)
+    with pytest.raises(MemoryError):
+        check_image(PNG, 10**6)
 
 
 def test_https_to_a_plain_server_is_a_tls_failure(server: str) -> None:

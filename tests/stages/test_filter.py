@@ -234,6 +234,10 @@ def test_blocked_urls(store: Store, tmp_path: Path) -> None:
         "https://b.org/1.jpg": False,
         "http://b.org/ads/1.jpg": False,
         "no url": False,
+        " \u3000https://example.com/1.jpg": True,
+        "\x01https://example.com/1.jpg": True,
+        "ht\ntps://exam\tple.com/1.jpg": True,
+        "\thttps://b.org/ads/1.jpg": True,
     }
     rows = [row(i, url=url) for i, url in enumerate(cases)] + [row(99, url=None)]
     manifest = store.filter([rows], url_blocklist=str(path), **OFF)
@@ -319,6 +323,16 @@ def test_only_so_many_samples_of_a_caption(store: Store) -> None:
     assert store.reasons(manifest) == [[None, "duplicate", None], ["caption_repeated", None, None, None]]
 
 
+def test_a_copy_stays_if_the_first_one_went_for_its_caption(store: Store) -> None:
+    same, other = encoded(photo(7)), encoded(photo(7), "JPEG", quality=60)
+    shards = [[row(0, caption="photo"), row(1, image=same, caption="photo"), row(2, image=same, caption="a red dog")]]
+    shards += [[row(3, image=other, caption="a cat"), row(4, image=same, caption="photo")]]
+    manifest = store.filter(shards, max_caption_repeats=1, placeholder_min_urls=None)
+    assert store.reasons(manifest) == [[None, "caption_repeated", None], ["near_duplicate", "duplicate"]]
+    tables = [table_from_bytes(r.files["selection"].read(store.root)) for r in manifest.records]
+    assert tables[1]["duplicate_of"].to_pylist() == ["0000000002"] * 2
+
+
 def test_a_duplicate_names_what_keeps_it_out(store: Store) -> None:
     image = photo(7)
     same, near = encoded(image), encoded(image, "JPEG", quality=60)
@@ -372,11 +386,15 @@ def decided(rows: Sequence[Row], shard_size: int, order: Sequence[int] = ()) -> 
         except StageError:
             assert all(reason is not None for shard in reasons for reason in shard)
         else:
+            kept, keepers = set[str](), set[str]()
             for shard, record in zip(reasons, finished, strict=True):
                 assert record.num_in == len(shard) and record.num_kept == shard.count(None)
                 assert record.dropped == {r: shard.count(r) for r in REASONS if shard.count(r)}
                 table = table_from_bytes(record.files["selection"].read(store.root))
                 assert table["reason"].to_pylist() == shard
+                kept.update(table.filter(table["kept"])["key"].to_pylist())
+                keepers.update(key for key in table["duplicate_of"].to_pylist() if key is not None)
+            assert keepers <= kept
     by_rank = {r["row"]: why for r, why in zip(chain(*shards), chain(*reasons), strict=True)}
     return rows, [by_rank[rank] for rank in range(len(rows))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from unittest import mock
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageDraw
 
 from stages.filter_rules import FilterConfig
 from stages.hash_tables import Hashes, SearchPlan, Tones
@@ -21,6 +23,41 @@ from stages.shapes import ShapesConfig, image_bytes
 
 LEVELS = 5
 MAX_BITS = (*range(9), 12, 16)
+
+
+def files_of(image: Image.Image) -> list[bytes]:
+    """Write an image as others might find it on the web."""
+    darker = Image.fromarray(np.maximum(np.asarray(image).astype(int) - 1, 0).astype(np.uint8))
+    found = []
+    for variant, how in (
+        *((image, {"format": "PNG"}), (image, {"format": "JPEG", "quality": 95}), (image, {"format": "JPEG"})),
+        (image.resize((300, 300), Image.Resampling.LANCZOS), {"format": "PNG"}),
+        (darker, {"format": "PNG"}),
+    ):
+        sink = io.BytesIO()
+        variant.save(sink, **how)  # type: ignore[arg-type]
+        found.append(sink.getvalue())
+    return found
+
+
+@pytest.mark.parametrize("what", ["flat", "circle", "cross", "stripes"])
+def test_what_is_flat_or_symmetric_is_found_again(what: str) -> None:
+    """Most of their frequencies are nothing, of which the noise must decide nothing."""
+    image = Image.new("RGB", (256, 256), (128, 128, 128) if what == "flat" else "white")
+    draw = ImageDraw.Draw(image)
+    if what == "circle":
+        draw.ellipse((48, 48, 208, 208), fill="red")
+    elif what == "cross":
+        draw.rectangle((108, 20, 148, 236), fill="blue")
+        draw.rectangle((20, 108, 236, 148), fill="blue")
+    elif what == "stripes":
+        for y in range(0, 256, 64):
+            draw.rectangle((0, y, 255, y + 31), fill="black")
+    measured = [measure_image(data) for data in files_of(image)]
+    hashes = np.array([h for h, _ in measured], np.uint64)
+    tones = np.frombuffer(b"".join(t for _, t in measured), np.uint8).reshape(-1, NUM_TONES)
+    assert max(int(h ^ hashes[0]).bit_count() for h in hashes) <= 2
+    assert near_duplicates(hashes, tones, max_bits=4, max_levels=LEVELS).tolist() == [NONE, 0, 0, 0, 0]
 
 
 def walk(hashes: Hashes, tones: Tones, max_bits: int) -> list[int]:

@@ -241,6 +241,20 @@ def test_any_answer_closes_the_circuit_again(answer: str) -> None:
     assert "host_down" not in reasons
 
 
+@pytest.mark.parametrize(("reason", "falls"), [("timeout", False), ("connect", True)])
+def test_time_that_another_host_has_used_up_is_not_held_against_a_host(reason: str, falls: bool) -> None:
+    queues = queues_of([], Clock(), connections_per_host=1, retries=0, circuit_breaker_failures=3)
+    for row in range(5):
+        queues.add(row, f"http://shortener/{row}")
+        while isinstance(request := queues.take(), Request):
+            if request.host == ("shortener", 80):
+                queues.redirected(request, f"http://b/{row}")
+            else:
+                queues.failed(request, FetchError(reason))
+    queues.add(99, "http://b/fine")
+    assert (queues.take() == Ended(99, "host_down")) == falls
+
+
 def test_the_breaker_can_be_switched_off() -> None:
     queues = queues_of(urls_on("a", each=50), Clock(), connections_per_host=1, retries=0, circuit_breaker_failures=0)
     ended = []

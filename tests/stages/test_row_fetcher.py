@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from stages import robots
 from stages.failure_codes import FetchError
 from stages.fetch import FetchLimits
 from stages.politeness import Courtesy
@@ -278,6 +279,15 @@ def test_rules_for_our_name_come_before_those_for_all(server: HostileServer) -> 
     limits = FetchLimits(user_agent="tester/1.0 (+http://a/)", allowed_networks=("127.0.0.0/8",))
     urls = [f"{server.url}/image/{kind}" for kind in ("open", "secret")]
     assert outcomes(fetch_all(urls, limits=limits, obey_robots_txt=True)[0]) == [None, "robots_txt"]
+
+
+@pytest.mark.parametrize("size", [robots.MAX_BYTES - 50, robots.MAX_BYTES + 10_000, 3 * robots.MAX_BYTES])
+def test_of_a_long_robots_txt_the_beginning_counts(server: HostileServer, size: int) -> None:
+    """RFC 9309, section 2.5: at least 500 KiB are read."""
+    rules = b"User-agent: *\nDisallow: /image/secret\n"
+    server.robots_txt = rules + b"# more\n" * (size // 7) + b"Disallow: /\n" * (size > robots.MAX_BYTES)
+    urls = [f"{server.url}/image/0", f"{server.url}/image/secret/0"]
+    assert outcomes(fetch_all(urls, obey_robots_txt=True)[0]) == [None, "robots_txt"]
 
 
 def test_robots_txt_is_not_asked_for_by_default(server: HostileServer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 from stages import storage
 from stages.errors import InputError, StageError
 from stages.executor import ClusterConfig, LocalExecutor
+from stages.graph import STAGES
+from stages.lease import LeaseLostError
 from stages.manifest import Manifest
 from stages.runner import StageProgress, forget, inspect_stage, run_stage
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
@@ -147,6 +150,38 @@ def test_what_a_shard_died_of_is_kept_without_secrets(
     assert "failed, attempt 3 of 3: ***" in caplog.text and "ShardError: ***" in caplog.text
     # The line of source code that a traceback quotes is no secret.
     assert "never works" not in caplog.text.replace('"never works"', "")
+
+
+@pytest.mark.parametrize("fraction", [0.7, 1.0])
+def test_a_stage_of_which_nothing_is_left_is_refused(tmp_path: Path, fraction: float) -> None:
+    tolerant = ClusterConfig(backoff_s=0.0, max_attempts=1, max_failed_fraction=fraction)
+    config = SquaresConfig(misbehave=dict.fromkeys(("0", "10", "20"), "always"), scratch=str(tmp_path))
+    root = str(tmp_path / "store")
+    with pytest.raises(StageError, match=r"squares: 3 of 3 shards failed.*first: shard \w+: never works"):
+        run_squares(root, run_numbers(root), config, tolerant)
+
+
+def test_a_run_that_was_replaced_spoils_no_shard_of_its_successor(tmp_path: Path) -> None:
+    """Where doing a shard twice gives other bytes."""
+    root = str(tmp_path)
+    numbers = run_numbers(root)
+
+    class Downloads(Squares):
+        repeatable = False
+
+    def replaced() -> None:
+        raise LeaseLostError("squares: taken over")
+
+    for kind, spoils in ((Downloads, False), (Squares, True)):
+        stage = kind(SquaresConfig(), root=root)
+        stage.fence = replaced
+        stage.setup()
+        shard = stage.plan({"numbers": numbers})[0]
+        with contextlib.nullcontext() if spoils else pytest.raises(LeaseLostError):
+            stage.process(shard, f"{root}/squares/shards")
+        assert bool(storage.list_files(f"{root}/squares/shards")) == spoils
+    kinds = {kind.name: kind.repeatable for kind in STAGES}
+    assert {name for name, repeatable in kinds.items() if not repeatable} >= {"download", "embed", "generate", "prior"}
 
 
 def test_a_fatal_failure_stops_at_once(tmp_path: Path) -> None:

@@ -84,6 +84,13 @@ def test_what_is_kept_is_kept_again(seed: int) -> None:
     assert (semantic_duplicates(x[kept], min_cosine=MIN_COSINE) == NONE).all()
 
 
+@pytest.mark.parametrize("dim", [7, 512])
+def test_a_cosine_of_one_means_every_copy(dim: int) -> None:
+    own = np.random.default_rng(0).standard_normal((200, dim)).astype(np.float16)
+    found = semantic_duplicates(np.concatenate([own, own]), min_cosine=1.0)
+    assert found.tolist() == [NONE] * 200 + list(range(200))
+
+
 def test_none_and_one() -> None:
     assert semantic_duplicates(np.zeros((0, 4), np.float16), min_cosine=0.9).tolist() == []
     assert semantic_duplicates(np.ones((1, 4), np.float16), min_cosine=0.9).tolist() == [NONE]

@@ -100,6 +100,24 @@ def test_compressed_lists(tmp_path: Path) -> None:
     assert [row["caption"] for row in rows_of(run(make(tmp_path, packed)))] == [row["caption"] for row in ROWS]
 
 
+@pytest.mark.parametrize("name", ["pairs.csv", "pairs.tsv"])
+@pytest.mark.parametrize("first", ["url", "caption"])
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path, name: str, first: str) -> None:
+    """Captions of tables that are not quoted may begin with one."""
+    captions = ["plain", '"lone quote', "other", "third", '"another', "last"]
+    rows = [{"url": f"http://a/{i}.jpg", "caption": caption} for i, caption in enumerate(captions)]
+    columns = [first, "caption" if first == "url" else "url"]
+    delimiter = "\t" if name.endswith("tsv") else ","
+    lines = [delimiter.join(row[column] for column in columns) for row in rows]
+    path = tmp_path / name
+    for text in ("\n".join(lines) + "\n", "\n".join(lines[:4]) + "\n"):
+        path.write_text(f"{delimiter.join(columns)}\n{text}")
+        with pytest.raises(
+            InputError, match=r"row 1 holds a line end and then a URL: .*quote.*is not closed|Expected 2 col"
+        ):
+            run(make(tmp_path, path))
+
+
 def test_text_lists_have_urls_and_no_captions(tmp_path: Path) -> None:
     path = tmp_path / "urls.txt"
     path.write_text("\ufeffhttp://a/1.jpg\n\n  http://a/2.jpg \n\n")  # as Windows writes it
