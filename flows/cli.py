@@ -346,6 +346,7 @@ def _plan(args: argparse.Namespace) -> int:
     _say_list_changes(project)
     if args.cost:
         return cli_cost.show_cost(args, project)
+    cli_cost.refuse_without_cost(args)
     rows = overview(project.stages, project.states, selected=selection.stages, forced=selection.forced)
     if args.json:
         print_json([row.to_json() for row in rows])

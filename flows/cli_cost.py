@@ -39,6 +39,14 @@ def cost_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def refuse_without_cost(args: argparse.Namespace) -> None:
+    """Refuse options of the estimate where none is asked for."""
+    given = {"--prices": args.prices, "--rows": args.rows, "--assume": args.assume, "--measured-in": args.measured_in}
+    for name, value in given.items():
+        if value not in (None, []):
+            raise ConfigError(f"{name}: goes with --cost only")
+
+
 def show_cost(args: argparse.Namespace, project: Project) -> int:
     """Estimate every stage and show it."""
     from cluster.cost import PriceTable, estimate, refuse_on_this_machine, storage_price, this_machine, total
@@ -51,6 +59,9 @@ def show_cost(args: argparse.Namespace, project: Project) -> int:
     if machines is not None and not args.prices:
         pending = [stage for name, stage in project.stages.items() if project.states[name].manifest is None]
         refuse_on_this_machine(pending, machines)
+    for root in args.measured_in:
+        if not any(measured(project.stages, [root]).values()):
+            raise ConfigError(f"--measured-in {root}: holds no result whose speed could be told")
     found = measured(project.stages, [project.config.root, *args.measured_in])
     estimates = estimate(
         project.config,

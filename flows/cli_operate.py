@@ -73,6 +73,8 @@ def runs(args: argparse.Namespace) -> int:
     from flows.run_record import read_runs
     from flows.watch import runs_table
 
+    if args.newest < 1:
+        raise ConfigError(f"--newest {args.newest}: is below 1")
     found = read_runs(_root(args), newest=args.newest)
     if args.json:
         print_json([run.to_json() for run in found])

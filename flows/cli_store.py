@@ -51,13 +51,17 @@ def _common_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def verify(args: argparse.Namespace) -> int:
-    """Hold the store to its manifests, and the weights of all versions to the registry; 1 if anything is wrong."""
+    """Hold the store to its manifests, and the weights of all versions to the registry.
+
+    Returns:
+        1 if anything is wrong, or nothing is there.
+    """
     root, verified = _verified(args, every=args.all, with_versions=True)
     if args.json:
         print_json({"root": root, **_counts(verified), "findings": [f.to_json() for f in verified.findings]})
     else:
-        _show_findings(verified)
-    return 1 if verified.findings else 0
+        _show_findings(root, verified)
+    return 1 if verified.findings or not verified.num_results else 0
 
 
 def repair(args: argparse.Namespace) -> int:
@@ -97,8 +101,8 @@ def gc(args: argparse.Namespace) -> int:
     """Show, or delete, what nothing names any more."""
     from stages.garbage import delete_garbage, find_garbage
 
-    if args.older_than < 0:
-        raise ConfigError(f"--older-than {args.older_than:g}: is negative; write a number of days, 0 or more")
+    if not args.older_than >= 0:  # nor is it no number at all
+        raise ConfigError(f"--older-than {args.older_than:g}: write a number of days, 0 or more")
     opened = [_open(path, args.set) for path in args.configs]
     roots = {root: path for path, (root, _, _) in zip(args.configs, opened, strict=True)}
     if len(roots) > 1:
@@ -170,7 +174,10 @@ def _counts(verified: Verified) -> dict[str, int]:
     }
 
 
-def _show_findings(verified: Verified) -> None:
+def _show_findings(root: str, verified: Verified) -> None:
+    if not verified.num_results:
+        print(f"nothing to verify: {root} holds no result of this config; is root right?")
+        return
     for finding in verified.findings[:_MAX_SHOWN]:
         print(finding)
     if len(verified.findings) > _MAX_SHOWN:

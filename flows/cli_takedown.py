@@ -26,13 +26,23 @@ def takedown_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sha256", action="append", default=[], metavar="HASH", help="of an image file; repeatable")
     parser.add_argument("--file", metavar="FILE", help="one URL, key or hash per line")
     parser.add_argument("--note", default="", metavar="TEXT", help="why; kept with the tombstones")
-    parser.add_argument("--apply", action="store_true", help="do it; without, only show what it would touch")
+    parser.add_argument(
+        "--apply",
+        action="store_true",
+        help="do it; without, only show what it would touch; alone: finish what was interrupted",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON to standard output")
 
 
 def takedown(args: argparse.Namespace) -> int:
     """Show what a takedown touches, or do it."""
-    asked = Tombstones(urls=frozenset(args.url), keys=frozenset(args.key), sha256=frozenset(args.sha256))
+    asked = Tombstones(
+        urls=frozenset(args.url),
+        keys=frozenset(key.strip().lower() for key in args.key),
+        sha256=frozenset(name.strip().lower() for name in args.sha256),
+    )
+    if any(not url.strip() for url in args.url):
+        raise ConfigError("--url: is empty; is a variable of the shell not set?")
     if args.file is not None:
         asked |= _from_file(Path(args.file))
     config = load_config(args.config, args.set)
@@ -86,6 +96,8 @@ def _from_file(path: Path) -> Tombstones:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--file: {path} cannot be read ({error})") from None
+    if not lines:
+        raise InputError(f"--file: {path} names nothing; a takedown of nothing is none")
     names: dict[str, set[str]] = {"urls": set(), "keys": set(), "sha256": set()}
     for line in lines:
         kind = "urls" if "://" in line else "sha256" if len(line) == 64 else "keys"

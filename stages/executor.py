@@ -62,6 +62,10 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         if self.max_attempts < 1:
             raise ValueError(f"max_attempts: {self.max_attempts} is below 1; write 1 for a single try")
+        for name, least in (("num_cpus", 1), ("num_gpus", 0), ("object_store_gib", 0), ("backoff_s", 0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name}: {value} is below {least}")
         if self.metrics_port is not None and not 0 <= self.metrics_port <= 65535:
             raise ValueError(f"metrics_port: {self.metrics_port} is no port; write a number from 0 to 65535")
         if self.lease_ttl_s < 0:

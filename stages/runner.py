@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import time
@@ -16,7 +17,7 @@ from stages.balance import check_balance
 from stages.base import Progress, Shard, Stage, identity_of, record_uri
 from stages.clock import utc_now
 from stages.code_version import code_version
-from stages.errors import IntegrityError, StageError
+from stages.errors import InputError, IntegrityError, StageError
 from stages.executor import ClusterConfig, Executor, ShardFailure
 from stages.lease import Lease
 from stages.manifest import Manifest, ShardRecord, manifest_uri
@@ -106,15 +107,27 @@ def inspect_stage(stage: Stage[Any], fingerprint: str, inputs: Mapping[str, Mani
     """Say whether a stage is done for exactly these inputs."""
     manifest = Manifest.read(stage.root, stage.name, fingerprint)
     if manifest is None:
-        return StageState(
-            name=stage.name, fingerprint=fingerprint, status="pending", reason="no result for these settings"
-        )
+        reason = _why_there_is_none(stage, inputs)
+        return StageState(name=stage.name, fingerprint=fingerprint, status="pending", reason=reason)
     for name, upstream in inputs.items():
         if manifest.inputs[name]["digest"] != upstream.digest:
             reason = f"{name} has changed since"
             return StageState(name=stage.name, fingerprint=fingerprint, status="pending", reason=reason)
     reason = f"done {manifest.created_at}"
     return StageState(name=stage.name, fingerprint=fingerprint, status="done", reason=reason, manifest=manifest)
+
+
+def _why_there_is_none(stage: Stage[Any], inputs: Mapping[str, Manifest]) -> str:
+    """Say whether it is the software that has changed, or the settings."""
+    version = stage.version - 1
+    if version > 0:
+        earlier = copy.copy(stage)
+        with contextlib.suppress(AttributeError, InputError):  # a version that depends on settings, a list that is gone
+            earlier.version = version  # type: ignore[misc]
+            before = earlier.fingerprint({name: manifest.fingerprint for name, manifest in inputs.items()})
+            if Manifest.read(stage.root, stage.name, before) is not None:
+                return f"there is a result of this software's version {version} of the stage; now it is {stage.version}"
+    return "no result for these settings"
 
 
 def committed_records(stage: Stage[Any], shards: Sequence[Shard]) -> dict[str, ShardRecord]:
@@ -320,10 +333,10 @@ def _refuse_failures(
     if len(quarantined) <= allowed_fraction * num_shards and len(quarantined) < max(num_shards, 1):
         return
     shard_id, reason = next(iter(quarantined.items()))
-    allowed = f"cluster.max_failed_fraction allows {allowed_fraction:g}" if allowed_fraction < 1 else "nothing is left"
     raise StageError(
-        f"{stage.name}: {len(quarantined)} of {num_shards} shards failed ({allowed}); first: shard {shard_id}: "
-        f"{reason}. Finished shards are kept; run again to resume"
+        f"{stage.name}: {len(quarantined)} of {num_shards} shards failed (cluster.max_failed_fraction allows "
+        f"{allowed_fraction:g}, but not all); first: shard {shard_id}: {reason}. Finished shards are kept; run again "
+        "to resume"
     )
 
 

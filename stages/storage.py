@@ -166,7 +166,8 @@ def read_bytes(uri: str, *, expected_bytes: int | None = None) -> bytes:
     data = _read(uri, at_once=expected_bytes is not None and expected_bytes <= _ONE_REQUEST_BYTES)
     if expected_bytes is not None and len(data) != expected_bytes:
         raise StorageError(
-            f"{uri}: read {len(data)} bytes where the record says {expected_bytes}; the object is damaged"
+            f"{uri}: read {len(data)} bytes where the record says {expected_bytes}; the object is damaged, and `unclip "
+            "repair` has it made again"
         )
     return data
 

@@ -10,6 +10,7 @@ of 0.007 at scale 1, of 0.6 at scale 3). All functions take images as uint8 ``(B
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -89,10 +90,27 @@ def to_decoder_side(model: UnCLIP, images: Tensor) -> Tensor:
     x = images.to(model.device).float()
     if images.dtype == torch.uint8:
         x = x / 127.5 - 1
+    return downsample(_centre(x), model.decoder.config.image_size)
+
+
+def _centre(x: Tensor) -> Tensor:
+    """Cut the centred square out."""
     height, width = x.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
-    return downsample(x[:, :, top : top + side, left : left + side], model.decoder.config.image_size)
+    return x[:, :, top : top + side, left : left + side]
+
+
+def _known_at_decoder_side(model: UnCLIP, mask: Tensor) -> Tensor:
+    """Tell which of the decoder's pixels are made of known pixels alone, bool ``(B, 1, S, S)``.
+
+    To shrink an image, ``downsample`` weighs two pixels of the result to each side, the outer ones negatively.
+    """
+    unknown = _centre((mask == 0).to(model.device).float())
+    side = model.decoder.config.image_size
+    reach = math.ceil(1.5 * max(unknown.shape[-1] / side, 1.0)) if unknown.shape[-1] != side else 0
+    touched = F.max_pool2d(unknown, 2 * reach + 1, stride=1, padding=reach)
+    return F.adaptive_max_pool2d(touched, side) == 0
 
 
 def vary(
@@ -320,7 +338,8 @@ def inpaint(
     Args:
         model: the stack.
         images: ``(B, 3, H, W)``.
-        mask: ``(B, 1, H, W)``, True where a pixel is known; a pixel of the decoder is known if all it covers is.
+        mask: ``(B, 1, H, W)``, bool, True where a pixel is known; a pixel of the decoder is known if all that goes into
+            it is.
         seeds: B seeds.
         sampling: steps and guidance of prior, decoder and upsamplers.
         captions: B captions of the wanted whole, or None.
@@ -333,7 +352,7 @@ def inpaint(
         raise ValueError(f"mask of shape {tuple(mask.shape)}; images {tuple(images.shape)} need (B, 1, H, W)")
     sampling = sampling or SamplingConfig()
     small = to_decoder_side(model, images)
-    known = to_decoder_side(model, mask.expand(-1, 3, -1, -1).float() * 2 - 1)[:, :1] > 1 - 1e-3
+    known = _known_at_decoder_side(model, mask)
     if bool(known.flatten(1).all(dim=1).any()):
         raise ValueError("mask: an image has no unknown pixel; mark what is to be painted")
     z = model.embed_images(images) if captions is None else model.imagine(captions, seeds, sampling.prior)

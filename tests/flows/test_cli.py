@@ -63,6 +63,12 @@ def arguments(root: Path, num_images: int = 40, executor: str = "local") -> list
         (["export", CONFIG, "--format", "onnx", "-o", "out"], "invalid choice: 'onnx'"),
         (["import", "x.ckpt", "--kind", "prior", "-o", "x.bin"], "give a name that ends in .safetensors"),
         (["generate", CONFIG, "a red square", "-n", "0", "-o", "x.png"], "0 is below 1"),
+        (["runs", CONFIG, "-n", "-3"], "--newest -3: is below 1"),
+        (["plan", CONFIG, "--rows", "5"], "--rows: goes with --cost only"),
+        (["plan", CONFIG, "--cost", "--measured-in", "/nowhere"], "--measured-in /nowhere: holds no result"),
+        (["gc", CONFIG, "--older-than", "nan"], "--older-than nan: write a number of days"),
+        (["run", CONFIG, "-s", "cluster.num_cpus=-1"], "num_cpus: -1 is below 1"),
+        (["run", CONFIG, "-s", "cluster.backoff_s=-3"], "backoff_s: -3"),
     ],
 )
 def test_bad_usage_is_one_line_and_exit_code_2(

@@ -97,6 +97,24 @@ def test_damage_is_found_repaired_and_made_again(config: str, capsys: pytest.Cap
     assert main(["verify", config]) == 0
 
 
+def test_a_takedown_of_nothing_is_refused(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An export of wishes that failed looks like this."""
+    (tmp_path / "empty").write_text("\n \n")
+    for given, code, said in (
+        (["--file", str(tmp_path / "empty"), "--apply"], 1, "empty names nothing"),
+        (["--url", ""], 2, "--url: is empty"),
+    ):
+        assert main(["takedown", config, *given]) == code
+        assert said in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_there_is_not_all_right(
+    config: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", config, "-s", f"root={tmp_path}/misspelt"]) == 1
+    assert "misspelt holds no result of this config; is root right?" in capsys.readouterr().out
+
+
 def test_a_takedown_names_what_it_does_not_know(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     (life, *_) = find_lives(open_project(config, []).manifests, "shapes:0")
     assert main(["takedown", config, "--url", life.url, "--url", life.url + "?", "--json"]) == 0
@@ -104,8 +122,8 @@ def test_a_takedown_names_what_it_does_not_know(config: str, capsys: pytest.Capt
     assert said["unknown"] == [life.url + "?"] and not said["applied"]
     (sample,) = said["samples"]
     assert (sample["key"], sample["url"]) == (life.key, life.url)
-    for name in (sample["sha256"], life.key):
-        assert main(["takedown", config, f"--{'key' if name == life.key else 'sha256'}", name]) == 0
+    for kind in ("sha256", "key"):
+        assert main(["takedown", config, f"--{kind}", f" {sample[kind].upper()}"]) == 0
         said = capsys.readouterr().out
         assert "unknown" not in said and life.url in said
     assert main(["takedown", config, "--key", "0" * 16]) == 0
@@ -177,4 +195,4 @@ def test_gc_refuses_two_stores_and_negative_ages(
     assert main(["gc", config, other]) == 2
     assert "their stores differ" in capsys.readouterr().err
     assert main(["gc", config, "--older-than", "-1"]) == 2
-    assert "--older-than -1: is negative" in capsys.readouterr().err
+    assert "--older-than -1: write a number of days" in capsys.readouterr().err

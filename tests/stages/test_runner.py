@@ -77,6 +77,23 @@ def test_a_stage_wide_setting_keeps_the_shards(tmp_path: Path) -> None:
     assert {r.shard_id for r in third.records}.isdisjoint(r.shard_id for r in first.records)
 
 
+def test_a_result_of_an_earlier_version_of_the_software_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = str(tmp_path)
+    numbers = run_numbers(root)
+    run_squares(root, numbers)
+    for config, version, expected in (
+        (SquaresConfig(), 2, "there is a result of this software's version 1 of the stage; now it is 2"),
+        (SquaresConfig(power=3), 2, "no result for these settings"),
+        (SquaresConfig(), 3, "no result for these settings"),
+    ):
+        monkeypatch.setattr(Squares, "version", version)
+        stage = Squares(config, root=root)
+        state = inspect_stage(stage, stage.fingerprint({"numbers": numbers.fingerprint}), {"numbers": numbers})
+        assert (state.status, state.reason) == ("pending", expected)
+
+
 def test_settings_that_affect_nothing_change_nothing(tmp_path: Path) -> None:
     numbers = run_numbers(str(tmp_path))
     stages = [Squares(SquaresConfig(num_workers=n), root=str(tmp_path)) for n in (1, 7)]

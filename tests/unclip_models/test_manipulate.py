@@ -11,6 +11,7 @@ from tests.unclip_models.small_stack import FAST, small_stack
 from unclip_models.generate import UnCLIP
 from unclip_models.manipulate import (
     PrincipalAxes,
+    _known_at_decoder_side,
     decode_latents,
     edit,
     inpaint,
@@ -148,6 +149,20 @@ def test_inpainting_keeps_known_pixels_and_paints_the_rest(stack: UnCLIP) -> Non
         inpaint(stack, image, torch.ones_like(mask), [0], FAST)
     with pytest.raises(ValueError, match=r"mask of shape \(1, 1, 4, 8\)"):
         inpaint(stack, image, mask[:, :, :4], [0], FAST)
+
+
+@pytest.mark.parametrize("side", [8, 16, 20, 40])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_what_is_unknown_does_not_show_in_known_pixels(stack: UnCLIP, side: int, offset: int) -> None:
+    """The decoder's pixels lie under a filter that weighs what is around them, partly negatively."""
+    hole = (..., slice(side // 4 + offset, side * 3 // 4), slice(side // 3 + offset, side * 2 // 3))
+    mask, images = torch.ones(1, 1, side, side, dtype=torch.bool), _image(side=side).repeat(2, 1, 1, 1)
+    mask[hole] = False
+    images[0][hole], images[1][hole] = 0, 255
+    known = _known_at_decoder_side(stack, mask)
+    white, black = to_decoder_side(stack, images)
+    assert torch.equal(white[known[0].expand(3, -1, -1)], black[known[0].expand(3, -1, -1)])
+    assert known.any() and not known.all() and torch.equal(known, _known_at_decoder_side(stack, mask.float()))
 
 
 def test_outpainting_puts_the_picture_into_a_border() -> None:

@@ -110,7 +110,7 @@ def test_learned_variance_channels_drive_ddpm() -> None:
     assert torch.allclose(got, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "x_start"])
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v"])
 @pytest.mark.parametrize("steps", [10, 50])
 def test_ddim_inversion_reconstructs(prediction: str, steps: int) -> None:
     """Without refinement (ADM's inversion), by default, and with many refinements; test_convergence has the orders."""
@@ -119,9 +119,27 @@ def test_ddim_inversion_reconstructs(prediction: str, steps: int) -> None:
     plain = ddim_sample(denoiser, ddim_invert(denoiser, x_start, diffusion, num_refinements=0), diffusion)
     default = ddim_sample(denoiser, ddim_invert(denoiser, x_start, diffusion), diffusion)
     refined = ddim_sample(denoiser, ddim_invert(denoiser, x_start, diffusion, num_refinements=8), diffusion)
-    assert float((refined - x_start).abs().max()) < 1e-4
+    # Of a network that predicts noise, the first step down holds on to its first guess.
+    least = {10: 2e-2, 50: 1e-3}[steps] if prediction == "epsilon" else 1e-4
+    assert float((refined - x_start).abs().max()) < least
     assert float((default - x_start).abs().max()) < float((plain - x_start).abs().max()) / 10
     assert float((refined - x_start).abs().max()) < float((plain - x_start).abs().max())
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "x_start", "v"])
+@pytest.mark.parametrize("steps", [50, 250])
+def test_inversion_bears_a_network_that_is_not_perfect(prediction: str, steps: int) -> None:
+    """Decoded as images are, every step clipped to their range."""
+    perfect, diffusion = _process(prediction, steps)
+
+    def denoiser(x_t: Tensor, t: Tensor) -> Tensor:
+        return 0.99 * perfect(x_t, t) + 0.003 * torch.sin(2 * x_t)
+
+    x_start = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).mul(STD).add(MEAN).clamp(-1, 1)
+    x_T = ddim_invert(denoiser, x_start, diffusion)
+    decoded = ddim_sample(denoiser, x_T, diffusion, clip=lambda x: x.clamp(-1, 1))
+    assert float((decoded - x_start).square().mean().sqrt()) < 0.03
+    assert 0.7 < float(x_T.std()) < 1.3
 
 
 def test_inversion_of_a_fine_process_is_the_inverse_flow() -> None:
