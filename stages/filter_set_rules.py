@@ -123,13 +123,14 @@ def decide(facts: Facts, config: FilterConfig, held_out: HeldOut) -> Verdicts:
     while True:
         if config.drop_duplicates:
             _drop_copies(verdicts, facts.files)
-        if config.max_caption_repeats is None:
+        if config.max_caption_repeats is None:  # else they may be asked again
             facts.forget("files")
         if config.near_duplicate_bits is not None:
             _drop_near_duplicates(verdicts, facts, config.near_duplicate_bits, config.near_duplicate_levels)
-        if config.max_caption_repeats is not None:
-            _drop_repeats(codes, facts.captions, config.max_caption_repeats)
-        if not _reopen(verdicts):
+        if config.max_caption_repeats is None:
+            return verdicts
+        _drop_repeats(codes, facts.captions, config.max_caption_repeats)
+        if not _reopen(verdicts, facts.captions):
             return verdicts
 
 
@@ -207,16 +208,21 @@ def _drop_repeats(codes: Codes, captions: Identities, max_repeats: int) -> None:
     codes[rows[place >= max_repeats]] = CODES["caption_repeated"]
 
 
-def _reopen(verdicts: Verdicts) -> bool:
-    """Reopen what was dropped in favour of samples that were dropped for their captions then; tell whether any was.
+def _reopen(verdicts: Verdicts, captions: Identities) -> bool:
+    """Reopen what was dropped in favour of samples that do not stay themselves; tell whether anything was.
 
-    Every turn drops such a sample for good, so there is an end.
+    Those went for their captions, or for what was reopened before. A drop for a caption is for good, and with these
+    settled the others settle in the order of their ranks, so there is an end.
     """
     behind = np.flatnonzero(verdicts.keepers != NONE)
     orphans = behind[verdicts.codes[verdicts.keepers[behind]] != KEPT]
-    verdicts.codes[orphans] = KEPT
+    keepers = verdicts.keepers[orphans]
+    # What comes after a sample and has the caption for which that one went, goes for it, too.
+    too_many = verdicts.codes[keepers] == CODES["caption_repeated"]
+    too_many &= (captions[orphans] == captions[keepers]).all(axis=1)
+    verdicts.codes[orphans] = np.where(too_many, CODES["caption_repeated"], KEPT)
     verdicts.keepers[orphans] = NONE
-    return len(orphans) > 0
+    return not too_many.all()
 
 
 def _repeated(identities: Identities, rows: Rows) -> tuple[Rows, Rows]:

@@ -77,7 +77,7 @@ def contents_of(path: Path) -> Contents:
     if kind == "txt":
         return Contents(sum(batch.num_rows for batch in _text_batches(path)), pa.schema([("url", pa.string())]))
     with _delimited(path, _DELIMITERS[kind]) as reader:
-        return Contents(sum(batch.num_rows for batch in _checked(reader)), reader.schema)
+        return Contents(sum(batch.num_rows for batch in _checked(reader, _DELIMITERS[kind])), reader.schema)
 
 
 class RowReader:
@@ -200,23 +200,25 @@ def _delimited(path: Path, delimiter: str) -> Iterator[pa_csv.CSVStreamingReader
 
 def _delimited_batches(path: Path, delimiter: str) -> Batches:
     with _delimited(path, delimiter) as reader:
-        for batch in _checked(reader):
+        for batch in _checked(reader, delimiter):
             yield pa.Table.from_batches([batch])
 
 
-def _checked(reader: pa_csv.CSVStreamingReader) -> Iterator[pa.RecordBatch]:
-    """Refuse values that hold the beginning of further rows: a quote that is never closed swallows them unseen."""
+def _checked(reader: pa_csv.CSVStreamingReader, delimiter: str) -> Iterator[pa.RecordBatch]:
+    """Refuse values that hold further rows: a quote that is never closed swallows them unseen."""
     num_rows = 0
+    # A line with a URL and, if rows have several values, what stands between these.
+    row = f"(?:://[^\\n]*{delimiter}|{delimiter}[^\\n]*://)" if len(reader.schema) > 1 else "://"
     for batch in reader:
         for column in batch.columns:
             if not pa.types.is_string(column.type) or not pc.any(pc.match_substring(column, "\n")).as_py():
                 continue
-            swallows = pc.fill_null(pc.match_substring_regex(column, r"\n(?s:.*)://"), False)
+            swallows = pc.fill_null(pc.match_substring_regex(column, rf"\n[^\n]*{row}"), False)
             if (position := pc.index(swallows, True).as_py()) >= 0:
                 raise ValueError(
-                    f"row {num_rows + position:,} holds a line end and then a URL: {column[position].as_py()[:80]!r}; "
-                    "a quote at the beginning of a value is not closed. Double quotes within quoted values, or write "
-                    "the list as jsonl or parquet"
+                    f"row {num_rows + position:,} holds what looks like further rows: "
+                    f"{column[position].as_py()[:80]!r}; a quote at the beginning of a value is probably not closed. "
+                    "Double quotes within quoted values, or write the list as jsonl or parquet"
                 )
         num_rows += batch.num_rows
         yield batch

@@ -173,4 +173,6 @@ def _stretch(key: str, entry: Mapping[str, Sequence[int]]) -> Stretch:
     kind, _, rest = key.partition("/")
     name, _, start = rest.rpartition("/")
     first, last = entry["data_offsets"]
+    if not (int(start) >= 0 and 0 <= first <= last):
+        raise ValueError(f"{key} at {first} to {last}")
     return Stretch(kind, name, int(start), first // _ELEMENT_BYTES, last // _ELEMENT_BYTES)

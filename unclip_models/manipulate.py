@@ -109,7 +109,8 @@ def _known_at_decoder_side(model: UnCLIP, mask: Tensor) -> Tensor:
     unknown = _centre((mask == 0).to(model.device).float())
     side = model.decoder.config.image_size
     reach = math.ceil(1.5 * max(unknown.shape[-1] / side, 1.0)) if unknown.shape[-1] != side else 0
-    touched = F.max_pool2d(unknown, 2 * reach + 1, stride=1, padding=reach)
+    across, down = F.max_pool2d(unknown, (1, 2 * reach + 1), stride=1, padding=(0, reach)), (2 * reach + 1, 1)
+    touched = F.max_pool2d(across, down, stride=1, padding=(reach, 0))
     return F.adaptive_max_pool2d(touched, side) == 0
 
 

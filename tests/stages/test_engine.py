@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from stages import storage
 from stages.engine import MicroBatch, TorchEngine, files_to_load, make_optimizer
 from stages.engine_settings import EngineSettings
 from stages.errors import ConfigError, IntegrityError
 from stages.sharded_state import Fragment, ShardedState, assemble
-from stages.state_file import rank_file
+from stages.state_file import StateFile, rank_file
 from stages.step_guard import StepGuard
 from stages.training import model_loss
 from tests.stages.state_files import state_file
@@ -227,6 +228,17 @@ def test_missing_parts_are_noticed(tmp_path: Path) -> None:
         (tmp_path / "x").write_bytes(content)
         with pytest.raises(IntegrityError, match="not the head of a state file"):
             state_file(tmp_path / "x").stretches()
+
+
+def test_a_damaged_head_is_damage_whatever_it_says(tmp_path: Path) -> None:
+    sharded([], 0, torch.ones(10)).snapshot(0).write(tmp_path)
+    path = tmp_path / rank_file(0)
+    whole, written = path.read_bytes(), storage.checksum(str(path))
+    for old, new in ((b"ema/w/0", b"ema/w/9"), (b"ema/w/0", b"ema/w/-"), (b"[0,40]", b"[9,40]")):
+        assert old in whole
+        path.write_bytes(whole.replace(old, new))
+        with pytest.raises(IntegrityError, match="differs from its record"):
+            assemble([StateFile(str(path), written)], {"w": torch.Size([10])})
 
 
 def test_a_rank_of_the_same_layout_reads_its_own_file_only() -> None:

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from stages import filter_set_rules
 from stages.errors import ConfigError, InputError, ShardError, StageError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.filter import Filter
@@ -328,9 +329,21 @@ def test_a_copy_stays_if_the_first_one_went_for_its_caption(store: Store) -> Non
     shards = [[row(0, caption="photo"), row(1, image=same, caption="photo"), row(2, image=same, caption="a red dog")]]
     shards += [[row(3, image=other, caption="a cat"), row(4, image=same, caption="photo")]]
     manifest = store.filter(shards, max_caption_repeats=1, placeholder_min_urls=None)
-    assert store.reasons(manifest) == [[None, "caption_repeated", None], ["near_duplicate", "duplicate"]]
+    assert store.reasons(manifest) == [[None, "caption_repeated", None], ["near_duplicate", "caption_repeated"]]
     tables = [table_from_bytes(r.files["selection"].read(store.root)) for r in manifest.records]
-    assert tables[1]["duplicate_of"].to_pylist() == ["0000000002"] * 2
+    assert tables[1]["duplicate_of"].to_pylist() == ["0000000002", None]
+
+
+def test_many_copies_with_one_caption_are_decided_at_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[int] = []
+    whole = filter_set_rules._drop_repeats
+    monkeypatch.setattr(filter_set_rules, "_drop_repeats", lambda *given: (turns.append(1), whole(*given))[1])
+    same = encoded(photo(7))
+    rows = [row(0, caption="logo"), *(row(i, image=same, caption="logo") for i in range(1, 30))]
+    rows.append(row(30, image=same, caption="a fox"))
+    manifest = store.filter([rows], max_caption_repeats=1, placeholder_min_urls=None)
+    assert store.reasons(manifest) == [[None, *["caption_repeated"] * 29, None]]
+    assert len(turns) == 2
 
 
 def test_a_duplicate_names_what_keeps_it_out(store: Store) -> None:

@@ -112,10 +112,16 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path, name: str
     path = tmp_path / name
     for text in ("\n".join(lines) + "\n", "\n".join(lines[:4]) + "\n"):
         path.write_text(f"{delimiter.join(columns)}\n{text}")
-        with pytest.raises(
-            InputError, match=r"row 1 holds a line end and then a URL: .*quote.*is not closed|Expected 2 col"
-        ):
+        refused = r"row 1 holds what looks like further rows: .*quote.*not closed|Expected 2 columns, got 1"
+        with pytest.raises(InputError, match=refused):
             run(make(tmp_path, path))
+
+
+def test_values_of_several_lines_may_hold_urls(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.csv"
+    path.write_text('url,caption\nhttp://a/1.jpg,"one, two\nmore at https://shop.example"\nhttp://a/2.jpg,x\n')
+    rows = rows_of(run(make(tmp_path, path)))
+    assert [row["caption"] for row in rows] == ["one, two\nmore at https://shop.example", "x"]
 
 
 def test_text_lists_have_urls_and_no_captions(tmp_path: Path) -> None:
