@@ -8,10 +8,11 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from stages.base import Resources, Stage
+from stages.errors import StageError
 from stages.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -20,21 +21,28 @@ _PROBE_S = 5.0
 _ANY_NUMBER = 1 << 20  # of workers that need nothing
 
 
-def with_room(stage: Stage[Any]) -> Stage[Any]:
+def with_room(stage: Stage[Any], is_stopping: Callable[[], bool]) -> Stage[Any]:
     """Wait until a training's ranks have room, or for ``shrink_after_minutes``; then let fewer ranks do it.
 
     Whatever their number, ranks see the same samples in the same steps, and read each other's checkpoints. Without
-    ``min_ranks`` the group itself waits, as long as it takes.
+    ``min_ranks`` the wait is as long as it takes: a group of Ray Train's waits, too, but nobody can stop that.
+
+    Args:
+        stage: the training.
+        is_stopping: whether it is to end meanwhile.
 
     Returns:
         The stage, or a copy of it with as many ranks as the nodes that are left can hold.
+
+    Raises:
+        StageError: if it is to end.
     """
     config: TrainingConfig = stage.config
-    if config.min_ranks is None:
-        return stage
     began_at = time.monotonic()
     while not _is_room(stage.resources):
-        if time.monotonic() - began_at < config.shrink_after_minutes * 60:
+        if is_stopping():
+            raise StageError(f"{stage.name}: stopped while it waited for room; run again to go on")
+        if config.min_ranks is None or time.monotonic() - began_at < config.shrink_after_minutes * 60:
             continue
         began_at = time.monotonic()
         room = num_ranks_on(alive_nodes(), stage.resources)

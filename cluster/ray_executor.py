@@ -105,12 +105,14 @@ class RayExecutor:
         if type(stage).finish is Stage.finish:
             return stage.finish(records, output, inputs)
         resources = stage.resources
-        options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+        # No GPU: what combines the shards has none to compute, and need not wait for one.
+        options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": 0}
         if (num_bytes := stage.finish_bytes(records)) >= GIB:  # less is found anywhere
             options["memory"] = num_bytes
         task: Any = ray.remote(**options, max_retries=_MAX_DEATHS)(_finish)
         try:
-            self._await_memory(stage, options.get("memory", 0), combined := task.remote(stage, records, output, inputs))
+            combined = task.remote(stage, records, output, inputs)
+            self._await_node(stage, resources.num_cpus, options.get("memory", 0), combined)
             result, error = ray.get(combined)
         except UnclipError:
             raise
@@ -122,8 +124,8 @@ class RayExecutor:
         assert isinstance(result, Result)
         return result
 
-    def _await_memory(self, stage: Stage[Any], num_bytes: int, combined: Any) -> None:
-        """Wait until some node has the memory that a ``finish`` asks for; an autoscaler learns of it what is missing.
+    def _await_node(self, stage: Stage[Any], num_cpus: float, num_bytes: int, combined: Any) -> None:
+        """Wait until some node has what a ``finish`` asks for; an autoscaler learns of it what is missing.
 
         Raises:
             StageError: if none ever will, or none has joined in time.
@@ -131,11 +133,17 @@ class RayExecutor:
         import ray
 
         began_at, is_told = time.monotonic(), False
-        while (most := max((node["Resources"].get("memory", 0) for node in alive_nodes()), default=0)) < num_bytes:
+        while True:
+            able = [node["Resources"] for node in alive_nodes() if node["Resources"].get("CPU", 0) >= num_cpus]
+            most = max((has.get("memory", 0) for has in able), default=0)
+            if able and most >= num_bytes:
+                return
             said = (
                 f"{stage.name}: to decide over all samples a worker needs {num_bytes / GIB:.1f} GiB of memory, and the "
                 f"node with the most has {most / GIB:.1f} GiB (Ray's resource 'memory')"
             )
+            if not able:
+                said = f"{stage.name}: to combine its shards a worker needs {num_cpus:g} CPU, which no node has"
             limit_s = self._wait_for_nodes_s if self._grows else 0.0
             if limit_s is not None and time.monotonic() - began_at >= limit_s:
                 ray.cancel(combined)

@@ -67,7 +67,7 @@ def train_gang(
     while True:
         await_nodes(stage, limit_s, partial(_is_stopping, board, key))
         limit_s = None
-        error = _run_group(with_room(stage), shard, output, board, key)
+        error = _run_group(with_room(stage, partial(_is_stopping, board, key)), shard, output, board, key)
         if error is None:
             return ShardRecord.from_json(storage.read_json(record_uri(output, shard.id)))
         cause = _cause_of(error)

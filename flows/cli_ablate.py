@@ -75,7 +75,11 @@ def _run(run: AblationRun, name: str) -> None:
     with contextlib.redirect_stdout(sys.stderr), server or contextlib.nullcontext():
         from flows.ablation import run_ablation
         from flows.pipeline import open_executor
+        from stages.generator_training import Training
 
+        for node in run.nodes.values():
+            if isinstance(node.stage, Training):
+                node.stage.settle()
         run.executor = open_executor(run.cluster, run.interrupt)
         try:
             run_ablation(run, name=name, server=server)

@@ -61,7 +61,7 @@ class Recording:
         outcomes = list(self._outcomes.values())
         try:
             end_run(root, self.record, status=status, outcomes=outcomes, errors=errors, exit_code=exit_code)
-            prune_runs(root)
+            prune_runs(root, spare=self.record.id)
         except StorageError as failure:
             # What the run made is in the store, or is not, whatever is written about it.
             logger.warning("the end of run %s is not recorded: %s", self.record.id, failure)

@@ -29,6 +29,7 @@ from stages.redaction import hide_secrets
 RUNS_FOLDER = "runs"
 LOGS_FOLDER = "logs"
 KEEP_RUNS = 200
+_LONGEST_RUN = datetime.timedelta(days=90)  # what began before and has no end was killed
 _READ_THREADS = 16
 
 
@@ -153,9 +154,18 @@ def find_run(root: str, run: str | None) -> str:
     return found[0]
 
 
-def prune_runs(root: str, *, keep: int = KEEP_RUNS) -> None:
-    """Delete the records and logs of all but the newest runs."""
+def prune_runs(root: str, *, keep: int = KEEP_RUNS, spare: str = "") -> None:
+    """Delete the records and logs of all but the newest runs; never of one that is going on, as a training of weeks is.
+
+    Args:
+        root: the store.
+        keep: how many.
+        spare: the run that has just ended.
+    """
+    oldest = f"{_now() - _LONGEST_RUN:%Y%m%dT%H%M%SZ}"
     for run in _ids(root)[keep:]:
+        if run == spare or (run > oldest and is_running(root, run)):
+            continue
         storage.delete_tree(storage.join(root, LOGS_FOLDER, run))
         storage.delete(_uri(root, run))
 

@@ -340,6 +340,12 @@ class Lease:
                 num_shards=num_shards,
             )
             version = swap.replace(self.uri, following.to_bytes(), self._version, settle=False)
+            if version is None and (found := swap.read(self.uri)) is not None:
+                written = Holding.from_bytes(found.data, self.uri)
+                if (written.token, written.owner) == (self._holding.token, self._holding.owner):
+                    # A beat of ours that seemed to have failed: its answer was lost.
+                    following = dataclasses.replace(following, beat=written.beat + 1)
+                    version = swap.replace(self.uri, following.to_bytes(), found.version, settle=False)
             if version is None:
                 self._lost = _lost(self.uri, read_lease(self.uri))
             else:

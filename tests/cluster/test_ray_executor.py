@@ -20,7 +20,7 @@ from stages.base import Progress, Resources, Result, Shard, Stage
 from stages.errors import ConfigError, InputError, StageError
 from stages.executor import ClusterConfig, Executor, LocalExecutor, ShardFailure
 from stages.manifest import Manifest, ShardRecord
-from stages.runner import run_stage
+from stages.runner import output_uri, run_stage
 from tests.cluster.conftest import CLUSTER
 from tests.conftest import free_port
 from tests.stages.toy_stages import Numbers, NumbersConfig, Squares, SquaresConfig
@@ -234,6 +234,26 @@ class Hungry(Squares):
 
     def finish_bytes(self, records: Sequence[ShardRecord]) -> int:
         return self.needed
+
+
+class Painted(Squares):
+    """Wants a GPU for its shards, which are all done."""
+
+    @property
+    def resources(self) -> Resources:
+        return Resources(num_cpus=1, num_gpus=1)
+
+
+def test_what_combines_shards_needs_no_gpu(ray_executor: RayExecutor, tmp_path: Path) -> None:
+    """The nodes that made them may be gone, and nobody else would bring one."""
+    numbers = Numbers(NumbersConfig(counts=COUNTS), root=str(tmp_path))
+    first = run_stage(numbers, numbers.fingerprint({}), {}, LocalExecutor(), CLUSTER)
+    painted = Painted(SquaresConfig(), root=str(tmp_path))
+    painted.setup()
+    shards = painted.plan({"numbers": first})
+    records = [painted.process(shard, output_uri(painted)) for shard in shards]
+    found = ray_executor.finish(painted, records, f"{tmp_path}/squares/result", {"numbers": first})
+    assert found.metrics == run(LocalExecutor(), str(tmp_path / "local")).metrics
 
 
 def test_a_finish_is_given_the_memory_it_needs(

@@ -52,6 +52,24 @@ def test_runs_are_found_by_the_beginning_of_their_id_and_pruned_with_their_logs(
     assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ids[3:]
 
 
+def test_a_run_that_goes_on_is_not_pruned(tmp_path: Path) -> None:
+    """A training of weeks, beside which hundreds of short runs end."""
+    root = str(tmp_path)
+    going_on = begin_run(root, config="c", config_digest="", selected=["prior"], estimates={})
+    killed = RunRecord(id="20200101T000000Z-aaaaaa", status="running", started_at="2020-01-01T00:00:00+00:00")
+    storage.write_json(f"{root}/runs/{killed.id}.json", killed.to_json())
+    for number in range(3):
+        run = RunRecord(id=f"{going_on.id}-later-{number}", status="done", started_at=going_on.started_at)
+        storage.write_json(f"{root}/runs/{run.id}.json", run.to_json())
+    prune_runs(root, keep=2)
+    assert [run.id for run in read_runs(root)][-1] == going_on.id and len(read_runs(root)) == 3
+    end_run(root, going_on, status="failed", outcomes=[], errors=["boom"], exit_code=1)
+    prune_runs(root, keep=2, spare=going_on.id)
+    assert read_runs(root)[-1].errors == ["boom"]
+    prune_runs(root, keep=2)
+    assert going_on.id not in {run.id for run in read_runs(root)}
+
+
 def test_a_log_names_run_stage_and_shard(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("A_SECRET", 'planted-"é\\-secret')  # JSON would write it otherwise
     log = RunLog(root, "run-1")

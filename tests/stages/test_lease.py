@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from stages import storage, swap
 from stages.base import Stage
+from stages.errors import StorageError
 from stages.executor import ClusterConfig, LocalExecutor
 from stages.lease import (
     Holding,
@@ -242,6 +244,28 @@ def test_a_stopped_owner_in_the_middle_of_publishing_overwrites_nothing(
     assert [storage.read_bytes(name) for name in objects] == [b"new", b"new"]
     found = read_lease(uri)
     assert found is not None and found.token == 2 and found.is_free
+
+
+def test_a_beat_whose_answer_was_lost_is_our_own(atomic_root: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An outage of a moment, in which what was written is not heard of, costs no run its stage."""
+    whole = swap.replace
+
+    def unheard(*given: Any, **options: Any) -> str | None:
+        whole(*given, **options)
+        raise StorageError("the answer was lost")
+
+    with hold(atomic_root, "numbers", "0" * 16, ttl_s=60.0) as lease:
+        with monkeypatch.context() as patch:
+            patch.setattr(swap, "replace", unheard)
+            lease.note(1, 10)
+            with pytest.raises(StorageError):
+                lease.confirm()
+        lease.note(2, 10)
+        lease.confirm()
+        found = read_lease(lease.uri)
+        assert found is not None and (found.num_done, found.token, found.beat) == (2, lease.token, 2)
+    found = read_lease(lease.uri)
+    assert found is not None and found.is_free
 
 
 def test_work_on_another_machine_asks_the_fence(tmp_path: Path) -> None:
