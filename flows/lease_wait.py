@@ -45,4 +45,5 @@ class _Waiting:
         if holding.token != self._token:
             self._token = holding.token
             logger.warning("%s: waiting for %s, which does the same", self._stage, holding)
-        self._on_progress(StageProgress(stage=self._stage, num_done=holding.num_done, num_shards=holding.num_shards))
+        num_done, num_shards = holding.num_done, holding.num_shards
+        self._on_progress(StageProgress(stage=self._stage, num_done=num_done, num_shards=num_shards, is_waiting=True))

@@ -68,7 +68,7 @@ class RunLog(logging.Handler):
     def update(self, progress: StageProgress) -> None:
         """Note the beginning of a stage; see ``Display``."""
         with self._guard:
-            if progress.stage in self._started:
+            if progress.is_waiting or progress.stage in self._started:
                 return
             self._started.add(progress.stage)
         self.add("INFO", f"started: {progress.num_done} of {progress.num_shards} shards are done", stage=progress.stage)

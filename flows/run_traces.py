@@ -92,6 +92,8 @@ class RunTraces:
 
     def update(self, progress: StageProgress) -> None:
         """See ``Display``."""
+        if progress.is_waiting:  # what another run does is in that one's traces
+            return
         with self._guard:
             now_ns = self._clock_ns()
             stage = self._open.get(progress.stage)

@@ -63,6 +63,7 @@ class StageProgress:
         num_quarantined: shards given up on.
         inner: the last sign of life from inside a shard.
         finished: whether the stage is done.
+        is_waiting: whether another run does the stage, whose progress this is.
     """
 
     stage: str
@@ -74,6 +75,7 @@ class StageProgress:
     num_quarantined: int = 0
     inner: Progress | None = None
     finished: bool = False
+    is_waiting: bool = False
 
 
 @dataclass

@@ -76,6 +76,7 @@ def test_a_log_names_run_stage_and_shard(root: str, monkeypatch: pytest.MonkeyPa
     logger = logging.getLogger("stages.test_log")
     logger.setLevel(logging.INFO)
     with log.kept():
+        log.update(StageProgress(stage="filter", num_done=0, num_shards=3, is_waiting=True))
         log.update(StageProgress(stage="filter", num_done=1, num_shards=3))
         log.update(StageProgress(stage="filter", num_done=2, num_shards=3))
         logger.warning("shard failed with %s", os.environ["A_SECRET"], extra={"stage": "filter", "shard": "ab12"})

@@ -201,6 +201,8 @@ def test_batches_partition_the_work_of_a_stage(tmp_path: Path) -> None:
     memory, provider, now_ns = InMemorySpanExporter(), TracerProvider(), [0]
     provider.add_span_processor(SimpleSpanProcessor(memory))
     traces = RunTraces(provider.get_tracer("test"), begun(tmp_path), batch_s=10, clock_ns=lambda: now_ns[0])
+    for done in (50, 90):  # by another run, for which this one waits
+        traces.update(StageProgress(stage="x", num_done=done, num_shards=100, is_waiting=True))
     for done in range(11):
         inner = Progress(done=done * 3, total=30, unit="steps", numbers={"loss": 1 - done / 10})
         progress = StageProgress(stage="x", num_done=done, num_shards=12, num_samples=done * 7, inner=inner)
