@@ -14,6 +14,7 @@ from stages.manifest import MANIFEST_NAME, Manifest, manifest_uri
 from stages.metrics import SAMPLES_NAME, TENSORBOARD_NAME
 from stages.registry import read_versions
 from stages.version import Version
+from stages.wandb_log import WANDB_NAME
 from stages.weights import ROLE
 
 _CHECKPOINTS = "checkpoints"  # stages/checkpoints.py, which needs torch
@@ -108,7 +109,8 @@ def _started_from(root: str, manifest: Manifest, exposed: set[Name], versions: M
 
 def _pictures(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[str]:
     """List what these trainings and unfinished ones have drawn."""
-    return (name for folder, name in _left_by(names, trainings) if folder in (SAMPLES_NAME, TENSORBOARD_NAME))
+    kept_in = (SAMPLES_NAME, TENSORBOARD_NAME, WANDB_NAME)
+    return (name for folder, name in _left_by(names, trainings) if folder in kept_in)
 
 
 def _checkpoints(names: Sequence[str], trainings: Sequence[Manifest]) -> Iterator[str]:

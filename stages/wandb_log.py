@@ -22,6 +22,7 @@ from stages.pictures import Pixels
 
 logger = logging.getLogger(__name__)
 
+WANDB_NAME = "wandb"  # folder of its files in that of a training
 _FINISH_TIMEOUT_S = 300.0
 
 

@@ -172,8 +172,11 @@ def test_pictures_that_a_training_drew_of_it_are_removed(run: Run) -> None:
     run_tiny(Decoder(DecoderTraining(**settings), root=run.root), found)
     unfinished = f"{run.root}/prior/shards/{'0' * 16}/samples/step-000001.png"
     storage.write_bytes(unfinished, b"of data that nobody recorded")
-    drawn = {name for name in storage.list_files(run.root) if "/samples/" in name or "/tensorboard/" in name}
-    assert len(drawn) == 3, "the grid, TensorBoard's copy of it, and that of the unfinished training"
+    in_wandb = f"{run.root}/prior/shards/{'0' * 16}/wandb/offline-run-1/files/media/images/samples_1.png"
+    storage.write_bytes(in_wandb, b"of data that nobody recorded")
+    folders = ("/samples/", "/tensorboard/", "/wandb/")
+    drawn = {name for name in storage.list_files(run.root) if any(folder in name for folder in folders)}
+    assert len(drawn) == 4, "the grid, TensorBoard's copy of it, and the two of the unfinished training"
     affected = take_down(run.root, Tombstones(urls=frozenset({run.server.url(9)})))
     assert set(affected.exposed.pictures) == drawn
     left = storage.list_files(run.root)
