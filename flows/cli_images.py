@@ -155,16 +155,16 @@ def vary(args: argparse.Namespace) -> int:
     studio = Studio.open(args)
     seeds = [args.seed + i for i in range(args.num_images)]
 
-    def work(model: UnCLIP, sampling: SamplingConfig) -> GeneratedImages:
-        noisy = replace(sampling, decoder=replace(sampling.decoder, sampler="ddim", eta=args.eta))
-        return make(model, image.expand(len(seeds), -1, -1, -1), seeds, noisy)
-
-    studio.write(studio.run(work), [{"variation_of": args.image, "seed": str(seed)} for seed in seeds])
+    sampling = studio.stage.config.sampling
+    noisy = replace(sampling, decoder=replace(sampling.decoder, sampler="ddim", eta=args.eta))
+    made = studio.run(lambda model, _: make(model, image.expand(len(seeds), -1, -1, -1), seeds, noisy))
+    studio.write(made, [{"variation_of": args.image, "seed": str(seed)} for seed in seeds], noisy)
     return 0
 
 
 def interpolate(args: argparse.Namespace) -> int:
     """Blend two pictures."""
+    from unclip_models.manipulate import deterministic, inverse
     from unclip_models.manipulate import interpolate as make
 
     if args.num_images < 2:
@@ -175,18 +175,20 @@ def interpolate(args: argparse.Namespace) -> int:
     made = studio.run(
         lambda model, sampling: make(model, first, second, fractions, sampling, noise=args.noise, seed=args.seed)
     )
-    ends = {"first": args.first, "second": args.second, "seed": str(args.seed)}
-    studio.write(made, [{**ends, "fraction": f"{fraction:.4f}"} for fraction in fractions])
+    ends = {"first": args.first, "second": args.second, "noise": args.noise, "seed": str(args.seed)}
+    used = (inverse if args.noise == "inverted" else deterministic)(studio.stage.config.sampling)
+    studio.write(made, [{**ends, "fraction": f"{fraction:.4f}"} for fraction in fractions], used)
     return 0
 
 
 def edit(args: argparse.Namespace) -> int:
     """Change a picture by a difference of captions, or paint a part of it."""
-    if args.mask and args.zoom:
+    if args.mask and args.zoom is not None:
         raise ConfigError("--mask and --zoom: give one of them")
-    if args.mask or args.zoom:
+    if args.mask or args.zoom is not None:
         return _paint(args)
     from unclip_models.manipulate import edit as make
+    from unclip_models.manipulate import inverse
 
     if not args.caption:
         raise ConfigError("--to: missing; say what the picture should become")
@@ -199,7 +201,8 @@ def edit(args: argparse.Namespace) -> int:
         lambda model, sampling: make(model, image, args.caption, args.baseline, thetas, sampling, seed=args.seed)
     )
     about = {"edit_of": args.image, "to": args.caption, "from": args.baseline, "seed": str(args.seed)}
-    studio.write(made, [{**about, "theta": f"{theta:.4f}"} for theta in thetas])
+    used = inverse(studio.stage.config.sampling)
+    studio.write(made, [{**about, "theta": f"{theta:.4f}"} for theta in thetas], used)
     return 0
 
 
@@ -210,7 +213,7 @@ def _paint(args: argparse.Namespace) -> int:
     from unclip_models.manipulate import inpaint, outpaint_canvas
 
     image = _tensor(args.image)
-    if args.zoom:
+    if args.zoom is not None:
         try:
             image, mask = outpaint_canvas(image, args.zoom)
         except ValueError as error:
@@ -254,7 +257,7 @@ def invert(args: argparse.Namespace) -> int:
         found["error"] = float(manipulate.reconstruction_error(model, inversion, sampling)[0])
         found["latents"] = {"image_embedding": inversion.image_embedding, "noise": inversion.noise}
         found["given"] = model.enlarge(inversion.image, [args.seed], sampling)
-        return manipulate.reconstruct(model, inversion, sampling)
+        return manipulate.decode_latents(model, inversion.image_embedding, inversion.noise, sampling, seed=args.seed)
 
     made = studio.run(work)
     if args.latents:
@@ -263,7 +266,7 @@ def invert(args: argparse.Namespace) -> int:
     sheet = contact_sheet([found["given"][side][0].numpy(), made.final[0].numpy()], columns=2)
     entries = [{"inversion_of": args.image, "reconstruction_error": f"{found['error']:.6f}"}]
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        studio.write_pixels([sheet], entries)
+        studio.write_pixels([sheet], entries, manipulate.inverse(studio.stage.config.sampling))
     if args.json:
         print(json.dumps({"reconstruction_error": found["error"], "output": args.output, "latents": args.latents}))
     else:
@@ -274,6 +277,7 @@ def invert(args: argparse.Namespace) -> int:
 
 def probe(args: argparse.Namespace) -> int:
     """Decode a picture's embedding rebuilt from its first principal components."""
+    from unclip_models.manipulate import deterministic
     from unclip_models.manipulate import probe as make
 
     image = _tensor(args.image)
@@ -282,7 +286,8 @@ def probe(args: argparse.Namespace) -> int:
     counts = _component_counts(args.components, len(axes.axes))
     made = studio.run(lambda model, sampling: make(model, image, axes, counts, sampling, seed=args.seed))
     about = {"probe_of": args.image, "seed": str(args.seed)}
-    studio.write(made, [{**about, "num_components": str(count)} for count in counts])
+    used = deterministic(studio.stage.config.sampling)
+    studio.write(made, [{**about, "num_components": str(count)} for count in counts], used)
     return 0
 
 
@@ -381,15 +386,30 @@ class Studio:
         tensors = safetensors.torch.load(manifest.files["pca"].read(self.stage.root))
         return PrincipalAxes(tensors["mean"], tensors["axes"])
 
-    def write(self, made: GeneratedImages, entries: Sequence[Mapping[str, str]]) -> None:
+    def write(
+        self, made: GeneratedImages, entries: Sequence[Mapping[str, str]], sampling: SamplingConfig | None = None
+    ) -> None:
         """Write the largest images, each with its text entries; print the names of the files."""
-        self.write_pixels(list(made.final.numpy()), entries)
+        self.write_pixels(list(made.final.numpy()), entries, sampling)
 
-    def write_pixels(self, pictures: Sequence[Pixels], entries: Sequence[Mapping[str, str]]) -> None:
-        """Write pictures as the output's name and ``--grid`` ask."""
+    def write_pixels(
+        self,
+        pictures: Sequence[Pixels],
+        entries: Sequence[Mapping[str, str]],
+        sampling: SamplingConfig | None = None,
+    ) -> None:
+        """Write pictures as the output's name and ``--grid`` ask.
+
+        Args:
+            pictures: uint8 ``(H, W, 3)`` each.
+            entries: what each of them is.
+            sampling: how they were made, if not as the config says.
+        """
         from stages.pictures import contact_sheet, encode_gif, encode_png
 
-        provenance = {**self.stage.provenance(self.manifests), **self.about}
+        provenance = {**self.stage.provenance(self.manifests, sampling), **self.about}
+        # Names of files need not be text.
+        entries = [{key: value.encode(errors="replace").decode() for key, value in own.items()} for own in entries]
         whole = [{**own, **provenance} for own in entries]
         path = self.output
         if path.suffix.lower() == ".gif":
@@ -422,9 +442,9 @@ def _tensor(path: str) -> Tensor:
 
 
 def _write_latents(path: Path, latents: Mapping[str, Tensor]) -> None:
-    import safetensors.torch
+    from unclip_models.checkpoint import save_tensors
 
     try:
-        safetensors.torch.save_file({name: tensor.cpu().contiguous() for name, tensor in latents.items()}, path)
-    except Exception as error:
-        raise InputError(f"--latents {path}: cannot be written ({error}); choose another place") from None
+        save_tensors({name: tensor.cpu().contiguous() for name, tensor in latents.items()}, path, {})
+    except OSError as error:
+        raise InputError(f"--latents {path}: cannot be written ({error.strerror}); choose another place") from None

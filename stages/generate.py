@@ -250,21 +250,26 @@ class Generate(Stage[GenerateConfig]):
         with self._autocast(model.device.type):
             yield model
 
-    def provenance(self, inputs: Mapping[str, Manifest]) -> dict[str, str]:
-        """Return what every picture of these models should carry: software, checksums of the weights, sampling."""
-        return self._provenance(collect_weights(inputs, self.config.models))
+    def provenance(self, inputs: Mapping[str, Manifest], sampling: SamplingConfig | None = None) -> dict[str, str]:
+        """Return what every picture of these models should carry: software, checksums of the weights, sampling.
+
+        Args:
+            inputs: of the models.
+            sampling: if it is not the config's.
+        """
+        return self._provenance(collect_weights(inputs, self.config.models), sampling)
 
     def _autocast(self, device_type: str) -> AbstractContextManager[object]:
         import torch
 
         return torch.autocast(device_type, torch.bfloat16) if self.config.precision == "bf16" else nullcontext()
 
-    def _provenance(self, weights: Mapping[str, File]) -> dict[str, str]:
+    def _provenance(self, weights: Mapping[str, File], sampling: SamplingConfig | None = None) -> dict[str, str]:
         checksums = {name: file.sha256 for name, file in weights.items()}
         return {
             "Software": f"unclip-pipeline {version('unclip-pipeline')}",
             "weights_sha256": json.dumps(checksums, sort_keys=True),
-            "sampling": json.dumps(asdict(self.config.sampling), sort_keys=True),
+            "sampling": json.dumps(asdict(sampling or self.config.sampling), sort_keys=True),
         }
 
     def _model(self, weights: Mapping[str, File]) -> UnCLIP:

@@ -18,6 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stages.pictures import to_rgb
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -122,7 +124,7 @@ def decode_image(data: bytes) -> npt.NDArray[np.uint8] | None:
     """Decode an image file to RGB, uint8 ``(H, W, 3)``, its EXIF orientation ignored; None if that is impossible."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return np.array(image.convert("RGB"), dtype=np.uint8)
+            return np.array(to_rgb(image), dtype=np.uint8)
     except MemoryError:
         raise
     except Exception:  # of what is wrong with a file, Pillow tells in exceptions of any class

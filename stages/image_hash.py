@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from stages.pictures import to_rgb
+
 NUM_TONES = 48
 _HASH_SIDE = 8
 _GREY_SIDE_PX = 32
@@ -30,7 +32,7 @@ def measure_image(data: bytes) -> tuple[int, bytes]:
     """
     with Image.open(io.BytesIO(data)) as image:
         image.draft("RGB", (2 * _GREY_SIDE_PX, 2 * _GREY_SIDE_PX))
-        colours = image.convert("RGB")
+        colours = to_rgb(image)
     grey = colours.convert("L").resize((_GREY_SIDE_PX, _GREY_SIDE_PX), Image.Resampling.BILINEAR)
     tones = colours.resize((_TONE_SIDE, _TONE_SIDE), Image.Resampling.BOX)
     return perceptual_hash(np.asarray(grey, np.float64)), tones.tobytes()

@@ -22,6 +22,7 @@ from stages import storage
 from stages.disk_cache import DiskCache
 from stages.errors import IntegrityError, NotFoundError, StorageError
 from stages.manifest import File
+from stages.pictures import to_rgb
 from stages.samples import IMAGE_EXTENSIONS, embeddings_of, kept_keys, table_from_bytes
 from stages.tar_index import members_of
 
@@ -222,7 +223,7 @@ def decode_image(data: bytes, side_px: int, place: str) -> np.ndarray:
             # A JPEG much larger than needed is decoded at 1/2, 1/4 or 1/8 of its size; twice the side is left for
             # the filter below.
             image.draft("RGB", (2 * side_px, 2 * side_px))
-            decoded = image.convert("RGB")
+            decoded = to_rgb(image)
     except MemoryError:
         raise
     except Exception as error:  # of what is wrong with a file, Pillow tells in exceptions of any class

@@ -21,27 +21,39 @@ _KNOWN_FROM = 128  # grey level from which a mask counts as white
 
 
 def read_picture(path: str | Path) -> Pixels:
-    """Read a picture file: uint8 ``(H, W, 3)``.
+    """Read a picture file: uint8 ``(H, W, 3)``; what is transparent is white, as in the pictures of a download.
 
     Raises:
         InputError: if it is missing, no picture, or too large to be one.
     """
-    return np.asarray(_opened(path).convert("RGB"))
+    return np.asarray(_opened(path, "white"))
 
 
 def read_mask(path: str | Path) -> npt.NDArray[np.bool_]:
-    """Read a black and white picture: bool ``(H, W)``, True where it is white.
+    """Read a black and white picture: bool ``(H, W)``, True where it is white; what is transparent is black.
 
     Raises:
         InputError: as :func:`read_picture`.
     """
-    return np.asarray(_opened(path).convert("L")) >= _KNOWN_FROM
+    return np.asarray(_opened(path, "black").convert("L")) >= _KNOWN_FROM
 
 
-def _opened(path: str | Path) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert a picture of any kind; Pillow alone would turn levels of 16 bits to white."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _opened(path: str | Path, background: str) -> Image.Image:
+    """Read a picture, upright, and lay it on a colour."""
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image)  # loaded, and upright
+            upright = ImageOps.exif_transpose(image)
+            if not upright.has_transparency_data:
+                return to_rgb(upright)
+            below = Image.new("RGBA", upright.size, background)
+            return Image.alpha_composite(below, upright.convert("RGBA")).convert("RGB")
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; name a PNG or JPEG picture") from None
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:

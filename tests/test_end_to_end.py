@@ -168,6 +168,8 @@ def test_every_manipulation_and_exchange_of_weights(
     ]
     with Image.open(tmp_path / "v-2.png") as image:
         assert image.text["seed"] == "1"  # type: ignore[attr-defined]
+        used = json.loads(image.text["sampling"])["decoder"]  # type: ignore[attr-defined]
+        assert used["sampler"] == "ddim" and used["eta"] > 0, "what was done, not what the config says"
     unclip("interpolate", first, second, "-n", "3", "-o", f"{tmp_path}/i.gif")
     with Image.open(tmp_path / "i.gif") as image:
         assert image.n_frames == 3  # type: ignore[attr-defined]

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -144,9 +146,29 @@ def write_weights(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     # Clones: safetensors refuses tensors that share memory.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     aside = path.with_name(path.name + ".tmp")
-    save_file(copies, aside, metadata=dict(header))
+    save_tensors(copies, aside, header)
     _sort_metadata(aside)
     aside.replace(path)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, header: Mapping[str, str]) -> None:
+    """Write a safetensors file that others may read as they may read other files of this process.
+
+    Args:
+        tensors: on the CPU, contiguous, none sharing memory with another.
+        path: a local file.
+        header: text entries.
+
+    Raises:
+        OSError: if it cannot be written.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(header))
+    except SafetensorError as error:  # what the system said is in its words only
+        raise OSError(errno.EIO, f"{error}") from error
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod(0o666 & ~mask)  # the library makes it the owner's alone
 
 
 def _sort_metadata(path: Path) -> None:

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from unclip_models.checkpoint import (
@@ -32,6 +31,7 @@ from unclip_models.checkpoint import (
     config_from_header,
     finish_loading,
     read_weights,
+    save_tensors,
     write_weights,
 )
 from unclip_models.decoder import Decoder
@@ -241,10 +241,10 @@ def _scheduler(name: str, diffusion: DiffusionConfig, clip_range: float) -> tupl
 
 
 def _write_part(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> list[Path]:
-    config_path = _write_json(folder / "config.json", config)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / WEIGHTS_FILE
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, path, {"format": "pt"})
-    return [config_path, path]
+    save_tensors({name: tensor.detach().cpu().clone() for name, tensor in state.items()}, path, {"format": "pt"})
+    return [_write_json(folder / "config.json", config), path]
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> Path:

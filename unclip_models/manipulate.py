@@ -138,7 +138,7 @@ def invert(model: UnCLIP, images: Tensor, sampling: SamplingConfig | None = None
         images: ``(B, 3, H, W)``.
         sampling: steps of the decoder; :func:`reconstruct` must use the same.
     """
-    options = _inverse(sampling).decoder
+    options = inverse(sampling).decoder
     small, z = to_decoder_side(model, images), model.embed_images(images)
     noise = model.decoder.invert(small, z, steps=options.steps, guidance_scale=options.guidance_scale)
     return Inversion(z, noise, small)
@@ -154,7 +154,7 @@ def reconstruction_error(model: UnCLIP, inversion: Inversion, sampling: Sampling
 
     Pixels count from -1 to 1, so that 2 / 255 is one level of 8 bits.
     """
-    options = _inverse(sampling).decoder
+    options = inverse(sampling).decoder
     decoded = model.decoder.sample(
         inversion.image_embedding,
         steps=options.steps,
@@ -170,7 +170,7 @@ def decode_latents(
     model: UnCLIP, image_embeddings: Tensor, noise: Tensor, sampling: SamplingConfig | None = None, seed: int = 0
 ) -> GeneratedImages:
     """Decode pairs of z_i ``(B, D)`` and inverted x_T ``(B, 3, S, S)``; the seed is the upsamplers'."""
-    return model.decode(image_embeddings, [seed] * len(noise), _inverse(sampling), x_T=noise)
+    return model.decode(image_embeddings, [seed] * len(noise), inverse(sampling), x_T=noise)
 
 
 def interpolate(
@@ -207,7 +207,7 @@ def interpolate(
 
     if noise == "seeded":
         z = between(model.embed_images(first), model.embed_images(second))
-        return model.decode(z, [seed] * count, _deterministic(sampling))
+        return model.decode(z, [seed] * count, deterministic(sampling))
     ends = [invert(model, image, sampling) for image in (first, second)]
     z = between(ends[0].image_embedding, ends[1].image_embedding)
     return decode_latents(model, z, between(ends[0].noise, ends[1].noise), sampling, seed)
@@ -298,7 +298,7 @@ def probe(
     _check_single(image)
     z = model.embed_images(image)
     rebuilt = torch.cat([keep_components(z, axes, count) for count in num_components])
-    return model.decode(rebuilt, [seed] * len(num_components), _deterministic(sampling))
+    return model.decode(rebuilt, [seed] * len(num_components), deterministic(sampling))
 
 
 def keep_components(image_embedding: Tensor, axes: PrincipalAxes, num_components: int) -> Tensor:
@@ -402,15 +402,15 @@ def outpaint_canvas(images: Tensor, zoom: float) -> tuple[Tensor, Tensor]:
     return canvas, mask
 
 
-def _deterministic(sampling: SamplingConfig | None) -> SamplingConfig:
-    """Return the settings with DDIM without noise as the decoder's sampler."""
+def deterministic(sampling: SamplingConfig | None) -> SamplingConfig:
+    """Return the settings with DDIM without noise as the decoder's sampler: those of probes and seeded blends."""
     sampling = sampling or SamplingConfig()
     return replace(sampling, decoder=replace(sampling.decoder, sampler="ddim", eta=0.0))
 
 
-def _inverse(sampling: SamplingConfig | None) -> SamplingConfig:
-    """Return the settings of an inversion and of the decoding that belongs to it: DDIM, unguided."""
-    sampling = _deterministic(sampling)
+def inverse(sampling: SamplingConfig | None) -> SamplingConfig:
+    """Return the settings of an inversion and of every decoding of inverted noise: DDIM, unguided."""
+    sampling = deterministic(sampling)
     return replace(sampling, decoder=replace(sampling.decoder, guidance_scale=1.0, guidance_rescale=0.0))
 
 

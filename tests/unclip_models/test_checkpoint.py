@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from unclip_models.checkpoint import build, config_from_dict, load_model, read_metadata, read_weights, save_model
+from unclip_models.checkpoint import (
+    build,
+    config_from_dict,
+    load_model,
+    read_metadata,
+    read_weights,
+    save_model,
+    write_weights,
+)
 from unclip_models.settings import (
     ARPriorConfig,
     DecoderConfig,
@@ -131,3 +139,13 @@ def test_configs_survive_json(config: object) -> None:
 
 def test_build_makes_modules() -> None:
     assert all(isinstance(build(config), nn.Module) for config in CONFIGS)
+
+
+def test_a_file_of_weights_is_as_open_as_any_other(tmp_path: Path) -> None:
+    """The library makes it the owner's alone: a server under another user could not read it."""
+    (tmp_path / "other").write_text("")
+    write_weights(tmp_path / "weights.safetensors", {"x": torch.zeros(3)}, {})
+    modes = [(tmp_path / name).stat().st_mode for name in ("other", "weights.safetensors")]
+    assert modes[0] == modes[1]
+    with pytest.raises(OSError, match="No such file"):
+        write_weights(tmp_path / "nowhere" / "weights.safetensors", {"x": torch.zeros(3)}, {})
