@@ -90,7 +90,7 @@ def shape_of(
     still = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     return TrainingShape(
         sizes=[parameter.numel() for parameter in model.parameters() if parameter.requires_grad],
-        fixed=sum(tensor.numel() * tensor.element_size() for tensor in (*still, *model.buffers())),
+        fixed=sum(tensor.nbytes for tensor in (*still, *model.buffers())),
         activations=activation_memory(
             model, loss, batch, num_samples=settings.micro_batch_size, precision=settings.precision
         ),

@@ -70,7 +70,7 @@ def clip_text_bytes(config: ClipConfig) -> int:
         return 0
     with torch.device("meta"):
         clip = ClipModel.from_config(shape).keep_text()
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*clip.parameters(), *clip.buffers()))
+    return sum(tensor.nbytes for tensor in (*clip.parameters(), *clip.buffers()))
 
 
 def _training_shape(config: GeneratorTraining, settings: EngineSettings, beside: int) -> TrainingShape:

@@ -108,17 +108,17 @@ def _rehearse(
     training: bool,
 ) -> ActivationMemory:
     state: dict[str, Any] = {}
-    was_training = model.training
-    model.train(training)
     with (
+        contextlib.ExitStack() as undo,
         FakeTensorMode(),
         torch.random.fork_rng(devices=()),
         _Storages() as storages,
-        contextlib.ExitStack() as hooks,
     ):
+        undo.callback(model.train, model.training)
+        model.train(training)
         for module in model.modules():
             if any(True for _ in module.parameters(recurse=False)):
-                hooks.callback(module.register_forward_pre_hook(storages.use_weights).remove)
+                undo.callback(module.register_forward_pre_hook(storages.use_weights).remove)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
             state[f"model.{name}"] = fake.requires_grad_(tensor.requires_grad)
@@ -130,7 +130,6 @@ def _rehearse(
         }
         before = storages.live
         storages.begin()
-        hooks.callback(model.train, was_training)
         functional_call(_Act(act, model), state, (inputs,))
     stretches = [(done, start - before, peak - before) for done, start, peak in storages.stretches]
     return ActivationMemory(stretches, storages.forward_peak - before)
